@@ -1,0 +1,180 @@
+//! The seam: what a machine asks of a CPU engine, and what an engine tells a machine.
+//!
+//! A [`Vcpu`] is driven by one thread in a loop: [`Vcpu::run`] until the next [`Exit`], act on it, run again. Exits
+//! that ask for a value ([`Exit::Read`], [`Exit::ReadMsr`], [`Exit::WriteMsr`], [`Exit::Hypercall`]) are answered
+//! with [`Vcpu::complete`] before the next `run`; until then the instruction has not happened and the VM must not be
+//! saved ([`Exit::pausable`]).
+
+use crate::cpuid::CpuidTable;
+use crate::registers::Registers;
+use std::sync::Arc;
+
+/// An address space of a bus access.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Space {
+    /// The 64 KiB of I/O ports.
+    Port,
+    /// Guest-physical addresses that are not RAM.
+    Mmio,
+}
+
+/// Why [`Vcpu::run`] came back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Exit {
+    /// The guest reads a device register of `size` (1, 2, 4 or 8) bytes; answer with [`Vcpu::complete`].
+    Read {
+        /// Ports or memory-mapped I/O.
+        space: Space,
+        /// Address in that space.
+        address: u64,
+        /// Width in bytes.
+        size: u8,
+    },
+    /// The guest writes a device register. Needs no answer.
+    Write {
+        /// Ports or memory-mapped I/O.
+        space: Space,
+        /// Address in that space.
+        address: u64,
+        /// Width in bytes.
+        size: u8,
+        /// The value, zero-extended.
+        value: u64,
+    },
+    /// RDMSR of a register that the engine does not hold; answer `Some(value)`, or `None` for #GP.
+    ReadMsr {
+        /// MSR number.
+        index: u32,
+    },
+    /// WRMSR of a register that the engine does not hold; answer `Some(0)`, or `None` for #GP.
+    WriteMsr {
+        /// MSR number.
+        index: u32,
+        /// The value written.
+        value: u64,
+    },
+    /// VMCALL/VMMCALL at CPL 0 (KVM ABI: number in RAX, arguments in RBX, RCX, RDX, RSI); answer with RAX's result.
+    Hypercall {
+        /// Hypercall number.
+        number: u64,
+        /// Arguments.
+        args: [u64; 4],
+    },
+    /// HLT with nothing to deliver: run again once an interrupt is due.
+    Halt,
+    /// The vCPU was kicked, or its slice is over.
+    Interrupted,
+    /// A window for interrupts, asked for with [`Vcpu::request_interrupt_window`], has opened.
+    InterruptWindow,
+    /// Triple fault: the machine resets or stops, as the board decides.
+    Shutdown,
+    /// The guest hit a breakpoint or single-step trap that the host set.
+    Debug,
+}
+
+impl Exit {
+    /// Whether the VM may be paused and saved at this exit as it is. Where not, the exit's instruction is still
+    /// waiting for an answer: [`Vcpu::complete`] it and run to the next exit first.
+    pub fn pausable(&self) -> bool {
+        match self {
+            // The instruction restarts with the answer; half of it may have happened.
+            Self::Read { .. } | Self::ReadMsr { .. } | Self::WriteMsr { .. } | Self::Hypercall { .. } => {
+                false
+            }
+            // More accesses of the same instruction may follow.
+            Self::Write { .. } => false,
+            Self::Halt | Self::Interrupted | Self::InterruptWindow | Self::Shutdown | Self::Debug => true,
+        }
+    }
+}
+
+/// An engine failed; the guest cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The host refuses something the engine needs.
+    #[error("{what}: {source}")]
+    Host {
+        /// What was asked of the host.
+        what: &'static str,
+        /// Its answer.
+        source: std::io::Error,
+    },
+    /// The host lacks something the engine needs.
+    #[error("this host cannot run the {engine} engine: {why}")]
+    Unsupported {
+        /// The engine's name.
+        engine: &'static str,
+        /// What is missing, and the cure.
+        why: String,
+    },
+    /// The guest did something that the engine cannot do, readable with registers and instruction bytes.
+    #[error("the {engine} engine stopped at rip {rip:#x}: {why}")]
+    Guest {
+        /// The engine's name.
+        engine: &'static str,
+        /// Guest instruction pointer.
+        rip: u64,
+        /// What happened.
+        why: String,
+    },
+}
+
+/// Interrupts [`Vcpu::run`] from any thread: it returns [`Exit::Interrupted`] (or another exit) soon, or at once if
+/// it is called next. Kicks do not queue: one `run` consumes all before it.
+pub trait Kick: Send + Sync {
+    /// Kicks the vCPU.
+    fn kick(&self);
+}
+
+/// What a vCPU is made with.
+#[derive(Debug, Clone)]
+pub struct VcpuConfig {
+    /// Index, also the initial APIC id.
+    pub index: u32,
+    /// What CPUID answers.
+    pub cpuid: Arc<CpuidTable>,
+}
+
+/// Makes the vCPUs of one VM.
+pub trait Engine: Send + Sync {
+    /// "soft" or "kvm".
+    fn name(&self) -> &'static str;
+    /// Makes a vCPU in the power-up state. It may be moved to its own thread before its first run.
+    fn create_vcpu(&self, config: VcpuConfig) -> Result<Box<dyn Vcpu>, Error>;
+    /// Frequency in Hz at which the guest's TSC counts.
+    fn tsc_hz(&self) -> u64;
+}
+
+/// One virtual CPU.
+pub trait Vcpu: Send {
+    /// Runs the guest until something needs the machine.
+    fn run(&mut self) -> Result<Exit, Error>;
+    /// Answers the last exit (see [`Exit`]).
+    fn complete(&mut self, answer: Option<u64>);
+    /// Puts an external interrupt in front of the next instruction. Only when [`Self::interruptible`].
+    fn inject_interrupt(&mut self, vector: u8);
+    /// Puts a non-maskable interrupt in front of the next instruction that may take it.
+    fn inject_nmi(&mut self);
+    /// Whether the guest can take an external interrupt now: IF set, no interrupt shadow, nothing else waiting.
+    fn interruptible(&self) -> bool;
+    /// Asks `run` to return [`Exit::InterruptWindow`] as soon as the guest becomes interruptible.
+    fn request_interrupt_window(&mut self, wanted: bool);
+    /// All registers.
+    fn registers(&self) -> Registers;
+    /// Replaces all registers.
+    fn set_registers(&mut self, registers: &Registers);
+    /// An MSR that the engine holds; `None` if it holds no such register.
+    fn msr(&self, index: u32) -> Option<u64>;
+    /// Sets an MSR that the engine holds; `false` if it holds no such register or the value is refused.
+    fn set_msr(&mut self, index: u32, value: u64) -> bool;
+    /// The guest's TSC now.
+    fn tsc(&self) -> u64;
+    /// Returns to the power-up state (or, by `init`, the state after an INIT: FPU, most MSRs and caches kept).
+    fn reset(&mut self, init: bool);
+    /// A handle for other threads.
+    fn kick_handle(&self) -> Arc<dyn Kick>;
+    /// The engine's live tree of counters and settings, for people.
+    fn inspect(&self) -> Vec<(String, String)> {
+        Vec::new()
+    }
+}
