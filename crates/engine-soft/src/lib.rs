@@ -1,1 +1,16 @@
-//! Being written.
+//! The software engine: x86-64 system software on an x86-64 host without the help of /dev/kvm.
+//!
+//! Guest and host speak the same instruction set, so the host CPU supplies the semantics of every unprivileged
+//! instruction, and this crate supplies what the host CPU must not do: addresses, privilege, control flow. Two tiers
+//! share one [`state::CpuState`]:
+//!
+//! * the **single-step tier** ([`step`]), the oracle: system, control-flow and segment instructions interpreted as the
+//!   manuals say, all others executed one at a time by the host CPU on guest state through re-encoded stubs;
+//! * the **template tier** ([`translate`]): blocks of 64-bit code copied with rewritten operands, guest registers in
+//!   host registers, memory through an inlined check of the software TLB ([`mmu`]).
+//!
+//! What may enter: `cpu`, `memory`. No device, no image, no thread: a vCPU runs on its caller's thread.
+#![deny(unsafe_code)]
+
+pub mod mmu;
+pub mod state;

@@ -1,0 +1,474 @@
+//! The memory-management unit: page walks, page faults, and the software TLB that translated code checks inline.
+//!
+//! Linear addresses become guest-physical ones by a walk of the guest's page tables (Intel SDM 3, chapter 4), with
+//! accessed and dirty bits set by compare-and-swap as a CPU does. The TLB tables live in [`CpuState`]; an entry is
+//! only made for plain RAM whose access needs no further attention: not for MMIO, not for writes to pages that hold
+//! translated code, not for user pages reached by the supervisor under SMAP. Everything else takes the slow path,
+//! each time.
+
+use crate::state::{CpuState, TLB_ENTRIES, TLB_INVALID, TlbEntry, TlbTable, seg};
+use cpu::{cr0, cr4, efer, rflags};
+use memory::{GuestMemory, PAGE_SIZE, PageFlags};
+
+/// Bits of a page-fault error code.
+#[allow(missing_docs)]
+pub mod fault {
+    pub const PRESENT: u32 = 1;
+    pub const WRITE: u32 = 2;
+    pub const USER: u32 = 4;
+    pub const RESERVED: u32 = 8;
+    pub const FETCH: u32 = 16;
+}
+
+/// A translation that the page tables refuse: #PF with this error code; CR2 is the address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PageFault {
+    /// The linear address.
+    pub address: u64,
+    /// Error code.
+    pub code: u32,
+}
+
+/// What an access does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Data read.
+    Read,
+    /// Data write or read-modify-write.
+    Write,
+    /// Instruction fetch.
+    Fetch,
+}
+
+/// With whose rights an access is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Privilege {
+    /// CPL 3.
+    User,
+    /// CPL 0-2.
+    Supervisor,
+    /// By the CPU itself on behalf of any CPL: descriptor tables, TSS, stacks of interrupt delivery. SMAP applies
+    /// whatever AC says.
+    Implicit,
+}
+
+impl Privilege {
+    /// The rights of ordinary accesses of the code that runs now.
+    pub fn of(state: &CpuState) -> Self {
+        if state.cpl() == 3 { Self::User } else { Self::Supervisor }
+    }
+}
+
+/// Where a linear address leads.
+#[derive(Debug, Clone, Copy)]
+pub struct Target {
+    /// Guest-physical address.
+    pub physical: u64,
+    /// Host address of that very byte; `None` if it is not RAM.
+    pub host: Option<*mut u8>,
+    /// The page holds translated code: tell the translator before writing.
+    pub code: bool,
+}
+
+/// A successful walk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Walk {
+    /// Guest-physical address.
+    pub physical: u64,
+    /// log2 of the page's size: 12, 21, 22 or 30.
+    pub page_shift: u32,
+    /// The mapping survives a CR3 load.
+    pub global: bool,
+    /// Every level of the mapping has U/S set.
+    pub user: bool,
+}
+
+const P: u64 = 1;
+const W: u64 = 1 << 1;
+const U: u64 = 1 << 2;
+const A: u64 = 1 << 5;
+const D: u64 = 1 << 6;
+const PS: u64 = 1 << 7;
+const G: u64 = 1 << 8;
+const NX: u64 = 1 << 63;
+
+/// The part of the MMU that translated code does not see.
+pub struct Mmu {
+    /// The guest's RAM.
+    pub memory: GuestMemory,
+    /// Width of guest-physical addresses in bits, as CPUID says.
+    pub physical_bits: u32,
+    /// Global marks of the supervisor tables' entries: all ones keeps the entry over a CR3 load.
+    global: Box<[[u64; TLB_ENTRIES]; 2]>,
+    /// log2 of the largest page of which the TLB may hold a part.
+    largest_shift: u32,
+    /// Counts every flush and invalidation, so that others who remember translations can tell.
+    pub generation: u64,
+}
+
+impl Mmu {
+    /// An MMU over `memory`.
+    pub fn new(memory: GuestMemory, physical_bits: u32) -> Self {
+        Self {
+            memory,
+            physical_bits,
+            global: Box::new([[0; TLB_ENTRIES]; 2]),
+            largest_shift: 12,
+            generation: 0,
+        }
+    }
+
+    /// Translates for one access, fills the TLB where an entry may be made, and says where the byte is.
+    pub fn resolve(
+        &mut self,
+        state: &mut CpuState,
+        address: u64,
+        access: Access,
+        privilege: Privilege,
+    ) -> Result<Target, PageFault> {
+        let walk = self.walk(state, address, access, privilege)?;
+        let page = match access {
+            Access::Write => self.memory.host_page_for_write(walk.physical),
+            _ => self.memory.host_page(walk.physical),
+        };
+        let Some(page) = page else {
+            return Ok(Target { physical: walk.physical, host: None, code: false });
+        };
+        let code = page.flags.contains(PageFlags::CODE);
+        let target = Target {
+            physical: walk.physical,
+            host: Some(page.host.wrapping_add((address & (PAGE_SIZE - 1)) as usize)),
+            code,
+        };
+        let guarded = walk.user && privilege != Privilege::User && state.cr4_has(cr4::SMAP);
+        let class = match privilege {
+            Privilege::User => 1,
+            Privilege::Supervisor => 0,
+            Privilege::Implicit => return Ok(target),
+        };
+        if access == Access::Fetch || guarded || (access == Access::Write && code) {
+            return Ok(target);
+        }
+        let linear = address & !(PAGE_SIZE - 1);
+        let entry = TlbEntry { tag: linear, addend: (page.host as u64).wrapping_sub(linear) };
+        let index = index(linear);
+        let write = access == Access::Write;
+        if class == 0 {
+            self.global[usize::from(write)][index] = if walk.global { u64::MAX } else { 0 };
+        }
+        let table = if write { &mut state.tlb_write[class] } else { &mut state.tlb_read[class] };
+        table.entries[index] = entry;
+        self.largest_shift = self.largest_shift.max(walk.page_shift);
+        Ok(target)
+    }
+
+    /// As [`Self::resolve`] for an access that hits the TLB: `None` on a miss, or if the access leaves the page.
+    pub fn lookup(state: &CpuState, address: u64, len: u64, write: bool, user: bool) -> Option<*mut u8> {
+        let tables = if write { &state.tlb_write } else { &state.tlb_read };
+        let entry = &tables[usize::from(user)].entries[index(address)];
+        let last = address.wrapping_add(len.wrapping_sub(1)) & !(PAGE_SIZE - 1);
+        (entry.tag == last && entry.tag == address & !(PAGE_SIZE - 1))
+            .then(|| address.wrapping_add(entry.addend) as *mut u8)
+    }
+
+    /// Walks the page tables without the TLB, setting accessed and dirty bits.
+    pub fn walk(
+        &self,
+        state: &CpuState,
+        address: u64,
+        access: Access,
+        privilege: Privilege,
+    ) -> Result<Walk, PageFault> {
+        if !state.paging() {
+            let physical = address & u64::from(u32::MAX);
+            return Ok(Walk { physical, page_shift: 12, global: false, user: false });
+        }
+        let nx = state.efer & efer::NXE != 0;
+        let mut code = 0;
+        if access == Access::Write {
+            code |= fault::WRITE;
+        }
+        if privilege == Privilege::User {
+            code |= fault::USER;
+        }
+        if access == Access::Fetch && (nx || state.cr4_has(cr4::SMEP)) {
+            code |= fault::FETCH;
+        }
+        Walker { mmu: self, state, address, access, privilege, code, nx }.run()
+    }
+
+    /// Forgets all translations, e.g. after a write to CR0, CR4's paging bits, EFER, or by another CPU's request.
+    pub fn flush_all(&mut self, state: &mut CpuState) {
+        for table in state.tlb_read.iter_mut().chain(&mut state.tlb_write) {
+            clear(table);
+        }
+        self.largest_shift = 12;
+        self.generation = self.generation.wrapping_add(1);
+    }
+
+    /// Forgets all but global translations: a load of CR3.
+    pub fn flush_non_global(&mut self, state: &mut CpuState) {
+        if !state.cr4_has(cr4::PGE) {
+            return self.flush_all(state);
+        }
+        clear(&mut state.tlb_read[1]);
+        clear(&mut state.tlb_write[1]);
+        for (table, global) in
+            [&mut state.tlb_read[0], &mut state.tlb_write[0]].into_iter().zip(self.global.iter())
+        {
+            for (entry, keep) in table.entries.iter_mut().zip(global) {
+                entry.tag |= !keep;
+            }
+        }
+        self.generation = self.generation.wrapping_add(1);
+    }
+
+    /// Forgets one page, global or not: INVLPG.
+    pub fn invalidate_page(&mut self, state: &mut CpuState, address: u64) {
+        let shift = self.largest_shift;
+        for table in state.tlb_read.iter_mut().chain(&mut state.tlb_write) {
+            if shift == 12 {
+                let entry = &mut table.entries[index(address)];
+                if entry.tag == address & !(PAGE_SIZE - 1) {
+                    entry.tag = TLB_INVALID;
+                }
+            } else {
+                // The page may be large, and its parts are spread over the table.
+                for entry in &mut table.entries {
+                    if entry.tag >> shift == address >> shift {
+                        entry.tag = TLB_INVALID;
+                    }
+                }
+            }
+        }
+        self.generation = self.generation.wrapping_add(1);
+    }
+
+    /// The page at `physical` now holds translated code: no write may pass unseen from here on.
+    pub fn protect_code(&mut self, state: &mut CpuState, physical: u64) {
+        if self.memory.mark_code(physical) {
+            return;
+        }
+        let Some(page) = self.memory.host_page(physical) else { return };
+        for table in &mut state.tlb_write {
+            for entry in &mut table.entries {
+                if entry.tag.wrapping_add(entry.addend) == page.host as u64 {
+                    entry.tag = TLB_INVALID;
+                }
+            }
+        }
+    }
+
+    /// Whether `address` is canonical for 48-bit linear addresses.
+    pub fn canonical(address: u64) -> bool {
+        ((address as i64) << 16 >> 16) as u64 == address
+    }
+}
+
+fn clear(table: &mut TlbTable) {
+    for entry in &mut table.entries {
+        entry.tag = TLB_INVALID;
+    }
+}
+
+fn index(address: u64) -> usize {
+    (address >> 12) as usize & (TLB_ENTRIES - 1)
+}
+
+struct Walker<'a> {
+    mmu: &'a Mmu,
+    state: &'a CpuState,
+    address: u64,
+    access: Access,
+    privilege: Privilege,
+    code: u32,
+    nx: bool,
+}
+
+/// What the levels so far allow.
+#[derive(Clone, Copy)]
+struct Rights {
+    write: bool,
+    user: bool,
+    execute: bool,
+}
+
+impl Walker<'_> {
+    fn run(&self) -> Result<Walk, PageFault> {
+        if self.state.long_mode() {
+            self.long()
+        } else if self.state.cr4_has(cr4::PAE) {
+            self.pae()
+        } else {
+            self.legacy()
+        }
+    }
+
+    fn fault(&self, bits: u32) -> PageFault {
+        PageFault { address: self.address, code: self.code | bits }
+    }
+
+    fn entry(&self, address: u64) -> Result<u64, PageFault> {
+        // A table outside RAM reads as nothing present.
+        let entry = self.mmu.memory.load_u64(address).unwrap_or(0);
+        if entry & P == 0 { Err(self.fault(0)) } else { Ok(entry) }
+    }
+
+    /// Bits that must be zero in every 8-byte entry.
+    fn reserved(&self) -> u64 {
+        let above = !0u64 << self.mmu.physical_bits & !(0xfff << 52);
+        if self.nx { above } else { above | NX }
+    }
+
+    fn long(&self) -> Result<Walk, PageFault> {
+        let mut table = self.state.cr3 & 0x000f_ffff_ffff_f000;
+        let mut rights = Rights { write: true, user: true, execute: true };
+        let mut shift = 39;
+        loop {
+            let at = table + (self.address >> shift & 0x1ff) * 8;
+            let entry = self.entry(at)?;
+            let leaf = shift == 12 || (entry & PS != 0 && shift <= 30);
+            let mut reserved = self.reserved();
+            if shift == 39 {
+                reserved |= PS;
+            }
+            if leaf && shift > 12 {
+                // Bit 12 is PAT; the bits from 13 up to the page's size are reserved.
+                reserved |= (1u64 << shift) - (1 << 13);
+            }
+            if entry & reserved != 0 {
+                return Err(self.fault(fault::PRESENT | fault::RESERVED));
+            }
+            rights.write &= entry & W != 0;
+            rights.user &= entry & U != 0;
+            rights.execute &= entry & NX == 0;
+            if leaf {
+                self.check(rights)?;
+                self.mark(at, entry, true);
+                let base = entry & 0x000f_ffff_ffff_f000 & !((1u64 << shift) - 1);
+                return Ok(self.found(base, shift, entry & G != 0, rights));
+            }
+            self.mark(at, entry, false);
+            table = entry & 0x000f_ffff_ffff_f000;
+            shift -= 9;
+        }
+    }
+
+    fn pae(&self) -> Result<Walk, PageFault> {
+        let address = self.address & u64::from(u32::MAX);
+        let pointer = self.state.cr3 & 0xffff_ffe0;
+        // The four page-directory pointers have no rights of their own.
+        let mut table = self.entry(pointer + (address >> 30) * 8)? & 0x000f_ffff_ffff_f000;
+        let mut rights = Rights { write: true, user: true, execute: true };
+        for shift in [21, 12] {
+            let at = table + (address >> shift & 0x1ff) * 8;
+            let entry = self.entry(at)?;
+            let leaf = shift == 12 || entry & PS != 0;
+            let large = if leaf && shift == 21 { (1u64 << 21) - (1 << 13) } else { 0 };
+            if entry & (self.reserved() | large) != 0 {
+                return Err(self.fault(fault::PRESENT | fault::RESERVED));
+            }
+            rights.write &= entry & W != 0;
+            rights.user &= entry & U != 0;
+            rights.execute &= entry & NX == 0;
+            if leaf {
+                self.check(rights)?;
+                self.mark(at, entry, true);
+                let base = entry & 0x000f_ffff_ffff_f000 & !((1u64 << shift) - 1);
+                return Ok(self.found(base, shift, entry & G != 0, rights));
+            }
+            self.mark(at, entry, false);
+            table = entry & 0x000f_ffff_ffff_f000;
+        }
+        Err(self.fault(0))
+    }
+
+    fn legacy(&self) -> Result<Walk, PageFault> {
+        let address = self.address & u64::from(u32::MAX);
+        let mut table = self.state.cr3 & 0xffff_f000;
+        let mut rights = Rights { write: true, user: true, execute: true };
+        for shift in [22, 12] {
+            let at = table + (address >> shift & 0x3ff) * 4;
+            let entry = u64::from(self.mmu.memory.load_u32(at).unwrap_or(0));
+            if entry & P == 0 {
+                return Err(self.fault(0));
+            }
+            rights.write &= entry & W != 0;
+            rights.user &= entry & U != 0;
+            let large = shift == 22 && entry & PS != 0 && self.state.cr4_has(cr4::PSE);
+            if large && entry & (1 << 21) != 0 {
+                return Err(self.fault(fault::PRESENT | fault::RESERVED));
+            }
+            if shift == 12 || large {
+                self.check(rights)?;
+                self.mark32(at, entry, true);
+                let base = if large {
+                    // PSE-36: bits 13 to 20 of the entry are bits 32 to 39 of the address.
+                    entry & 0xffc0_0000 | (entry >> 13 & 0xff) << 32
+                } else {
+                    entry & 0xffff_f000
+                };
+                return Ok(self.found(base, shift, entry & G != 0, rights));
+            }
+            self.mark32(at, entry, false);
+            table = entry & 0xffff_f000;
+        }
+        Err(self.fault(0))
+    }
+
+    fn found(&self, base: u64, shift: u32, global: bool, rights: Rights) -> Walk {
+        let inside = (1u64 << shift) - 1;
+        let global = global && self.state.cr4_has(cr4::PGE);
+        Walk { physical: base | self.address & inside, page_shift: shift, global, user: rights.user }
+    }
+
+    /// Access rights (Intel SDM 3, 4.6).
+    fn check(&self, rights: Rights) -> Result<(), PageFault> {
+        let supervisor = self.privilege != Privilege::User;
+        let allowed = match self.access {
+            Access::Read => !supervisor || !rights.user || !self.smap(),
+            Access::Write if supervisor => {
+                (rights.write || self.state.cr0 & cr0::WP == 0) && (!rights.user || !self.smap())
+            }
+            Access::Write => rights.write,
+            Access::Fetch => {
+                (rights.execute || !self.nx) && !(supervisor && rights.user && self.state.cr4_has(cr4::SMEP))
+            }
+        };
+        if allowed && (supervisor || rights.user) { Ok(()) } else { Err(self.fault(fault::PRESENT)) }
+    }
+
+    /// Supervisor accesses to user pages are forbidden now.
+    fn smap(&self) -> bool {
+        let explicit = self.privilege == Privilege::Supervisor && self.state.rflags & rflags::AC != 0;
+        self.state.cr4_has(cr4::SMAP) && !explicit
+    }
+
+    fn mark(&self, at: u64, entry: u64, leaf: bool) {
+        let bits = self.wanted(leaf);
+        if entry & bits != bits {
+            // Fails only if the table is not RAM, and then `entry` was not present.
+            let _ = self.mmu.memory.atomic_u64(at, |cell| {
+                cell.fetch_or(bits, std::sync::atomic::Ordering::AcqRel);
+            });
+        }
+    }
+
+    fn mark32(&self, at: u64, entry: u64, leaf: bool) {
+        let bits = self.wanted(leaf);
+        if entry & bits != bits {
+            let _ = self.mmu.memory.atomic_u32(at, |cell| {
+                cell.fetch_or(bits as u32, std::sync::atomic::Ordering::AcqRel);
+            });
+        }
+    }
+
+    fn wanted(&self, leaf: bool) -> u64 {
+        if leaf && self.access == Access::Write { A | D } else { A }
+    }
+}
+
+/// The linear address of `offset` in segment `segment` for 64-bit code: only FS and GS have a base.
+pub fn linear64(state: &CpuState, segment: usize, offset: u64) -> u64 {
+    if segment >= seg::FS { offset.wrapping_add(state.segments[segment].base) } else { offset }
+}
