@@ -1,18 +1,20 @@
 //! What CPUID answers: leaves as data, and the versioned models that produce them.
 
+mod model;
+
+pub use model::{FeatureMissing, MODELS, Model, ModelError, Topology, default_model};
 use serde::{Deserialize, Serialize};
 
 /// The four registers of one CPUID answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Leaf {
-    /// EAX, EBX, ECX, EDX.
-    #[allow(missing_docs)]
+    /// EAX.
     pub eax: u32,
-    #[allow(missing_docs)]
+    /// EBX.
     pub ebx: u32,
-    #[allow(missing_docs)]
+    /// ECX.
     pub ecx: u32,
-    #[allow(missing_docs)]
+    /// EDX.
     pub edx: u32,
 }
 
@@ -33,6 +35,13 @@ pub struct Row {
 pub struct CpuidTable {
     /// Sorted by function, then index.
     pub rows: Vec<Row>,
+}
+
+/// What the host's own CPUID instruction answers.
+pub fn host(function: u32, index: u32) -> Leaf {
+    let core::arch::x86_64::CpuidResult { eax, ebx, ecx, edx } =
+        core::arch::x86_64::__cpuid_count(function, index);
+    Leaf { eax, ebx, ecx, edx }
 }
 
 impl CpuidTable {
