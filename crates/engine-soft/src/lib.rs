@@ -12,5 +12,12 @@
 //! What may enter: `cpu`, `memory`. No device, no image, no thread: a vCPU runs on its caller's thread.
 #![deny(unsafe_code)]
 
+mod access;
+pub mod cpu_core;
+pub mod exception;
+mod fetch;
+mod host;
+pub mod io;
 pub mod mmu;
 pub mod state;
+pub mod step;
