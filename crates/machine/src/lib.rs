@@ -1,1 +1,17 @@
-//! Being written.
+//! One virtual machine: kernel loading, board wiring, the vCPU loop, timers, lifecycle.
+//!
+//! What may enter: every crate below (`cpu`, `memory`, `device`, the engines, `chipset`, `virtio`, `nvme`, `image`).
+//! No terminal, no command line: those are the `yado` binary's.
+#![forbid(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects
+    )
+)]
+
+pub mod boot;

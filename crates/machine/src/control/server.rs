@@ -1,0 +1,321 @@
+//! Answers the control socket: a thread accepts, a thread serves each connection.
+
+use super::protocol::{Ended, ExecRequest, Kind, PAYLOAD_MAX, Reply, Request, read, write, write_json};
+use crate::agent::{Agent, Command, Progress};
+use crate::console::Console;
+use guest::{Exec, RequestError, Stream};
+use std::collections::VecDeque;
+use std::io;
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+/// The most connections served at a time.
+const CONNECTIONS_MAX: usize = 256;
+/// The longest wait inside a serving thread before it looks whether the machine is gone.
+const TURN: Duration = Duration::from_millis(200);
+
+/// What can be done to a machine, by any thread.
+pub trait Operations: Send + Sync {
+    /// The live tree.
+    fn inspect(&self) -> serde_json::Value;
+    /// Press the power button; the guest decides.
+    fn power_button(&self);
+    /// Stop at once.
+    fn stop(&self);
+    /// Stand still.
+    fn pause(&self);
+    /// Go on.
+    fn resume(&self);
+}
+
+struct Shared {
+    operations: Arc<dyn Operations>,
+    console: Console,
+    agent: Option<Agent>,
+    closing: AtomicBool,
+    connections: AtomicUsize,
+    /// Connections to shut down when the machine goes.
+    open: Mutex<Vec<UnixStream>>,
+}
+
+/// The socket's server; dropping it closes all connections and removes the socket.
+pub struct Server {
+    path: PathBuf,
+    shared: Arc<Shared>,
+}
+
+impl Server {
+    /// Listens at `path`, replacing a socket that a dead machine left there.
+    pub fn new(
+        path: &Path,
+        operations: Arc<dyn Operations>,
+        console: Console,
+        agent: Option<Agent>,
+    ) -> io::Result<Self> {
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let listener = UnixListener::bind(path)?;
+        let shared = Arc::new(Shared {
+            operations,
+            console,
+            agent,
+            closing: AtomicBool::new(false),
+            connections: AtomicUsize::new(0),
+            open: Mutex::new(Vec::new()),
+        });
+        let accepting = shared.clone();
+        thread::Builder::new().name("control".into()).spawn(move || accept(&listener, &accepting))?;
+        Ok(Self { path: path.to_path_buf(), shared })
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.shared.closing.store(true, Ordering::Release);
+        // Wakes the accepting thread, which then sees that it is over.
+        let _ = UnixStream::connect(&self.path);
+        let _ = std::fs::remove_file(&self.path);
+        for stream in self.shared.open.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            let _ = stream.shutdown(Shutdown::Read);
+        }
+        // Let streams say their last word (a command's exit code).
+        for _ in 0..100 {
+            if self.shared.connections.load(Ordering::Acquire) == 0 {
+                return;
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+fn accept(listener: &UnixListener, shared: &Arc<Shared>) {
+    for stream in listener.incoming() {
+        if shared.closing.load(Ordering::Acquire) {
+            return;
+        }
+        let Ok(stream) = stream else { continue };
+        if shared.connections.fetch_add(1, Ordering::AcqRel) >= CONNECTIONS_MAX {
+            shared.connections.fetch_sub(1, Ordering::AcqRel);
+            continue;
+        }
+        if let Ok(copy) = stream.try_clone() {
+            shared.open.lock().unwrap_or_else(PoisonError::into_inner).push(copy);
+        }
+        let serving = shared.clone();
+        let spawned = thread::Builder::new().name("control-client".into()).spawn(move || {
+            let fd = std::os::fd::AsRawFd::as_raw_fd(&stream);
+            // A client that goes away is its own affair.
+            let _ = serve(stream, &serving);
+            let mut open = serving.open.lock().unwrap_or_else(PoisonError::into_inner);
+            open.retain(|other| other.peer_addr().is_ok() && std::os::fd::AsRawFd::as_raw_fd(other) != fd);
+            drop(open);
+            serving.connections.fetch_sub(1, Ordering::AcqRel);
+        });
+        if spawned.is_err() {
+            shared.connections.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+}
+
+fn serve(mut stream: UnixStream, shared: &Shared) -> io::Result<()> {
+    let Some((Kind::Request, payload)) = read(&mut stream)? else { return Ok(()) };
+    let request: Request = match serde_json::from_slice(&payload) {
+        Ok(request) => request,
+        Err(error) => {
+            let why = format!("this machine does not know that request (another version of yado?): {error}");
+            return write_json(&mut stream, Kind::Reply, &Reply::Refused(why));
+        }
+    };
+    let operations = &shared.operations;
+    let value = match request {
+        Request::Inspect => operations.inspect(),
+        Request::PowerButton => done(|| operations.power_button()),
+        Request::Stop => done(|| operations.stop()),
+        Request::Pause => done(|| operations.pause()),
+        Request::Resume => done(|| operations.resume()),
+        Request::Console => return console(stream, shared),
+        Request::Exec(exec) => return command(stream, shared, exec),
+        Request::Wait => {
+            write_json(&mut stream, Kind::Reply, &Reply::Ok(serde_json::Value::Null))?;
+            // Nothing is expected but the end, of either side.
+            while read(&mut stream)?.is_some() {}
+            return Ok(());
+        }
+    };
+    write_json(&mut stream, Kind::Reply, &Reply::Ok(value))
+}
+
+fn done(act: impl FnOnce()) -> serde_json::Value {
+    act();
+    serde_json::Value::Null
+}
+
+fn console(mut stream: UnixStream, shared: &Shared) -> io::Result<()> {
+    let printed = shared.console.attach();
+    write_json(&mut stream, Kind::Reply, &Reply::Ok(serde_json::Value::Null))?;
+    write(&mut stream, Kind::Output, &shared.console.past())?;
+    let mut input = stream.try_clone()?;
+    let typed = shared.console.clone();
+    let reader = thread::Builder::new().name("control-input".into()).spawn(move || {
+        while let Ok(Some((kind, payload))) = read(&mut input) {
+            if kind == Kind::Input {
+                typed.send(&payload, Duration::from_secs(1));
+            }
+        }
+        let _ = input.shutdown(Shutdown::Both);
+    })?;
+    while let Some(bytes) = next_chunk(&printed, &reader, shared) {
+        write(&mut stream, Kind::Output, &bytes)?;
+    }
+    let _ = write_json(&mut stream, Kind::Ended, &Ended::Lost("the machine is off".into()));
+    stream.shutdown(Shutdown::Both)
+}
+
+/// The next bytes of the console; `None` when the machine or the viewer is gone.
+fn next_chunk(
+    printed: &Receiver<Vec<u8>>,
+    reader: &thread::JoinHandle<()>,
+    shared: &Shared,
+) -> Option<Vec<u8>> {
+    loop {
+        match printed.recv_timeout(TURN) {
+            Ok(bytes) => return Some(bytes),
+            Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => return None,
+            Err(_) if reader.is_finished() || shared.closing.load(Ordering::Acquire) => return None,
+            Err(_) => {}
+        }
+    }
+}
+
+/// What moves a command's connection on.
+enum Turn {
+    Frame(Kind, Vec<u8>),
+    ClientGone,
+    Command(Progress),
+}
+
+fn command(mut stream: UnixStream, shared: &Shared, request: ExecRequest) -> io::Result<()> {
+    let (turns, next) = channel();
+    let listener = turns.clone();
+    let command = match start(shared, request, move |progress| listener.send(Turn::Command(progress)).is_ok())
+    {
+        Ok(command) => command,
+        Err(why) => return write_json(&mut stream, Kind::Reply, &Reply::Refused(why)),
+    };
+    write_json(&mut stream, Kind::Reply, &Reply::Ok(serde_json::Value::Null))?;
+    let mut input = stream.try_clone()?;
+    thread::Builder::new().name("control-input".into()).spawn(move || {
+        while let Ok(Some((kind, payload))) = read(&mut input) {
+            if turns.send(Turn::Frame(kind, payload)).is_err() {
+                return;
+            }
+        }
+        let _ = turns.send(Turn::ClientGone);
+    })?;
+    let ended = Stdio { stream: &mut stream, command, waiting: VecDeque::new() }.run(&next, shared)?;
+    write_json(&mut stream, Kind::Ended, &ended)?;
+    stream.shutdown(Shutdown::Both)
+}
+
+fn start(
+    shared: &Shared,
+    request: ExecRequest,
+    listener: impl FnMut(Progress) -> bool + Send + 'static,
+) -> Result<Command, String> {
+    let agent = shared.agent.as_ref().ok_or("this guest has no agent: use its console")?;
+    let exec = Exec {
+        argv: request.argv,
+        env: request.env,
+        directory: request.directory.into_bytes(),
+        user: request.user.into_bytes(),
+        terminal: request.terminal.map(|(rows, columns, term)| guest::terminal(rows, columns, &term)),
+        output_window: 0,
+    };
+    let mut left = Duration::from_millis(request.wait_ms);
+    while !agent.wait_ready(TURN.min(left)) && !left.is_zero() && !shared.closing.load(Ordering::Acquire) {
+        if let Some(version) = agent.incompatible() {
+            return Err(format!(
+                "the agent in the guest speaks version {version} of the protocol, this yado another"
+            ));
+        }
+        left = left.saturating_sub(TURN);
+    }
+    agent.exec(exec, listener).map_err(|error: RequestError| error.to_string())
+}
+
+/// One command's standard streams over one connection.
+struct Stdio<'a> {
+    stream: &'a mut UnixStream,
+    command: Command,
+    /// Input that the command had no room for; `None` is its end.
+    waiting: VecDeque<Option<Vec<u8>>>,
+}
+
+impl Stdio<'_> {
+    fn run(mut self, turns: &Receiver<Turn>, shared: &Shared) -> io::Result<Ended> {
+        loop {
+            match turns.recv() {
+                Ok(Turn::Frame(kind, payload)) => self.frame(kind, payload)?,
+                // When the machine goes, its last word comes from the agent.
+                Ok(Turn::ClientGone) if shared.closing.load(Ordering::Acquire) => {}
+                Ok(Turn::ClientGone) => return Ok(Ended::Lost("the client went away".into())),
+                Ok(Turn::Command(Progress::Started)) => {}
+                Ok(Turn::Command(Progress::StdinReady)) => self.feed()?,
+                Ok(Turn::Command(Progress::Output(stream, bytes))) => {
+                    let kind = if stream == Stream::Stdout { Kind::Output } else { Kind::Error };
+                    for piece in bytes.chunks(PAYLOAD_MAX) {
+                        write(self.stream, kind, piece)?;
+                    }
+                    self.command.consumed(stream, bytes.len());
+                }
+                Ok(Turn::Command(Progress::Exited(code))) => return Ok(Ended::Exited(code)),
+                Ok(Turn::Command(Progress::Failed(failure, why))) => {
+                    return Ok(Ended::Failed(failure.exit_code(), why.to_string()));
+                }
+                Ok(Turn::Command(Progress::Lost(why))) => return Ok(Ended::Lost(why)),
+                Err(_) => return Ok(Ended::Lost("the machine is gone".into())),
+            }
+        }
+    }
+
+    fn frame(&mut self, kind: Kind, payload: Vec<u8>) -> io::Result<()> {
+        match (kind, payload.as_slice()) {
+            (Kind::Input, []) => self.waiting.push_back(None),
+            (Kind::Input, _) => self.waiting.push_back(Some(payload)),
+            // A command that has just ended is no error here: its end follows.
+            (Kind::Resize, &[a, b, c, d]) => {
+                let _ = self.command.resize(u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d]));
+            }
+            (Kind::Signal, &[number]) => {
+                let _ = self.command.signal(number);
+            }
+            _ => return Err(io::Error::new(io::ErrorKind::InvalidData, "a frame that does not belong here")),
+        }
+        self.feed()
+    }
+
+    fn feed(&mut self) -> io::Result<()> {
+        while let Some(next) = self.waiting.pop_front() {
+            let Some(bytes) = next else {
+                let _ = self.command.stdin_eof();
+                continue;
+            };
+            // A command that does not read any more loses its input, as with a pipe.
+            let taken = self.command.stdin(&bytes).unwrap_or(bytes.len());
+            if taken < bytes.len() {
+                self.waiting.push_front(Some(bytes.get(taken..).unwrap_or_default().to_vec()));
+                return Ok(());
+            }
+            write(self.stream, Kind::Taken, &[])?;
+        }
+        Ok(())
+    }
+}

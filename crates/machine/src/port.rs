@@ -1,0 +1,107 @@
+//! A byte stream into the guest: one port of a UART or virtio console, held from outside by any number of threads.
+//!
+//! Lock order: the device's lock is taken alone; the wake-up counter's lock is never held while calling a device.
+
+use device::Notify;
+use device::serial::Endpoint;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How many bytes one [`Port::receive`] takes at most.
+const CHUNK: usize = 64 * 1024;
+
+/// Wakes the holders of a device's ports; made before the device, which gets [`Wake::notify`].
+#[derive(Clone, Default)]
+pub struct Wake(Arc<(Mutex<Turn>, Condvar)>);
+
+#[derive(Default)]
+struct Turn {
+    count: u64,
+    closed: bool,
+}
+
+impl Wake {
+    /// The nudge to give to the device.
+    pub fn notify(&self) -> Notify {
+        let wake = self.clone();
+        Notify::new(move || wake.turn(|turn| turn.count = turn.count.wrapping_add(1)))
+    }
+
+    /// The machine is gone: nobody waits any longer.
+    pub fn close(&self) {
+        self.turn(|turn| turn.closed = true);
+    }
+
+    fn turn(&self, change: impl FnOnce(&mut Turn)) {
+        change(&mut self.0.0.lock().unwrap_or_else(PoisonError::into_inner));
+        self.0.1.notify_all();
+    }
+
+    fn count(&self) -> (u64, bool) {
+        let turn = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        (turn.count, turn.closed)
+    }
+
+    /// Waits until the count differs from `seen`, the machine is gone, or `until`.
+    fn wait(&self, seen: u64, until: Instant) {
+        let mut turn = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        while turn.count == seen && !turn.closed {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            turn = self.0.1.wait_timeout(turn, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+/// One end of a byte stream; the guest's driver holds the other. Cheap to clone.
+#[derive(Clone)]
+pub struct Port {
+    device: Arc<Mutex<dyn Endpoint>>,
+    number: u32,
+    wake: Wake,
+}
+
+impl Port {
+    /// Port `number` of `device`, which notifies `wake`.
+    pub fn new(device: Arc<Mutex<dyn Endpoint>>, number: u32, wake: Wake) -> Self {
+        Self { device, number, wake }
+    }
+
+    /// Waits up to `timeout` for bytes from the guest, or for the device to stir (it may have room again), and appends
+    /// what the guest has sent. Answers `false` once the machine is gone and everything it sent has been taken.
+    pub fn receive(&self, into: &mut Vec<u8>, timeout: Duration) -> bool {
+        let until = Instant::now().checked_add(timeout).unwrap_or_else(Instant::now);
+        let before = into.len();
+        let (seen, closed) = self.wake.count();
+        self.lock().take(self.number, into, CHUNK);
+        if into.len() == before && !closed {
+            self.wake.wait(seen, until);
+            self.lock().take(self.number, into, CHUNK);
+        }
+        !closed || into.len() > before
+    }
+
+    /// Offers bytes to the guest, waiting up to `timeout` for it to take at least one; answers how many it took.
+    pub fn send(&self, bytes: &[u8], timeout: Duration) -> usize {
+        let until = Instant::now().checked_add(timeout).unwrap_or_else(Instant::now);
+        loop {
+            let (seen, closed) = self.wake.count();
+            let taken = self.lock().offer(self.number, bytes);
+            if taken > 0 || bytes.is_empty() || closed || Instant::now() >= until {
+                return taken;
+            }
+            self.wake.wait(seen, until);
+        }
+    }
+
+    /// Tells the guest whether somebody holds this end.
+    pub fn connect(&self, connected: bool) {
+        self.lock().connect(self.number, connected);
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, dyn Endpoint + 'static> {
+        self.device.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
