@@ -1,0 +1,367 @@
+//! What maintainer scripts would have made, as far as a system needs it to boot: accounts, PAM, names, the console, the network, APT's sources.
+//!
+//! Everything else is left to the scripts themselves, which `yado-configure.service` runs inside the guest soon after the first boot. What is
+//! written here is what those scripts write, so they find it as they would leave it.
+
+use crate::accounts::Accounts;
+use crate::tree::{self, Metadata, Package, Root};
+use std::fmt::Write;
+
+/// A file that the caller adds to the guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GuestFile {
+    /// Absolute path in the guest.
+    pub path: String,
+    /// What is there.
+    pub content: Content,
+}
+
+/// What a [`GuestFile`] is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// A file with these permission bits, owned by root.
+    File(u16, std::borrow::Cow<'static, [u8]>),
+    /// A symbolic link to this target.
+    Link(String),
+}
+
+/// Suites of one archive, for APT inside the guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AptSource {
+    /// The archive's base.
+    pub base: String,
+    /// Its suites in use.
+    pub suites: Vec<String>,
+}
+
+/// What differs between guests.
+#[derive(Clone, Debug)]
+pub struct Settings<'a> {
+    /// Host name.
+    pub hostname: &'a str,
+    /// APT's sources.
+    pub sources: &'a [AptSource],
+    /// Files of the caller.
+    pub files: &'a [GuestFile],
+    /// Time of the build in seconds since 1970.
+    pub time: i64,
+}
+
+/// True for package files that [`install`] reads.
+pub fn keep(path: &str) -> bool {
+    (path.starts_with("usr/lib/sysusers.d/") && path.ends_with(".conf"))
+        || (path.starts_with("usr/share/pam/common-") && !path.ends_with(".md5sums"))
+        || path.starts_with("usr/share/base-passwd/")
+        || path.starts_with("usr/share/base-files/")
+        || path.starts_with("boot/vmlinuz-")
+}
+
+/// Files that belong to the package `yado-guest`.
+const OWN_FILES: [(&str, u16, &str); 7] = [
+    (
+        "usr/lib/yado/configure",
+        0o755,
+        "#!/bin/sh\n\
+         # Runs the maintainer scripts of the packages that the image was built from, then never again.\n\
+         export DEBIAN_FRONTEND=noninteractive DEBCONF_NONINTERACTIVE_SEEN=true\n\
+         export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8\n\
+         dpkg --configure -a --force-confdef --force-confold && touch /var/lib/yado/configured\n",
+    ),
+    (
+        "usr/lib/systemd/system/yado-configure.service",
+        0o644,
+        "[Unit]\n\
+         Description=Finish the configuration of packages\n\
+         ConditionPathExists=!/var/lib/yado/configured\n\
+         \n\
+         [Service]\n\
+         Type=oneshot\n\
+         ExecStart=/usr/lib/yado/configure\n\
+         Nice=19\n\
+         CPUSchedulingPolicy=idle\n\
+         IOSchedulingClass=idle\n\
+         TimeoutStartSec=infinity\n\
+         # Scripts may start services of their own, which must outlive this one.\n\
+         KillMode=process\n",
+    ),
+    (
+        "usr/lib/systemd/system/yado-configure.timer",
+        0o644,
+        "[Unit]\n\
+         Description=Finish the configuration of packages soon after the first boot\n\
+         ConditionPathExists=!/var/lib/yado/configured\n\
+         \n\
+         [Timer]\n\
+         # Late enough that a short command in a fresh guest never pays for it.\n\
+         OnBootSec=20s\n\
+         AccuracySec=1s\n",
+    ),
+    (
+        "usr/lib/systemd/system/serial-getty@.service.d/yado.conf",
+        0o644,
+        "# Who holds the console of a virtual machine already owns the machine.\n\
+         [Service]\n\
+         ExecStart=\n\
+         ExecStart=-/sbin/agetty --autologin root -o '-p -f -- \\\\u' --noclear --keep-baud 115200,57600,38400,9600 - $TERM\n",
+    ),
+    (
+        "usr/lib/systemd/journald.conf.d/yado.conf",
+        0o644,
+        "# In memory: most guests live shortly, and writing the journal makes each boot slower.\n\
+         [Journal]\n\
+         Storage=volatile\n",
+    ),
+    (
+        "usr/lib/systemd/network/80-yado.network",
+        0o644,
+        "[Match]\n\
+         Kind=!*\n\
+         Type=ether\n\
+         \n\
+         [Network]\n\
+         DHCP=yes\n",
+    ),
+    (
+        "usr/lib/udev/rules.d/80-yado-network.rules",
+        0o644,
+        "# The network daemon is started by the first network card, so that a guest without one boots faster.\n\
+         ACTION==\"add\", SUBSYSTEM==\"net\", KERNEL!=\"lo\", TAG+=\"systemd\", ENV{SYSTEMD_WANTS}+=\"systemd-networkd.service\"\n",
+    ),
+];
+
+/// Settings of the administrator, as an installer would write them.
+const ADMINISTRATOR_FILES: [(&str, u16, &str); 7] = [
+    (
+        "etc/fstab",
+        0o644,
+        "# <file system> <mount point> <type> <options> <dump> <pass>\n/dev/nvme0n1 / ext4 defaults,x-systemd.growfs 0 0\n",
+    ),
+    // Empty: systemd makes one at each first boot, so that copies of the image differ.
+    ("etc/machine-id", 0o444, ""),
+    ("etc/default/locale", 0o644, "LANG=C.UTF-8\n"),
+    ("etc/locale.conf", 0o644, "LANG=C.UTF-8\n"),
+    ("etc/adjtime", 0o644, "0.0 0 0.0\n0\nUTC\n"),
+    (
+        "etc/apt/apt.conf.d/90yado",
+        0o644,
+        "// The first boot's configuration of packages holds the lock for a while.\nDPkg::Lock::Timeout \"600\";\n",
+    ),
+    // Timers that were never run fire at once when they are enabled; updates need not be the guest's first act.
+    ("etc/systemd/system/apt-daily.timer.d/yado.conf", 0o644, "[Timer]\nPersistent=false\n"),
+];
+
+/// Symbolic links: units to enable, units that make no sense in a guest, and alternatives that programs rely on.
+const LINKS: [(&str, &str); 3] = [
+    ("usr/lib/systemd/system/timers.target.wants/yado-configure.timer", "../yado-configure.timer"),
+    ("etc/systemd/system/e2scrub_reap.service", "/dev/null"),
+    ("etc/systemd/system/apt-daily-upgrade.timer", "/dev/null"),
+];
+
+/// Alternatives: link, name, program. The packages' scripts take them over (update-alternatives(1)).
+const ALTERNATIVES: [(&str, &str, &str); 5] = [
+    ("usr/bin/awk", "awk", "usr/bin/mawk"),
+    ("usr/bin/which", "which", "usr/bin/which.debianutils"),
+    ("usr/bin/pager", "pager", "usr/bin/less"),
+    ("usr/bin/vi", "vi", "usr/bin/vim.tiny"),
+    ("usr/bin/editor", "editor", "usr/bin/vim.tiny"),
+];
+
+/// What `pam-auth-update` puts into the templates of /usr/share/pam for the profile `unix` alone.
+const PAM_BLOCKS: [(&str, &str); 10] = [
+    ("$auth_primary", "auth\t[success=1 default=ignore]\tpam_unix.so nullok"),
+    ("$auth_additional", ""),
+    ("$account_primary", "account\t[success=1 new_authtok_reqd=done default=ignore]\tpam_unix.so "),
+    ("$account_additional", ""),
+    ("$password_primary", "password\t[success=1 default=ignore]\tpam_unix.so obscure yescrypt"),
+    ("$password_additional", ""),
+    ("$session_primary", "session\t[default=1]\t\t\tpam_permit.so"),
+    ("$session_additional", "session\trequired\tpam_unix.so "),
+    ("$session_nonint_primary", "session\t[default=1]\t\t\tpam_permit.so"),
+    ("$session_nonint_additional", "session\trequired\tpam_unix.so "),
+];
+
+/// Puts files into the tree on behalf of the builder, and remembers which.
+struct Installer<'r, 't> {
+    root: &'r mut Root<'t>,
+    names: Vec<String>,
+    time: i64,
+    own: Vec<String>,
+}
+
+impl Installer<'_, '_> {
+    fn meta(&self, mode: u16) -> Metadata {
+        Metadata { mode, mtime: self.time, ..Metadata::default() }
+    }
+
+    fn file(&mut self, path: &str, mode: u16, bytes: &[u8]) -> Result<(), tree::Error> {
+        self.file_of_group(path, mode, 0, bytes)
+    }
+
+    fn file_of_group(&mut self, path: &str, mode: u16, gid: u32, bytes: &[u8]) -> Result<(), tree::Error> {
+        let meta = Metadata { gid, ..self.meta(mode) };
+        let size = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
+        let package = Package {
+            number: usize::MAX,
+            name: crate::dpkg::OWN_PACKAGE,
+            yields: &[],
+            names: &self.names,
+            digests: &[],
+        };
+        self.root.file(&package, path, &meta, size, &mut &*bytes)
+    }
+
+    fn link(&mut self, path: &str, target: &str) -> Result<(), tree::Error> {
+        let meta = self.meta(0o777);
+        let package = Package {
+            number: usize::MAX,
+            name: crate::dpkg::OWN_PACKAGE,
+            yields: &[],
+            names: &self.names,
+            digests: &[],
+        };
+        self.root.symlink(&package, path, &meta, target)
+    }
+
+    fn kept(&self, path: &str) -> Option<String> {
+        self.root.kept.get(path).map(|bytes| String::from_utf8_lossy(bytes).into_owned())
+    }
+}
+
+/// Writes everything into the tree and returns the paths that belong to `yado-guest`.
+pub fn install(
+    root: &mut Root<'_>,
+    names: &[String],
+    settings: &Settings<'_>,
+) -> Result<Vec<String>, tree::Error> {
+    let mut installer =
+        Installer { root, names: names.to_vec(), time: settings.time, own: vec!["/.".to_owned()] };
+    for (path, mode, text) in OWN_FILES {
+        installer.file(path, mode, text.as_bytes())?;
+        installer.own.push(format!("/{path}"));
+    }
+    for (path, mode, text) in ADMINISTRATOR_FILES {
+        installer.file(path, mode, text.as_bytes())?;
+    }
+    for (path, target) in LINKS {
+        installer.link(path, target)?;
+    }
+    for (link, name, program) in ALTERNATIVES {
+        if installer.root.has(program) && !installer.root.has(link) {
+            installer.link(link, &format!("/etc/alternatives/{name}"))?;
+            installer.link(&format!("etc/alternatives/{name}"), &format!("/{program}"))?;
+        }
+    }
+    names_and_sources(&mut installer, settings)?;
+    accounts(&mut installer, settings.time)?;
+    pam(&mut installer)?;
+    for file in settings.files {
+        let path = file.path.trim_start_matches('/');
+        match &file.content {
+            Content::File(mode, bytes) => installer.file(path, *mode, bytes)?,
+            Content::Link(target) => installer.link(path, target)?,
+        }
+        installer.own.push(format!("/{path}"));
+    }
+    // Newer than /usr, so that systemd does not rebuild at each first boot what is already there (systemd.unit(5), ConditionNeedsUpdate).
+    for path in ["etc/.updated", "var/.updated"] {
+        let package = Package {
+            number: usize::MAX,
+            name: crate::dpkg::OWN_PACKAGE,
+            yields: &[],
+            names: &installer.names,
+            digests: &[],
+        };
+        let meta = Metadata { mode: 0o644, mtime: settings.time.saturating_add(1), ..Metadata::default() };
+        installer.root.file(&package, path, &meta, 0, &mut std::io::empty())?;
+    }
+    let package = Package {
+        number: usize::MAX,
+        name: crate::dpkg::OWN_PACKAGE,
+        yields: &[],
+        names: &installer.names,
+        digests: &[],
+    };
+    installer.root.directory(
+        &package,
+        "var/lib/yado",
+        &Metadata { mode: 0o755, mtime: settings.time, ..Metadata::default() },
+    )?;
+    Ok(installer.own)
+}
+
+fn names_and_sources(installer: &mut Installer<'_, '_>, settings: &Settings<'_>) -> Result<(), tree::Error> {
+    let hostname = settings.hostname;
+    installer.file("etc/hostname", 0o644, format!("{hostname}\n").as_bytes())?;
+    let hosts = format!(
+        "127.0.0.1\tlocalhost\n127.0.1.1\t{hostname}\n\n::1\tlocalhost ip6-localhost ip6-loopback\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n"
+    );
+    installer.file("etc/hosts", 0o644, hosts.as_bytes())?;
+    for (from, to) in [
+        ("nsswitch.conf", "etc/nsswitch.conf"),
+        ("dot.profile", "root/.profile"),
+        ("dot.bashrc", "root/.bashrc"),
+    ] {
+        if let Some(text) = installer.kept(&format!("usr/share/base-files/{from}")) {
+            installer.file(to, 0o644, text.as_bytes())?;
+        }
+    }
+    let mut sources = String::new();
+    for source in settings.sources {
+        let suites = source.suites.join(" ");
+        let _ = write!(
+            sources,
+            "Types: deb\nURIs: {}\nSuites: {suites}\nComponents: main\nSigned-By: /usr/share/keyrings/debian-archive-keyring.gpg\n\n",
+            source.base
+        );
+    }
+    installer.file("etc/apt/sources.list.d/debian.sources", 0o644, sources.as_bytes())
+}
+
+fn accounts(installer: &mut Installer<'_, '_>, time: i64) -> Result<(), tree::Error> {
+    let master =
+        |name: &str| installer.kept(&format!("usr/share/base-passwd/{name}.master")).unwrap_or_default();
+    let mut accounts = Accounts::from_masters(&master("passwd"), &master("group"));
+    let mut files: Vec<_> =
+        installer.root.kept.keys().filter(|path| path.starts_with("usr/lib/sysusers.d/")).cloned().collect();
+    files.sort_unstable();
+    for file in files {
+        accounts.add_sysusers(&installer.kept(&file).unwrap_or_default());
+    }
+    let day = u64::try_from(time / 86_400).unwrap_or(0);
+    // Group 42 is `shadow` (base-passwd): only it may read the password files.
+    for (path, mode, gid, text) in [
+        ("etc/passwd", 0o644, 0, accounts.passwd()),
+        ("etc/group", 0o644, 0, accounts.group()),
+        ("etc/shadow", 0o640, 42, accounts.shadow(day)),
+        ("etc/gshadow", 0o640, 42, accounts.gshadow()),
+    ] {
+        installer.file_of_group(path, mode, gid, text.as_bytes())?;
+    }
+    Ok(())
+}
+
+fn pam(installer: &mut Installer<'_, '_>) -> Result<(), tree::Error> {
+    for name in ["auth", "account", "password", "session", "session-noninteractive"] {
+        let Some(template) = installer.kept(&format!("usr/share/pam/common-{name}")) else { continue };
+        let mut text = String::new();
+        for line in template.lines() {
+            match PAM_BLOCKS.iter().find(|(mark, _)| line == *mark) {
+                Some((_, "")) => {}
+                Some((_, block)) => text.extend([block, "\n"]),
+                None => text.extend([line, "\n"]),
+            }
+        }
+        installer.file(&format!("etc/pam.d/common-{name}"), 0o644, text.as_bytes())?;
+    }
+    Ok(())
+}
+
+/// Writes records (dpkg's database) into the tree.
+pub fn install_records(
+    root: &mut Root<'_>,
+    records: &[crate::dpkg::Record],
+    time: i64,
+) -> Result<(), tree::Error> {
+    let mut installer = Installer { root, names: Vec::new(), time, own: Vec::new() };
+    records.iter().try_for_each(|(path, mode, bytes)| installer.file(path, *mode, bytes))
+}
