@@ -51,12 +51,10 @@ impl Source {
                 Some(prepare(fd))
             }
             Self::Path(path) => Some(prepare(sys::open(path, O_RDWR | O_NOCTTY | O_NONBLOCK).ok()?)),
-            Self::Search { since_ms } => {
-                open_port().or_else(|| {
-                    let patient = sys::monotonic_ms() < since_ms.saturating_add(SERIAL_AFTER_MS);
-                    if patient { None } else { open_serial() }
-                })
-            }
+            Self::Search { since_ms } => open_port().or_else(|| {
+                let patient = sys::monotonic_ms() < since_ms.saturating_add(SERIAL_AFTER_MS);
+                if patient { None } else { open_serial() }
+            }),
         }
     }
 

@@ -120,7 +120,9 @@ impl Session {
         }
         match &self.stdin {
             // A terminal stays open for resizing; its reader is told as a person would.
-            Some(fd) if self.terminal => self.end_typed = sys::write(fd, &[END_OF_FILE_CHARACTER]) != Err(EAGAIN),
+            Some(fd) if self.terminal => {
+                self.end_typed = sys::write(fd, &[END_OF_FILE_CHARACTER]) != Err(EAGAIN)
+            }
             _ => self.stdin = None,
         }
     }

@@ -41,6 +41,8 @@ extern crate alloc;
 #[path = "../agent/account.rs"]
 mod account;
 mod client;
+#[cfg(test)]
+mod coupled;
 mod fuzz;
 pub mod kernel_line;
 pub mod message;

@@ -297,7 +297,8 @@ pub fn execve(path: &CStr, argv: &[CString], env: &[CString]) -> Errno {
     };
     let (argv, env) = (pointers(argv), pointers(env));
     // SAFETY: C strings and null-terminated arrays of them, alive until the call is over.
-    let result = unsafe { call(59, [path.as_ptr() as usize, argv.as_ptr() as usize, env.as_ptr() as usize, 0, 0]) };
+    let result =
+        unsafe { call(59, [path.as_ptr() as usize, argv.as_ptr() as usize, env.as_ptr() as usize, 0, 0]) };
     result.err().unwrap_or(EINVAL)
 }
 
@@ -340,7 +341,8 @@ pub fn exists(path: &CStr) -> bool {
 
 /// Mounts a file system without a device.
 pub fn mount(kind: &CStr, target: &CStr, options: &CStr) -> Result<(), Errno> {
-    let (kind, target, options) = (kind.as_ptr() as usize, target.as_ptr() as usize, options.as_ptr() as usize);
+    let (kind, target, options) =
+        (kind.as_ptr() as usize, target.as_ptr() as usize, options.as_ptr() as usize);
     // SAFETY: C strings.
     unsafe { call(165, [kind, target, kind, 0, options]) }.map(drop)
 }
@@ -360,7 +362,8 @@ pub fn directory(path: &CStr) -> Result<Vec<Vec<u8>>, Errno> {
     let mut buffer = [0u8; 4096];
     loop {
         // SAFETY: the kernel writes at most `buffer.len()` bytes.
-        let count = unsafe { call(217, [directory.raw(), buffer.as_mut_ptr() as usize, buffer.len(), 0, 0]) }?;
+        let count =
+            unsafe { call(217, [directory.raw(), buffer.as_mut_ptr() as usize, buffer.len(), 0, 0]) }?;
         let mut rest = &buffer[..count];
         if rest.is_empty() {
             return Ok(names);

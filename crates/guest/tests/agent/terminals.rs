@@ -24,7 +24,7 @@ fn size_and_its_changes_arrive() {
 #[test]
 fn control_c_interrupts_and_end_of_input_ends() {
     let mut guest = Guest::start();
-    let session = guest.begin(on_terminal("echo ready; sleep 1000"));
+    let session = guest.begin(on_terminal("echo ready; exec sleep 1000"));
     guest.run_of(session).input_ends = false;
     guest.until("it runs", |guest| guest.runs[&session].text().contains("ready"));
     guest.client.stdin(session, &[3]).unwrap();
