@@ -171,6 +171,7 @@ impl Leaf {
     }
 }
 
-fn entry_bytes(name: &[u8]) -> usize {
+/// What an entry takes in a block.
+pub(crate) fn entry_bytes(name: &[u8]) -> usize {
     name.len().saturating_add(8).next_multiple_of(4)
 }

@@ -101,6 +101,18 @@ pub enum Error {
         /// The link.
         path: String,
     },
+    /// A device number does not fit its field.
+    #[error(
+        "cannot make the device {path:?}: {major}:{minor} is above 4095:1048575, the most that Linux stores"
+    )]
+    DeviceNumber {
+        /// The device file.
+        path: String,
+        /// Its major number.
+        major: u32,
+        /// Its minor number.
+        minor: u32,
+    },
     /// The file is larger than an ext4 file can be.
     #[error("the file {path:?} of {size} bytes is too large: the limit is {most} bytes")]
     FileTooLarge {

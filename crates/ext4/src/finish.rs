@@ -1,13 +1,14 @@
 //! Finishing: everything that can only be written when all files are known. Directories and extent trees get their
 //! blocks, inodes fill their tables, then come bitmaps, descriptors and superblocks.
 
+use crate::allocator::{Allocator, set_range};
 use crate::directory::{Builder, Entry};
 use crate::error::{Error, Result};
 use crate::extent::{ExtentMap, ROOT_BYTES};
 use crate::inode::{self, FLAG_EXTENTS, FLAG_INDEX, Inode};
 use crate::layout::INODE_SIZE;
 use crate::superblock::{BLOCK_UNINIT, Descriptor, INODE_UNINIT, INODE_ZEROED, Superblock};
-use crate::target::Target;
+use crate::target::{Gather, Target};
 use crate::tree::{Body, Directory, Node};
 use crate::writer::{Summary, Writer, full};
 use crate::{BLOCK_BYTES, BLOCK_SIZE, checksum::Checksum};
@@ -73,12 +74,12 @@ impl<T: Target> Writer<T> {
         }
         let mut table = Vec::with_capacity((end.saturating_sub(first)).saturating_mul(INODE_SIZE) as usize);
         let mut bitmap = Box::new([0; BLOCK_BYTES]);
-        crate::allocator::set_range(&mut bitmap, per_group, u32::MAX);
+        set_range(&mut bitmap, per_group, u32::MAX);
         for (position, number) in (first..end).enumerate() {
             let used = number < inode::FIRST || self.tree.node(number).is_some();
             if used {
                 let bit = position as u32;
-                crate::allocator::set_range(&mut bitmap, bit, bit.saturating_add(1));
+                set_range(&mut bitmap, bit, bit.saturating_add(1));
                 descriptor.inodes_free = descriptor.inodes_free.saturating_sub(1);
                 descriptor.inodes_unused = per_group.saturating_sub(bit).saturating_sub(1);
             }
@@ -126,35 +127,41 @@ impl<T: Target> Writer<T> {
         let links = node.links;
         let plain = |block| Content { size: 0, blocks: 0, flags: 0, block, links };
         let content = match &node.body {
-            Body::Device { major, minor, .. } => plain(inode::device_numbers(*major, *minor)),
-            Body::Mapped { block, size, blocks } => Content { size: *size, blocks: *blocks, ..plain(*block) },
+            Body::Device { major, minor, .. } => Some(plain(inode::device_numbers(*major, *minor))),
+            Body::Mapped { block, size, blocks } => {
+                Some(Content { size: *size, blocks: *blocks, ..plain(*block) })
+            }
             Body::Symlink { target, map } if map.data_blocks() == 0 => {
                 let mut block = [0; ROOT_BYTES];
                 crate::record::put(&mut block, 0, target);
-                Content { size: target.len() as u64, ..plain(block) }
+                Some(Content { size: target.len() as u64, ..plain(block) })
             }
             Body::Symlink { target, map } => {
-                let (size, map) = (target.len() as u64, map.clone());
-                Content { size, links, ..self.finish_map(number, &map, seed)? }
+                let stored = store_map(&mut self.allocator, &mut self.sink, map, seed)?;
+                stored.map(|content| Content { size: target.len() as u64, links, ..content })
             }
             Body::File { size, map } => {
-                let (size, map) = (*size, map.clone());
-                Content { size, links, ..self.finish_map(number, &map, seed)? }
+                let stored = store_map(&mut self.allocator, &mut self.sink, map, seed)?;
+                stored.map(|content| Content { size: *size, links, ..content })
             }
-            Body::Directory(_) => return self.finish_directory(number, seed).map(Some),
+            Body::Directory(directory) => {
+                let links = directory.subdirectories.saturating_add(2);
+                let links = if links > DIRECTORY_LINKS_MAX { 1 } else { links as u16 };
+                let (bytes, indexed) = self.directory_blocks(number, directory, seed)?;
+                let content = self.store_directory(number, &bytes, seed)?;
+                let index = if indexed { FLAG_INDEX } else { 0 };
+                return Ok(Some(Content { links, flags: content.flags | index, ..content }));
+            }
         };
-        Ok(Some(content))
+        match content {
+            Some(content) => Ok(Some(content)),
+            None => Err(self.full_at(number, node.map().map_or(0, ExtentMap::tree_blocks))),
+        }
     }
 
-    fn finish_directory(&mut self, number: u32, seed: Checksum) -> Result<Content> {
-        let Some(directory) = self.tree.directory(number) else {
-            return self.finish_map(number, &ExtentMap::default(), seed);
-        };
-        let links = directory.subdirectories.saturating_add(2);
-        let links = if links > DIRECTORY_LINKS_MAX { 1 } else { links as u16 };
-        let (bytes, indexed) = self.directory_blocks(number, directory, seed)?;
+    fn store_directory(&mut self, number: u32, bytes: &[u8], seed: Checksum) -> Result<Content> {
         let mut map = ExtentMap::default();
-        let mut rest = bytes.as_slice();
+        let mut rest = bytes;
         let mut logical = 0_u32;
         while !rest.is_empty() {
             let want = rest.len().div_ceil(BLOCK_BYTES) as u32;
@@ -168,10 +175,10 @@ impl<T: Target> Writer<T> {
             logical = logical.saturating_add(run.length);
             rest = later;
         }
-        let mut content = self.finish_map(number, &map, seed)?;
+        let Some(mut content) = store_map(&mut self.allocator, &mut self.sink, &map, seed)? else {
+            return Err(self.full_at(number, map.tree_blocks()));
+        };
         content.size = bytes.len() as u64;
-        content.links = links;
-        content.flags |= if indexed { FLAG_INDEX } else { 0 };
         Ok(content)
     }
 
@@ -196,17 +203,6 @@ impl<T: Target> Writer<T> {
             hash_seed: &self.options.hash_seed,
         };
         builder.build(&entries)
-    }
-
-    fn finish_map(&mut self, number: u32, map: &ExtentMap, seed: Checksum) -> Result<Content> {
-        let Some(tree) = map.build(&mut self.allocator, seed) else {
-            return Err(self.full_at(number, map.tree_blocks()));
-        };
-        for (block, bytes) in &tree.blocks {
-            self.sink.blocks(*block, bytes)?;
-        }
-        let blocks = map.data_blocks().saturating_add(tree.blocks.len() as u64);
-        Ok(Content { size: 0, blocks, flags: FLAG_EXTENTS, block: tree.root, links: 1 })
     }
 
     /// The disk is full at inode `number`, which lacks `here` blocks: counts what the inodes behind it need too.
@@ -262,4 +258,19 @@ impl<T: Target> Writer<T> {
         }
         Ok(())
     }
+}
+
+/// Writes the blocks of an extent tree. `None` when the disk is full.
+fn store_map<T: Target>(
+    allocator: &mut Allocator,
+    sink: &mut Gather<T>,
+    map: &ExtentMap,
+    seed: Checksum,
+) -> Result<Option<Content>> {
+    let Some(tree) = map.build(allocator, seed) else { return Ok(None) };
+    for (block, bytes) in &tree.blocks {
+        sink.blocks(*block, bytes)?;
+    }
+    let blocks = map.data_blocks().saturating_add(tree.blocks.len() as u64);
+    Ok(Some(Content { size: 0, blocks, flags: FLAG_EXTENTS, block: tree.root, links: 1 }))
 }

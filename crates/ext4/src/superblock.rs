@@ -49,9 +49,13 @@ impl Superblock<'_> {
         bytes
     }
 
+    fn now(&self) -> u32 {
+        self.options.timestamp.clamp(0, i64::from(u32::MAX)) as u32
+    }
+
     fn counts(&self, record: &mut Record) {
         let layout = self.layout;
-        let now = low32(self.options.timestamp.cast_unsigned());
+        let now = self.now();
         // No blocks are reserved for root; the first data block of 4 KiB blocks is 0.
         record.u32(layout.inodes()).u32(low32(layout.blocks)).u32(0).u32(low32(self.blocks_free));
         record.u32(self.inodes_free).u32(0);
@@ -72,7 +76,7 @@ impl Superblock<'_> {
     }
 
     fn journal_copy(&self, record: &mut Record) {
-        let now = low32(self.options.timestamp.cast_unsigned());
+        let now = self.now();
         record.at(0xe0).u32(if self.journal.is_some() { inode::JOURNAL } else { 0 });
         record.at(0xec).bytes(&self.options.hash_seed).u8(HASH_HALF_MD4);
         record.u8(u8::from(self.journal.is_some())).u16(DESCRIPTOR_SIZE as u16);

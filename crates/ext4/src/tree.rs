@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use crate::BLOCK_SIZE;
+use crate::directory::entry_bytes;
 use crate::error::{Error, Result, show};
 use crate::extent::{ExtentMap, ROOT_BYTES};
 use crate::inode::{DeviceKind, FileType, Metadata, ROOT};
@@ -85,7 +87,10 @@ pub(crate) struct Tree {
     nodes: Vec<Option<Node>>,
     freed: Vec<u32>,
     inodes: u32,
-    /// Of directories made on demand.
+    directories: u32,
+    /// Of all entries, as they will be on the disk.
+    name_bytes: u64,
+    /// Time of directories made on demand.
     made: i64,
 }
 
@@ -94,7 +99,7 @@ impl Tree {
     pub fn new(inodes: u32, first: u32, made: i64) -> Self {
         let mut nodes = Vec::new();
         nodes.resize_with(first as usize, || None);
-        let mut this = Self { nodes, freed: Vec::new(), inodes, made };
+        let mut this = Self { nodes, freed: Vec::new(), inodes, directories: 1, name_bytes: 0, made };
         let root = Directory { parent: ROOT, ..Directory::default() };
         this.set(ROOT, Node { meta: Metadata::new(0o755, made), links: 1, body: Body::Directory(root) });
         this
@@ -132,6 +137,11 @@ impl Tree {
             Body::Directory(directory) => Some(directory),
             _ => None,
         }
+    }
+
+    /// Blocks that the directories will need at the least.
+    pub fn directory_blocks_least(&self) -> u64 {
+        u64::from(self.directories).max(self.name_bytes / BLOCK_SIZE)
     }
 
     pub fn lookup(&self, place: &Place) -> Option<u32> {
@@ -214,8 +224,9 @@ impl Tree {
         let inode = self.add(path, Node { meta, links: 1, body: Body::Directory(directory) })?;
         if let Some(parent) = self.directory_mut(parent) {
             parent.subdirectories = parent.subdirectories.saturating_add(1);
-            parent.entries.insert(place.name, inode);
         }
+        self.directories = self.directories.saturating_add(1);
+        self.name(place, inode);
         Ok(inode)
     }
 
@@ -246,10 +257,15 @@ impl Tree {
         self.check_room(path, &place)?;
         let old = self.unlink(&place);
         let inode = self.add(path, node)?;
+        self.name(place, inode);
+        Ok(old)
+    }
+
+    fn name(&mut self, place: Place, inode: u32) {
+        self.name_bytes = self.name_bytes.saturating_add(entry_bytes(&place.name) as u64);
         if let Some(directory) = self.directory_mut(place.directory) {
             directory.entries.insert(place.name, inode);
         }
-        Ok(old)
     }
 
     /// Gives one more name to `inode`; what had the name is returned if that was its last one.
@@ -258,14 +274,13 @@ impl Tree {
         if let Some(node) = self.node_mut(inode) {
             node.links = node.links.saturating_add(1);
         }
-        if let Some(directory) = self.directory_mut(place.directory) {
-            directory.entries.insert(place.name, inode);
-        }
+        self.name(place, inode);
         old
     }
 
     fn unlink(&mut self, place: &Place) -> Option<Node> {
         let inode = self.directory_mut(place.directory)?.entries.remove(&place.name)?;
+        self.name_bytes = self.name_bytes.saturating_sub(entry_bytes(&place.name) as u64);
         let node = self.node_mut(inode)?;
         node.links = node.links.saturating_sub(1);
         if node.links > 0 {

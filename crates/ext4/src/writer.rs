@@ -133,12 +133,14 @@ impl<T: Target> Writer<T> {
     /// 0755 and owner root. A symbolic link at `path` is followed.
     pub fn directory(&mut self, path: &[u8], meta: &Metadata) -> Result<()> {
         xattr::encode(&meta.xattrs)?;
+        self.check_space_for_names(path)?;
         let inode = self.tree.directory_at(path)?;
         self.tree.set_metadata(inode, meta);
         Ok(())
     }
 
     /// Makes a regular file of exactly `size` bytes from `content`. It takes the place of anything but a directory.
+    /// Blocks of zeros become holes, so a swap file cannot be made this way.
     pub fn file(&mut self, path: &[u8], meta: &Metadata, size: u64, mut content: impl Read) -> Result<()> {
         if size > FILE_BYTES_MAX {
             return Err(Error::FileTooLarge { path: show(path), size, most: FILE_BYTES_MAX });
@@ -177,6 +179,7 @@ impl<T: Target> Writer<T> {
         let Some(inode) = self.tree.lookup(&source) else {
             return Err(Error::NotFound { path: show(existing) });
         };
+        self.check_space_for_names(path)?;
         let place = self.tree.place_for_file(path)?;
         if self.tree.lookup(&place) == Some(inode) {
             return Ok(());
@@ -199,15 +202,28 @@ impl<T: Target> Writer<T> {
         major: u32,
         minor: u32,
     ) -> Result<()> {
+        if major >= 1 << 12 || minor >= 1 << 20 {
+            return Err(Error::DeviceNumber { path: show(path), major, minor });
+        }
         let place = self.checked_place(path, meta)?;
         self.insert(path, place, meta, Body::Device { kind, major, minor })
     }
 
     fn checked_place(&mut self, path: &[u8], meta: &Metadata) -> Result<Place> {
         xattr::encode(&meta.xattrs)?;
+        self.check_space_for_names(path)?;
         let place = self.tree.place_for_file(path)?;
         self.tree.check_room(path, &place)?;
         Ok(place)
+    }
+
+    /// Names cost memory until the end, so no more are taken than the disk has space for.
+    fn check_space_for_names(&self, path: &[u8]) -> Result<()> {
+        let needed = self.tree.directory_blocks_least().saturating_add(1);
+        match needed.checked_sub(self.allocator.free()) {
+            None | Some(0) => Ok(()),
+            Some(missing) => Err(full(path, missing.saturating_mul(BLOCK_SIZE))),
+        }
     }
 
     fn insert(&mut self, path: &[u8], place: Place, meta: &Metadata, body: Body) -> Result<()> {

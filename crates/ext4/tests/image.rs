@@ -8,7 +8,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use ext4::{DeviceKind, Error, Metadata, Options, Summary, Writer};
-use oracle::{assert_clean, debugfs, run};
+use oracle::{assert_clean, debugfs, run, scratch};
 
 const MIB: u64 = 1 << 20;
 const NOW: i64 = 1_700_000_000;
@@ -40,7 +40,7 @@ impl Image {
 
 /// Makes an image with `fill` and lets e2fsck judge it.
 fn image(options: &Options, fill: impl FnOnce(&mut Writer<File>)) -> Image {
-    let directory = tempfile::tempdir().unwrap();
+    let directory = scratch();
     let path = directory.path().join("image");
     let mut writer = Writer::new(File::create(&path).unwrap(), options).unwrap();
     fill(&mut writer);
@@ -157,6 +157,10 @@ fn metadata_reads_back() {
         writer.file(b"/bin/late", &late, 0, io::empty()).unwrap();
         writer.device(b"/dev/null", &meta, DeviceKind::Character, 1, 3).unwrap();
         writer.device(b"/dev/wide", &meta, DeviceKind::Block, 259, 70_000).unwrap();
+        for (major, minor) in [(4096, 0), (0, 1 << 20)] {
+            let refused = writer.device(b"/dev/x", &meta, DeviceKind::Block, major, minor);
+            assert!(matches!(refused, Err(Error::DeviceNumber { .. })));
+        }
         writer.device(b"/dev/pipe", &meta, DeviceKind::Fifo, 0, 0).unwrap();
         writer.device(b"/dev/log", &meta, DeviceKind::Socket, 0, 0).unwrap();
     });
@@ -373,7 +377,7 @@ fn more_subdirectories_than_links_can_count() {
 
 #[test]
 fn a_full_disk_says_how_much_is_missing() {
-    let directory = tempfile::tempdir().unwrap();
+    let directory = scratch();
     let path = directory.path().join("image");
     let mut writer = Writer::new(File::create(&path).unwrap(), &options(16 * MIB)).unwrap();
     let error = writer.file(b"/big", &file_meta(), 64 * MIB, io::repeat(7)).unwrap_err();
@@ -391,7 +395,7 @@ fn a_full_disk_says_how_much_is_missing() {
 
 #[test]
 fn running_out_at_the_end_counts_what_is_left_to_write() {
-    let directory = tempfile::tempdir().unwrap();
+    let directory = scratch();
     let mut writer =
         Writer::new(File::create(directory.path().join("image")).unwrap(), &options(16 * MIB)).unwrap();
     for number in 0..100 {
@@ -407,8 +411,19 @@ fn running_out_at_the_end_counts_what_is_left_to_write() {
 }
 
 #[test]
+fn endless_names_do_not_fit_a_small_disk() {
+    let directory = scratch();
+    let mut writer =
+        Writer::new(File::create(directory.path().join("image")).unwrap(), &options(4 * MIB)).unwrap();
+    writer.file(b"/one", &file_meta(), 0, io::empty()).unwrap();
+    let error =
+        (0..20_000).find_map(|number| writer.hard_link(format!("/{number:0>255}").as_bytes(), b"/one").err());
+    assert!(matches!(error, Some(Error::Full { missing: 4096, .. })), "{error:?}");
+}
+
+#[test]
 fn inodes_run_out_with_an_error() {
-    let directory = tempfile::tempdir().unwrap();
+    let directory = scratch();
     let path = directory.path().join("image");
     let mut writer = Writer::new(File::create(&path).unwrap(), &options(4 * MIB)).unwrap();
     let mut made = 0;
@@ -447,4 +462,78 @@ fn the_same_calls_make_the_same_image() {
         std::fs::read(image.path()).unwrap()
     };
     assert!(make() == make());
+}
+
+/// Mounts an image read-only at `at` while it lives; `None` where that is not allowed.
+struct Mount<'a>(&'a Path);
+
+impl<'a> Mount<'a> {
+    fn new(image: &Path, at: &'a Path) -> Option<Self> {
+        let done = run("mount", &["-o", "loop,ro", image.to_str().unwrap(), at.to_str().unwrap()]);
+        done.status.success().then_some(Self(at))
+    }
+}
+
+impl Drop for Mount<'_> {
+    fn drop(&mut self) {
+        run("umount", &[self.0.to_str().unwrap()]);
+    }
+}
+
+/// The kernel reads it where it may be asked, which takes root; elsewhere `debugfs` does.
+#[test]
+fn a_tree_reads_back_through_the_kernel() {
+    let image = image(&options(256 * MIB), |writer| {
+        for number in 0..2000 {
+            let content = noise(number * 17, number as u64);
+            let name = format!("/usr/share/{}/{number:0>60}", number % 3);
+            writer.file(name.as_bytes(), &file_meta(), content.len() as u64, &content[..]).unwrap();
+        }
+        writer.file(b"/comb", &file_meta(), 20 << 20, Comb { position: 0 }).unwrap();
+        writer.symlink(b"/share", &file_meta(), b"usr/share").unwrap();
+        writer.hard_link(b"/again", b"/share/1/1").unwrap_err();
+        writer.hard_link(b"/again", format!("/share/1/{:0>60}", 1000).as_bytes()).unwrap();
+    });
+    let root = image.directory.path().join("root");
+    std::fs::create_dir(&root).unwrap();
+    let mounted = Mount::new(&image.path(), &root);
+    if mounted.is_none() {
+        oracle::dump(&image.path(), &root);
+    }
+    for number in 0..2000 {
+        let path = root.join(format!("usr/share/{}/{number:0>60}", number % 3));
+        assert!(std::fs::read(path).unwrap() == noise(number * 17, number as u64), "{number}");
+    }
+    let mut comb = Vec::new();
+    Comb { position: 0 }.take(20 << 20).read_to_end(&mut comb).unwrap();
+    assert!(std::fs::read(root.join("comb")).unwrap() == comb);
+    assert!(std::fs::read(root.join("again")).unwrap() == noise(17_000, 1000));
+    assert_eq!(std::fs::read_link(root.join("share")).unwrap(), Path::new("usr/share"));
+    assert_eq!(std::fs::read_dir(root.join("usr/share/0")).unwrap().count(), 667);
+    if mounted.is_some() {
+        let about = std::fs::metadata(root.join("again")).unwrap();
+        assert_eq!((about.nlink(), about.mtime(), about.mode()), (2, NOW, 0o100_644));
+    }
+}
+
+#[test]
+fn names_hash_as_e2fsprogs_hashes_them() {
+    // Signed characters, all lengths around the 32 bytes that are mixed at a time, and the seed.
+    let names: Vec<String> =
+        (1..255).step_by(3).map(|length| "aé~Z".chars().cycle().take(length / 2 + 1).collect()).collect();
+    let image = image(&options(64 * MIB), |writer| {
+        for name in &names {
+            writer.file(format!("/d/{name}").as_bytes(), &file_meta(), 0, io::empty()).unwrap();
+        }
+    });
+    let tree = debugfs(&image.path(), "htree_dump /d");
+    for name in &names {
+        let hash = debugfs(
+            &image.path(),
+            &format!("dx_hash -h half_md4 -s {} {name}", "66656463-6261-3938-3736-353433323130"),
+        );
+        let hash = hash.split_whitespace().find_map(|word| word.strip_prefix("0x")).unwrap().to_owned();
+        let hash = format!("0x{hash:0>8}");
+        assert!(tree.contains(&hash), "{name}: {hash}");
+    }
 }

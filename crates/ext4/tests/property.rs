@@ -9,7 +9,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use ext4::{Metadata, Options, Writer};
-use oracle::{assert_clean, dump};
+use oracle::{assert_clean, dump, scratch};
 use proptest::prelude::*;
 
 /// One call of the writer. Paths are chosen so that the model below stays simple: directories are named `d...`, files
@@ -147,8 +147,22 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 24, max_shrink_iters: 200, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
+    fn any_size_is_clean(mebibytes in 1_u64..3000, bytes in 0_u64..1 << 20, names in 0_u32..300) {
+        let directory = scratch();
+        let image = directory.path().join("image");
+        let options = Options::new((mebibytes << 20) + bytes);
+        let mut writer = Writer::new(File::create(&image).unwrap(), &options).unwrap();
+        for number in 0..names.min(mebibytes as u32 * 30) {
+            let path = format!("/{number:0>80}");
+            writer.file(path.as_bytes(), &Metadata::new(0o644, 0), 2, &b"hi"[..]).unwrap();
+        }
+        writer.finish().unwrap();
+        assert_clean(&image);
+    }
+
+    #[test]
     fn what_goes_in_comes_out(steps in proptest::collection::vec(step(), 0..60)) {
-        let directory = tempfile::tempdir().unwrap();
+        let directory = scratch();
         let image = directory.path().join("image");
         let out = directory.path().join("out");
         fs::create_dir(&out).unwrap();

@@ -4,6 +4,11 @@
 use std::path::Path;
 use std::process::{Command, Output};
 
+/// A directory for images, in memory where possible: the tests make many files.
+pub fn scratch() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
+}
+
 /// Runs a tool of e2fsprogs, which lives where users' PATH often does not reach.
 pub fn run(tool: &str, arguments: &[&str]) -> Output {
     let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
