@@ -14,7 +14,12 @@
     )
 )]
 
+mod byte_wide;
+pub mod ioapic;
+pub mod local_apic;
+pub mod msi;
 pub mod pci;
+pub mod uart16550;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
