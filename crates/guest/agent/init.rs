@@ -28,18 +28,27 @@ pub fn prepare() {
     load_modules();
 }
 
-/// Loads the kernel modules in `/modules`, in the order of their names.
+/// Loads the kernel modules in `/modules`: again and again those that failed, as long as another one got in, because a module
+/// can be loaded only after those that it needs.
 fn load_modules() {
     let mut names = sys::directory(c"/modules").unwrap_or_default();
     names.sort();
-    for name in names {
-        let Ok(path) = CString::new([b"/modules/", &name[..]].concat()) else { continue };
-        let compressed = !name.ends_with(b".ko");
-        let loaded = sys::open(&path, sys::O_RDONLY).and_then(|file| sys::load_module(&file, compressed));
-        if loaded.is_err() {
-            report(&[b"cannot load the kernel module ", &name]);
+    loop {
+        let before = names.len();
+        names.retain(|name| load_module(name).is_err());
+        if names.is_empty() || names.len() == before {
+            break;
         }
     }
+    for name in names {
+        report(&[b"cannot load the kernel module ", &name]);
+    }
+}
+
+fn load_module(name: &[u8]) -> Result<(), sys::Errno> {
+    let path = CString::new([b"/modules/", name].concat()).map_err(|_| sys::EINVAL)?;
+    let compressed = !name.ends_with(b".ko");
+    sys::load_module(&sys::open(&path, sys::O_RDONLY)?, compressed)
 }
 
 /// Runs the command that the kernel's command line asks for on the console, then switches the machine off. Returns if it asks
@@ -57,7 +66,8 @@ pub fn run_kernel_line_command() {
         Err((failure, _)) => failure.exit_code(),
     };
     let digits = [b'0' + code / 100, b'0' + code / 10 % 10, b'0' + code % 10];
-    report(&[b"the command has ended with exit code ", digits.trim_ascii_start()]);
+    let first = digits.iter().position(|&digit| digit != b'0').unwrap_or(2);
+    report(&[b"the command has ended with exit code ", &digits[first..]]);
     power_off(false);
 }
 
