@@ -21,3 +21,4 @@ pub mod io;
 pub mod mmu;
 pub mod state;
 pub mod step;
+pub mod translate;

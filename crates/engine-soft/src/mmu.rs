@@ -104,6 +104,8 @@ pub struct Mmu {
     largest_shift: u32,
     /// Counts every flush and invalidation, so that others who remember translations can tell.
     pub generation: u64,
+    /// Counts those of them that global translations do not survive.
+    pub global_generation: u64,
 }
 
 impl Mmu {
@@ -115,6 +117,7 @@ impl Mmu {
             global: Box::new([[0; TLB_ENTRIES]; 2]),
             largest_shift: 12,
             generation: 0,
+            global_generation: 0,
         }
     }
 
@@ -204,6 +207,7 @@ impl Mmu {
         }
         self.largest_shift = 12;
         self.generation = self.generation.wrapping_add(1);
+        self.global_generation = self.global_generation.wrapping_add(1);
     }
 
     /// Forgets all but global translations: a load of CR3.
@@ -242,6 +246,7 @@ impl Mmu {
             }
         }
         self.generation = self.generation.wrapping_add(1);
+        self.global_generation = self.global_generation.wrapping_add(1);
     }
 
     /// The page at `physical` now holds translated code: no write may pass unseen from here on.

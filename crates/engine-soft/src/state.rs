@@ -11,6 +11,7 @@
 //!
 //! `rflags` always holds the complete architectural value in Rust code.
 
+use crate::translate::linkage::Linkage;
 use cpu::{DescriptorTable, Registers, Segment, cr0, cr4, efer, rflags};
 use std::sync::atomic::AtomicU32;
 
@@ -165,6 +166,8 @@ pub struct CpuState {
     pub tlb_read: [TlbTable; 2],
     /// Data writes (and read-modify-writes) at CPL 0-2 (`[0]`) and CPL 3 (`[1]`).
     pub tlb_write: [TlbTable; 2],
+    /// How translated code is entered, left and chained.
+    pub linkage: Linkage,
 }
 
 /// YMM registers as little-endian quadwords.
@@ -226,6 +229,7 @@ impl CpuState {
             x87: X87::default(),
             tlb_read: [EMPTY; 2],
             tlb_write: [EMPTY; 2],
+            linkage: Linkage::default(),
         });
         state.set_registers(&Registers::default());
         state

@@ -1,0 +1,151 @@
+//! Finding the extent of a block, and which status flags matter where in it.
+
+use super::flags;
+use super::template::{Domain, Kind, Template, Templates};
+use iced_x86::{Decoder, DecoderOptions, Instruction};
+
+/// Longest block in instructions.
+const INSTRUCTIONS_MAX: usize = 64;
+/// How far liveness looks into successors, in instructions.
+const AHEAD_MAX: usize = 8;
+const PAGE: usize = 4096;
+
+/// What may run now besides integer instructions; also which TLB tables are used. Blocks are made for one mode.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub(super) struct Mode {
+    pub user: bool,
+    pub x87: bool,
+    pub sse: bool,
+    pub avx: bool,
+}
+
+impl Mode {
+    pub(super) fn bits(self) -> u8 {
+        u8::from(self.user) | u8::from(self.x87) << 1 | u8::from(self.sse) << 2 | u8::from(self.avx) << 3
+    }
+
+    fn allows(self, domain: Domain) -> bool {
+        match domain {
+            Domain::Integer => true,
+            Domain::X87 => self.x87,
+            Domain::Sse => self.sse,
+            Domain::Avx => self.avx,
+        }
+    }
+}
+
+pub(super) struct Item {
+    pub instruction: Instruction,
+    pub template: Template,
+    /// Page offsets of its first byte and of the next instruction.
+    pub offset: u16,
+    pub next: u16,
+    /// Status flags live before and after it.
+    pub live_before: u32,
+    pub live_after: u32,
+}
+
+/// A byte range of the page, from and to.
+pub(super) type Range = (u16, u16);
+
+/// A decoded block.
+#[derive(Default)]
+pub(super) struct Plan {
+    pub items: Vec<Item>,
+    /// The last item does not go on to the next instruction by itself.
+    pub controlled: bool,
+    /// The instruction after the last item is for the single-step tier.
+    pub step: bool,
+    /// Bytes on which the translation depends.
+    pub ranges: [Range; 3],
+}
+
+/// Decodes the block at `start` of the page.
+pub(super) fn plan(into: &mut Plan, page: &[u8; PAGE], start: u16, mode: Mode, templates: &mut Templates) {
+    into.items.clear();
+    (into.controlled, into.step) = (false, false);
+    let bytes = page.get(usize::from(start)..).unwrap_or_default();
+    let mut decoder = Decoder::with_ip(64, bytes, u64::from(start), DecoderOptions::NONE);
+    while into.items.len() < INSTRUCTIONS_MAX && decoder.can_decode() {
+        let mut instruction = Instruction::default();
+        decoder.decode_out(&mut instruction);
+        let template = if instruction.is_invalid() { None } else { Some(templates.get(instruction.code())) };
+        let Some(template) = template.filter(|t| t.kind != Kind::Step && mode.allows(t.domain)) else {
+            into.step = true;
+            break;
+        };
+        let (offset, next) = (instruction.ip() as u16, instruction.next_ip() as u16);
+        into.items.push(Item { instruction, template, offset, next, live_before: 0, live_after: 0 });
+        if controls(template.kind) {
+            into.controlled = true;
+            break;
+        }
+    }
+    let end = into.items.last().map_or(start, |item| item.next);
+    into.ranges = [(start, end.saturating_add(15).min(PAGE as u16)), (0, 0), (0, 0)];
+    liveness(into, page);
+}
+
+/// The instruction ends a block.
+fn controls(kind: Kind) -> bool {
+    matches!(
+        kind,
+        Kind::Return
+            | Kind::Jump
+            | Kind::JumpIf
+            | Kind::JumpCount
+            | Kind::Call
+            | Kind::JumpIndirect
+            | Kind::CallIndirect
+    )
+}
+
+fn liveness(plan: &mut Plan, page: &[u8; PAGE]) {
+    let Some(last) = plan.items.last() else { return };
+    let next = i64::from(last.next);
+    let target = last.instruction.near_branch_target() as i64;
+    let mut live = flags::STATUS;
+    let (one, two) = (&mut (0, 0), &mut (0, 0));
+    if plan.controlled {
+        live = match last.template.kind {
+            Kind::Jump => ahead(page, target, one),
+            Kind::JumpIf | Kind::JumpCount => ahead(page, target, one) | ahead(page, next, two),
+            _ => live,
+        };
+    } else if !plan.step {
+        live = ahead(page, next, one);
+    }
+    (plan.ranges[1], plan.ranges[2]) = (*one, *two);
+    for item in plan.items.iter_mut().rev() {
+        item.live_after = live;
+        live = flags::before(&item.instruction, live);
+        item.live_before = live;
+    }
+}
+
+/// Status flags live at a page offset, as far as a short look tells; notes the bytes looked at.
+fn ahead(page: &[u8; PAGE], at: i64, range: &mut Range) -> u32 {
+    let Some(bytes) = usize::try_from(at).ok().and_then(|at| page.get(at..)) else { return flags::STATUS };
+    let mut decoder = Decoder::with_ip(64, bytes, at as u64, DecoderOptions::NONE);
+    let (mut live, mut open) = (0, flags::STATUS);
+    for _ in 0..AHEAD_MAX {
+        if !decoder.can_decode() {
+            break;
+        }
+        let instruction = decoder.decode();
+        if instruction.is_invalid() {
+            break;
+        }
+        live |= flags::read(&instruction) & open;
+        if instruction.flow_control() != iced_x86::FlowControl::Next {
+            break;
+        }
+        open &= !flags::killed(&instruction);
+        if open & !live == 0 {
+            open = 0;
+            break;
+        }
+    }
+    *range = (at as u16, decoder.ip() as u16);
+    live | open
+}

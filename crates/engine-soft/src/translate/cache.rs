@@ -1,0 +1,137 @@
+//! The code cache: one memfd mapped twice, writable here and executable there, never both at one address.
+//!
+//! The only place that makes executable memory, and, with [`super::thunk`], the only `unsafe` of the translator.
+//! Code is appended; nothing is freed until the whole cache is flushed.
+#![allow(unsafe_code)]
+
+use cpu::Error;
+use std::ptr::NonNull;
+
+pub(super) struct CodeCache {
+    write: NonNull<u8>,
+    execute: NonNull<u8>,
+    size: usize,
+    used: usize,
+    /// What stays over a flush: the thunks.
+    kept: usize,
+}
+
+// SAFETY: both mappings are owned by this value and only reached through it.
+unsafe impl Send for CodeCache {}
+
+impl CodeCache {
+    /// A cache of `size` bytes; memory is taken as it fills.
+    pub(super) fn new(size: usize) -> Result<Self, Error> {
+        let fail = |what| Error::Host { what, source: std::io::Error::last_os_error() };
+        let size = size.next_multiple_of(4096);
+        // SAFETY: a NUL-terminated literal name; the result is checked.
+        let fd = unsafe { libc::memfd_create(c"yado-code".as_ptr(), libc::MFD_CLOEXEC) };
+        if fd < 0 {
+            return Err(fail("making a memory file for translated code"));
+        }
+        let map = |protection| {
+            // SAFETY: a fresh shared mapping of our own file.
+            let at = unsafe {
+                libc::mmap(
+                    std::ptr::null_mut(),
+                    size,
+                    protection,
+                    libc::MAP_SHARED | libc::MAP_NORESERVE,
+                    fd,
+                    0,
+                )
+            };
+            if at == libc::MAP_FAILED { None } else { NonNull::new(at.cast::<u8>()) }
+        };
+        // SAFETY: fd is ours; a size that does not fit is refused by the kernel.
+        let sized = unsafe { libc::ftruncate(fd, libc::off_t::try_from(size).unwrap_or(-1)) } == 0;
+        let write = if sized { map(libc::PROT_READ | libc::PROT_WRITE) } else { None };
+        let execute = write.and_then(|_| map(libc::PROT_READ | libc::PROT_EXEC));
+        let error = fail("mapping memory for translated code (is executable memory forbidden here?)");
+        // SAFETY: the mappings keep the file alive; the descriptor is not used again.
+        unsafe { libc::close(fd) };
+        match (write, execute) {
+            (Some(write), Some(execute)) => Ok(Self { write, execute, size, used: 0, kept: 0 }),
+            (Some(write), None) => {
+                // SAFETY: our own mapping, not used again.
+                unsafe { libc::munmap(write.as_ptr().cast(), size) };
+                Err(error)
+            }
+            _ => Err(error),
+        }
+    }
+
+    /// Offset at which the next code will stand.
+    pub(super) fn next(&self) -> usize {
+        self.used
+    }
+
+    pub(super) fn used(&self) -> usize {
+        self.used
+    }
+
+    /// Bytes still free.
+    pub(super) fn room(&self) -> usize {
+        self.size.saturating_sub(self.used)
+    }
+
+    /// Appends code, aligning the end; `false` if it does not fit.
+    pub(super) fn append(&mut self, code: &[u8]) -> bool {
+        if code.len() > self.room() {
+            return false;
+        }
+        // SAFETY: the range [used, used + len) was checked to be inside the writable mapping.
+        unsafe {
+            std::ptr::copy_nonoverlapping(code.as_ptr(), self.write.as_ptr().add(self.used), code.len())
+        };
+        self.used = (self.used + code.len()).next_multiple_of(16).min(self.size);
+        true
+    }
+
+    /// Everything so far stays over [`Self::flush`].
+    pub(super) fn keep(&mut self) {
+        self.kept = self.used;
+    }
+
+    /// Frees all code but what is kept.
+    pub(super) fn flush(&mut self) {
+        self.used = self.kept;
+    }
+
+    /// Overwrites `bytes` of existing code. No thread runs this cache's code meanwhile.
+    pub(super) fn patch(&mut self, offset: usize, bytes: &[u8]) {
+        if offset.checked_add(bytes.len()).is_some_and(|end| end <= self.used) {
+            // SAFETY: the range was checked to be inside the writable mapping.
+            unsafe {
+                std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.write.as_ptr().add(offset), bytes.len())
+            };
+        }
+    }
+
+    /// Lets the 32-bit relative jump whose displacement is at `field` go to `target`.
+    pub(super) fn patch_jump(&mut self, field: usize, target: usize) {
+        let distance = (target as u32).wrapping_sub(field as u32 + 4);
+        self.patch(field, &distance.to_le_bytes());
+    }
+
+    /// Host address at which the code at `offset` runs.
+    pub(super) fn address(&self, offset: usize) -> u64 {
+        self.execute.as_ptr() as u64 + offset as u64
+    }
+
+    /// Offset of a host address of this cache.
+    pub(super) fn offset(&self, address: u64) -> Option<usize> {
+        let offset = address.checked_sub(self.execute.as_ptr() as u64)? as usize;
+        (offset < self.used).then_some(offset)
+    }
+}
+
+impl Drop for CodeCache {
+    fn drop(&mut self) {
+        // SAFETY: both mappings are ours and no code of them runs any more: the translator is being dropped.
+        unsafe {
+            libc::munmap(self.write.as_ptr().cast(), self.size);
+            libc::munmap(self.execute.as_ptr().cast(), self.size);
+        }
+    }
+}

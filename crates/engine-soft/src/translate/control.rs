@@ -1,0 +1,279 @@
+//! Templates of the instructions that are not copied: stack, control flow, addresses.
+
+use super::emit::{Mem, cc, r};
+use super::generate::{Check, Generator, Site, host};
+use super::template::{Kind, Template};
+use super::thunk::{linked, spill};
+use iced_x86::{Code, Instruction, InstructionInfoFactory, OpKind, Register};
+
+/// Second temporary slot: the first belongs to the checks.
+const KEPT: usize = 1;
+
+impl Generator {
+    /// Translates one instruction. `None` if it is for the single-step tier after all.
+    pub(super) fn instruction(
+        &mut self,
+        instruction: &Instruction,
+        template: &Template,
+        bytes: &[u8],
+        info: &mut InstructionInfoFactory,
+        site: Site,
+    ) -> Option<()> {
+        match template.kind {
+            Kind::Step => return None,
+            Kind::Copy => return self.copy(instruction, template, bytes, info, site),
+            Kind::Divide => {
+                self.out.store_imm(false, linked!(division), u32::from(site.offset));
+                return self.copy(instruction, template, bytes, info, site);
+            }
+            Kind::BitString => {
+                if (0..instruction.op_count()).any(|i| instruction.op_kind(i) == OpKind::Memory) {
+                    return None;
+                }
+                return self.copy(instruction, template, bytes, info, site);
+            }
+            Kind::Nop => {}
+            Kind::Lea => return self.lea_of(instruction),
+            Kind::Absolute => return self.absolute(instruction, site),
+            Kind::PushRegister => self.push_register(instruction.op0_register().number() as u8, site),
+            Kind::PushImmediate => {
+                self.push_check(site);
+                let value = instruction.immediate(0) as u32;
+                self.out.store_imm(true, Mem::base(r::ADDR), value);
+                self.move_stack(-8);
+            }
+            Kind::PushMemory => {
+                self.load_operand(instruction, site)?;
+                self.out.store(kept(), r::ADDR);
+                self.push_check(site);
+                self.out.load(r::T1, kept());
+                self.out.store(Mem::base(r::ADDR), r::T1);
+                self.move_stack(-8);
+            }
+            Kind::PopRegister => self.pop_register(instruction.op0_register().number() as u8, site),
+            Kind::Leave => {
+                self.check(r::BP, Check::read(8), site);
+                self.out.lea(r::GUEST_SP, Mem::at(r::BP, 8));
+                self.out.load(r::BP, Mem::base(r::ADDR));
+            }
+            Kind::Return => {
+                self.check(r::GUEST_SP, Check::read(8), site);
+                self.out.load(r::ADDR, Mem::base(r::ADDR));
+                let extra = if instruction.op_count() > 0 { i32::from(instruction.immediate16()) } else { 0 };
+                self.move_stack(8 + extra);
+                self.jump_found();
+            }
+            Kind::Jump => self.jump_direct(instruction, site),
+            Kind::JumpIf => self.jump_conditional(instruction, site),
+            Kind::JumpCount => self.jump_count(instruction, bytes, site)?,
+            Kind::Call => {
+                self.push_return(site);
+                self.jump_direct(instruction, site);
+            }
+            Kind::JumpIndirect => {
+                self.load_operand(instruction, site)?;
+                self.jump_found();
+            }
+            Kind::CallIndirect => {
+                self.load_operand(instruction, site)?;
+                self.out.store(kept(), r::ADDR);
+                self.push_return(site);
+                self.out.load(r::ADDR, kept());
+                self.jump_found();
+            }
+        }
+        Some(())
+    }
+
+    fn move_stack(&mut self, by: i32) {
+        self.out.lea(r::GUEST_SP, Mem::at(r::GUEST_SP, by));
+    }
+
+    /// Checks the quadword below the stack pointer for writing.
+    fn push_check(&mut self, site: Site) {
+        self.out.lea(r::ADDR, Mem::at(r::GUEST_SP, -8));
+        self.check(r::ADDR, Check::write(8), site);
+    }
+
+    fn push_register(&mut self, guest: u8, site: Site) {
+        self.push_check(site);
+        let from = self.operand(guest, r::T1);
+        self.out.store(Mem::base(r::ADDR), from);
+        self.move_stack(-8);
+    }
+
+    fn pop_register(&mut self, guest: u8, site: Site) {
+        self.check(r::GUEST_SP, Check::read(8), site);
+        // Before the load, which wins if it is RSP that is popped.
+        self.move_stack(8);
+        match host(guest) {
+            Some(to) => self.out.load(to, Mem::base(r::ADDR)),
+            None => {
+                self.out.load(r::T1, Mem::base(r::ADDR));
+                self.out.store(spill(guest), r::T1);
+            }
+        }
+    }
+
+    /// Pushes the address of the next instruction.
+    fn push_return(&mut self, site: Site) {
+        self.push_check(site);
+        self.out.load(r::T1, linked!(page_base));
+        self.out.lea(r::T1, Mem::at(r::T1, i32::from(site.next)));
+        self.out.store(Mem::base(r::ADDR), r::T1);
+        self.move_stack(-8);
+    }
+
+    /// The 64-bit register or memory operand to ADDR.
+    fn load_operand(&mut self, instruction: &Instruction, site: Site) -> Option<()> {
+        if instruction.op0_kind() == OpKind::Register {
+            let from = self.operand(instruction.op0_register().number() as u8, r::ADDR);
+            self.out.mov(r::ADDR, from);
+            return Some(());
+        }
+        let address = self.address(instruction)?;
+        self.check(address, Check::read(8), site);
+        self.out.load(r::ADDR, Mem::base(r::ADDR));
+        Some(())
+    }
+
+    fn lea_of(&mut self, instruction: &Instruction) -> Option<()> {
+        let to = instruction.op0_register();
+        let guest = to.number() as u8;
+        match (host(guest), to.size()) {
+            (Some(register), 8) => self.effective(instruction, register, None),
+            (register, size) => {
+                self.effective(instruction, r::ADDR, None)?;
+                let target = register.unwrap_or(r::T1);
+                match size {
+                    8 => self.out.store(spill(guest), r::ADDR),
+                    4 => {
+                        self.out.mov32(target, r::ADDR);
+                        if register.is_none() {
+                            self.out.store(spill(guest), target);
+                        }
+                    }
+                    _ => {
+                        self.out.byte(0x66);
+                        match register {
+                            Some(register) => self.out.mov32(register, r::ADDR),
+                            None => self.out.store32(spill(guest), r::ADDR),
+                        }
+                    }
+                }
+                Some(())
+            }
+        }
+    }
+
+    /// MOV between the accumulator and a 64-bit absolute address.
+    fn absolute(&mut self, instruction: &Instruction, site: Site) -> Option<()> {
+        if !matches!(instruction.memory_segment(), Register::DS | Register::SS | Register::ES | Register::CS)
+        {
+            return None;
+        }
+        let (size, write): (u8, _) = match instruction.code() {
+            Code::Mov_AL_moffs8 => (1, false),
+            Code::Mov_EAX_moffs32 => (4, false),
+            Code::Mov_RAX_moffs64 => (8, false),
+            Code::Mov_moffs8_AL => (1, true),
+            Code::Mov_moffs32_EAX => (4, true),
+            Code::Mov_moffs64_RAX => (8, true),
+            _ => return None,
+        };
+        self.out.imm64(r::ADDR, instruction.memory_displacement64());
+        self.check(r::ADDR, Check { size, write, align: 0 }, site);
+        let opcode = 0x88 | u8::from(!write) << 1 | u8::from(size > 1);
+        self.out.op_mem(size == 8, &[opcode], r::AX, Mem::base(r::ADDR));
+        Some(())
+    }
+
+    fn jump_direct(&mut self, instruction: &Instruction, site: Site) {
+        let target = instruction.near_branch_target() as i64;
+        self.jump_polled(target, site);
+    }
+
+    /// A jump that may close a loop looks for kicks.
+    fn jump_polled(&mut self, target: i64, site: Site) {
+        if target <= i64::from(site.offset)
+            && let Ok(offset) = u16::try_from(target)
+        {
+            self.poll(offset, site.live_after);
+        }
+        self.jump_page(target);
+    }
+
+    fn jump_conditional(&mut self, instruction: &Instruction, site: Site) {
+        let target = instruction.near_branch_target() as i64;
+        // The condition code is the low half of the opcode in both encodings.
+        let condition = cc::O + condition(instruction);
+        if target > i64::from(site.offset) && target < 4096 {
+            let field = self.out.jump_if(condition);
+            self.links.push(super::generate::NewLink { field, stub: 0, target: target as u16 });
+            self.jump_page(i64::from(site.next));
+            return;
+        }
+        let past = self.out.jump_if(condition ^ 1);
+        self.jump_polled(target, site);
+        self.out.bind(past);
+        self.jump_page(i64::from(site.next));
+    }
+
+    fn jump_count(&mut self, instruction: &Instruction, bytes: &[u8], site: Site) -> Option<()> {
+        let opcode = *bytes.get(bytes.len().checked_sub(2)?)?;
+        if bytes.contains(&0x67)
+            && matches!(
+                instruction.code(),
+                Code::Jecxz_rel8_64
+                    | Code::Loop_rel8_64_ECX
+                    | Code::Loope_rel8_64_ECX
+                    | Code::Loopne_rel8_64_ECX
+            )
+        {
+            self.out.byte(0x67);
+        }
+        let taken = self.out.short(opcode);
+        if site.next < 4096 {
+            self.jump_page(i64::from(site.next));
+            self.out.bind_short(taken);
+        } else {
+            // The way through the jump cache is long.
+            let not_taken = self.out.jump();
+            self.out.bind_short(taken);
+            let target = instruction.near_branch_target() as i64;
+            self.jump_polled(target, site);
+            self.out.bind(not_taken);
+            self.jump_page(i64::from(site.next));
+            return Some(());
+        }
+        self.jump_polled(instruction.near_branch_target() as i64, site);
+        Some(())
+    }
+}
+
+fn kept() -> Mem {
+    Mem::state(super::thunk::LINKAGE + std::mem::offset_of!(super::linkage::Linkage, slots) + KEPT * 8)
+}
+
+/// The number of a Jcc's condition.
+fn condition(instruction: &Instruction) -> u8 {
+    use iced_x86::ConditionCode as C;
+    match instruction.condition_code() {
+        C::None | C::o => 0,
+        C::no => 1,
+        C::b => 2,
+        C::ae => 3,
+        C::e => 4,
+        C::ne => 5,
+        C::be => 6,
+        C::a => 7,
+        C::s => 8,
+        C::ns => 9,
+        C::p => 10,
+        C::np => 11,
+        C::l => 12,
+        C::ge => 13,
+        C::le => 14,
+        C::g => 15,
+    }
+}

@@ -1,0 +1,513 @@
+//! The template tier: blocks of 64-bit guest code, copied with rewritten operands and run by the host CPU.
+//!
+//! * [`Translator::run`] runs blocks until an instruction is for the single-step tier or somebody wants the vCPU. It
+//!   owns the code; all guest state is in [`Core`] whenever it is not running.
+//! * Blocks are made for a guest-physical address and a [`block::Mode`], are position independent, and do not cross
+//!   a page. Direct jumps within a page are patched to their target; all others go through the jump cache of
+//!   [`linkage`], keyed by linear address and a salt that changes when a translation may have ended.
+//! * Writes to bytes that blocks were made from kill exactly those blocks ([`store`]).
+//!
+//! One translator belongs to one vCPU and runs on its thread; there is no lock.
+
+mod block;
+mod cache;
+mod control;
+mod copy;
+mod emit;
+mod flags;
+mod generate;
+pub mod linkage;
+mod store;
+mod template;
+mod thunk;
+
+use crate::cpu_core::{Core, attention};
+use crate::mmu::{Access, Mmu, Privilege};
+use crate::state::{CpuState, Shadow};
+use block::{Mode, Plan};
+use cache::CodeCache;
+use cpu::{Error, cr0, cr4, rflags};
+use generate::{Descriptor, Generator};
+use iced_x86::InstructionInfoFactory;
+use std::sync::atomic::{AtomicU64, Ordering};
+use store::{Link, Store, Write};
+use template::Templates;
+use thunk::{Thunks, reason};
+
+/// Why [`Translator::run`] came back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// The instruction at RIP is for the single-step tier.
+    Step,
+    /// A kick is waiting, or the blocks asked for have been run.
+    Kicked,
+}
+
+/// What a translator is made with.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Size of the code cache in bytes; memory is taken as it fills.
+    pub code_cache_bytes: usize,
+    /// There is one vCPU only: LOCK prefixes may be left out.
+    pub single_cpu: bool,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { code_cache_bytes: 64 << 20, single_cpu: false }
+    }
+}
+
+/// What happened so far, for people.
+#[derive(Debug, Clone, Default)]
+#[allow(missing_docs)]
+pub struct Statistics {
+    pub blocks: u64,
+    pub guest_bytes: u64,
+    pub host_bytes: u64,
+    pub cache_flushes: u64,
+    pub blocks_killed: u64,
+    pub slow_writes: u64,
+    pub salts: u64,
+    pub entries: u64,
+    pub exits_step: u64,
+    pub exits_link: u64,
+    pub exits_lookup: u64,
+    pub exits_kick: u64,
+    pub tlb_misses: u64,
+}
+
+/// Room that must be free in the cache before a block is translated: more than the largest block.
+const BLOCK_ROOM: usize = 64 << 10;
+
+/// The template tier of one vCPU.
+pub struct Translator {
+    cache: CodeCache,
+    thunks: Thunks,
+    templates: Templates,
+    info: InstructionInfoFactory,
+    generator: Generator,
+    plan: Plan,
+    store: Store,
+    /// What the salts were made for: MMU generations and modes, by privilege class.
+    generations: [u64; 2],
+    modes: [Mode; 2],
+    random: u64,
+    identity: u64,
+    /// Leave after every block.
+    single: bool,
+    statistics: Statistics,
+}
+
+impl Translator {
+    /// A translator with an empty cache.
+    pub fn new(config: &Config) -> Result<Self, Error> {
+        static IDENTITY: AtomicU64 = AtomicU64::new(1);
+        let mut cache = CodeCache::new(config.code_cache_bytes.clamp(4 * BLOCK_ROOM, 1 << 30))?;
+        let avx = is_x86_feature_detected!("avx");
+        let bmi2 = is_x86_feature_detected!("bmi2");
+        let thunks = Thunks::emit(&mut cache, avx);
+        Ok(Self {
+            cache,
+            thunks,
+            templates: Templates::new(avx),
+            info: InstructionInfoFactory::new(),
+            generator: Generator::new(thunks, bmi2, config.single_cpu),
+            plan: Plan::default(),
+            store: Store::default(),
+            generations: [u64::MAX; 2],
+            modes: [Mode::default(); 2],
+            random: thunk::random_seed(),
+            identity: IDENTITY.fetch_add(1, Ordering::Relaxed),
+            single: false,
+            statistics: Statistics::default(),
+        })
+    }
+
+    /// Counters.
+    pub fn statistics(&self) -> &Statistics {
+        &self.statistics
+    }
+
+    /// Bytes of the code cache in use.
+    pub fn cache_used(&self) -> usize {
+        self.cache.used()
+    }
+
+    /// Runs translated code until something else has to happen.
+    pub fn run(&mut self, core: &mut Core) -> Outcome {
+        if !core.code_writes.is_empty() {
+            self.drain_writes(core);
+        }
+        let Some(mode) = mode(&core.state) else { return Outcome::Step };
+        self.attach(core, mode);
+        import_flags(&mut core.state);
+        let outcome = self.blocks(core, mode);
+        export_flags(&mut core.state);
+        outcome
+    }
+
+    /// Runs at most one block, or fewer instructions if it is left early; for comparing the tiers.
+    pub fn run_block(&mut self, core: &mut Core) -> Outcome {
+        let chained = self.single;
+        if !chained {
+            self.flush(core);
+        }
+        self.single = true;
+        self.run(core)
+    }
+
+    /// Forgets all translations.
+    pub fn flush(&mut self, core: &mut Core) {
+        for page in self.store.pages() {
+            core.mmu.memory.unmark_code(page);
+        }
+        self.store.clear();
+        self.cache.flush();
+        self.generations = [u64::MAX; 2];
+        self.statistics.cache_flushes += 1;
+        self.salt(&mut core.state, 0);
+        self.salt(&mut core.state, 1);
+    }
+
+    fn drain_writes(&mut self, core: &mut Core) {
+        core.state.attention &= !attention::CODE_WRITES;
+        for (address, len) in std::mem::take(&mut core.code_writes) {
+            self.written(core, address, len);
+        }
+    }
+
+    /// Bytes of guest RAM have changed or are about to.
+    pub fn written(&mut self, core: &mut Core, address: u64, len: u64) {
+        let end = address.saturating_add(len);
+        let mut at = address;
+        while at < end {
+            let part = (4096 - (at & 0xfff)).min(end - at);
+            match self.store.classify(at, part) {
+                Write::Free => {}
+                Write::Beside => self.beside(core, at),
+                Write::Code => self.kill(core, at, part),
+            }
+            at += part;
+        }
+    }
+
+    fn kill(&mut self, core: &mut Core, address: u64, len: u64) {
+        let (killed, empty) = self.store.invalidate(&mut self.cache, &self.thunks, address, len);
+        self.statistics.blocks_killed += killed as u64;
+        if empty {
+            core.mmu.memory.unmark_code(address);
+        }
+    }
+
+    /// A write to a page with code, but not to code.
+    fn beside(&mut self, core: &mut Core, address: u64) {
+        self.statistics.slow_writes += 1;
+        if self.store.slow_write(address) {
+            self.kill(core, address & !0xfff, 4096);
+        }
+    }
+
+    /// Makes the jump cache of `state` safe to use.
+    fn attach(&mut self, core: &mut Core, mode: Mode) {
+        let class = usize::from(mode.user);
+        let state = &mut core.state;
+        if state.linkage.owner != self.identity {
+            state.linkage.owner = self.identity;
+            let lookup = self.cache.address(self.thunks.exit(reason::LOOKUP));
+            for entry in &mut state.linkage.jumps {
+                entry.host = lookup;
+            }
+            self.generations = [u64::MAX; 2];
+        }
+        let generations = [core.mmu.global_generation, core.mmu.generation];
+        for (at, generation) in generations.into_iter().enumerate() {
+            if self.generations.get(at) != Some(&generation) {
+                if let Some(known) = self.generations.get_mut(at) {
+                    *known = generation;
+                }
+                self.salt(&mut core.state, at);
+            }
+        }
+        if let Some(known) = self.modes.get_mut(class)
+            && *known != mode
+        {
+            *known = mode;
+            self.salt(&mut core.state, class);
+        }
+    }
+
+    /// Ends the validity of all entries of a class of the jump cache.
+    fn salt(&mut self, state: &mut CpuState, class: usize) {
+        self.statistics.salts += 1;
+        // SplitMix64: any guess is as good as another to a guest that never sees the values.
+        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.random;
+        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^= z >> 31;
+        if let (Some(salt), Some(unsalt)) =
+            (state.linkage.salt.get_mut(class), state.linkage.unsalt.get_mut(class))
+        {
+            (*salt, *unsalt) = (z, z.wrapping_neg());
+        }
+    }
+
+    fn blocks(&mut self, core: &mut Core, mode: Mode) -> Outcome {
+        let class = usize::from(mode.user);
+        loop {
+            if core.state.kick.load(Ordering::Relaxed) != 0 {
+                return Outcome::Kicked;
+            }
+            let Some(number) = self.find(core, mode) else { return Outcome::Step };
+            let Some(found) = self.store.get(number).filter(|b| !b.step) else { return Outcome::Step };
+            core.state.linkage.page_base = core.state.rip & !0xfff;
+            core.state.linkage.enter = self.cache.address(found.direct);
+            let outcome = loop {
+                self.statistics.entries += 1;
+                self.thunks.run(&self.cache, &mut core.state);
+                let link = &core.state.linkage;
+                match link.reason {
+                    reason::MISS => match self.miss(core) {
+                        Some(()) => {}
+                        None => break Some(Outcome::Step),
+                    },
+                    reason::LINK => {
+                        self.statistics.exits_link += 1;
+                        let number = link.payload[0] as u32;
+                        let target = self.store.links.get(number as usize).map_or(0, |link| link.target);
+                        core.state.rip = link.page_base.wrapping_add(u64::from(target));
+                        if !self.single {
+                            self.link(core, mode, number);
+                        }
+                        break None;
+                    }
+                    reason::LOOKUP => {
+                        self.statistics.exits_lookup += 1;
+                        core.state.rip = link.payload[1].wrapping_sub(link.salt[class]);
+                        break None;
+                    }
+                    why => {
+                        core.state.rip = link.page_base.wrapping_add(u64::from(link.payload[0] as u32));
+                        if why == reason::KICK {
+                            self.statistics.exits_kick += 1;
+                            break Some(Outcome::Kicked);
+                        }
+                        self.statistics.exits_step += 1;
+                        break Some(Outcome::Step);
+                    }
+                }
+            };
+            match outcome {
+                Some(outcome) => return outcome,
+                None if self.single => return Outcome::Kicked,
+                None => {}
+            }
+        }
+    }
+
+    /// Connects a link to the block at RIP, making it if need be.
+    fn link(&mut self, core: &mut Core, mode: Mode, number: u32) {
+        let flushes = self.statistics.cache_flushes;
+        if let Some(to) = self.find(core, mode)
+            && flushes == self.statistics.cache_flushes
+        {
+            self.store.connect(&mut self.cache, number, to);
+        }
+    }
+
+    /// The block at RIP; `None` if the single-step tier has to look at it.
+    fn find(&mut self, core: &mut Core, mode: Mode) -> Option<u32> {
+        let rip = core.state.rip;
+        if !Mmu::canonical(rip) {
+            return None;
+        }
+        let walk = core.mmu.walk(&core.state, rip, Access::Fetch, privilege(mode)).ok()?;
+        let number = match self.store.find(walk.physical, mode.bits()) {
+            Some(number) => number,
+            None => self.translate(core, walk.physical, mode)?,
+        };
+        if !self.single && (mode.user || walk.global || !core.state.cr4_has(cr4::PGE)) {
+            self.remember(&mut core.state, rip, number, usize::from(mode.user));
+        }
+        Some(number)
+    }
+
+    /// Enters a block into the jump cache.
+    fn remember(&mut self, state: &mut CpuState, rip: u64, number: u32, class: usize) {
+        let Some(block) = self.store.get(number) else { return };
+        let Some(&salt) = state.linkage.salt.get(class) else { return };
+        let key = rip.wrapping_add(salt);
+        let at = (key >> 1) as usize & (linkage::JUMP_ENTRIES - 1);
+        if let Some(entry) = state.linkage.jumps.get_mut(at) {
+            entry.negative_key = key.wrapping_neg();
+            entry.host = self.cache.address(block.entry);
+        }
+    }
+
+    /// A TLB miss: fills the TLB and arranges to go on, or answers `None` if the single-step tier has to do the
+    /// instruction, with RIP at it.
+    fn miss(&mut self, core: &mut Core) -> Option<()> {
+        self.statistics.tlb_misses += 1;
+        let link = &mut core.state.linkage;
+        let descriptor = Descriptor(link.payload[0] as u32);
+        let (address, go_on) = (link.payload[1], link.payload[2]);
+        let host = self.resolve(core, descriptor, address);
+        let state = &mut core.state;
+        let link = &mut state.linkage;
+        match host {
+            Some(host) => {
+                link.payload[1] = host;
+                link.enter = go_on;
+                Some(())
+            }
+            None => {
+                if descriptor.flags_saved() {
+                    link.flags = link.flags_saved;
+                }
+                state.rip = link.page_base.wrapping_add(descriptor.offset());
+                None
+            }
+        }
+    }
+
+    fn resolve(&mut self, core: &mut Core, access: Descriptor, address: u64) -> Option<u64> {
+        if (address & 0xfff) + access.size() > 4096
+            || address & access.align_mask() != 0
+            || !Mmu::canonical(address)
+        {
+            return None;
+        }
+        let kind = if access.write() { Access::Write } else { Access::Read };
+        let privilege = Privilege::of(&core.state);
+        let target = core.mmu.resolve(&mut core.state, address, kind, privilege).ok()?;
+        let host = target.host? as u64;
+        if access.write() && target.code {
+            match self.store.classify(target.physical, access.size()) {
+                Write::Code => return None,
+                // Flagged by another vCPU's translator: it has to hear of the write.
+                Write::Free => return None,
+                Write::Beside => {
+                    self.statistics.slow_writes += 1;
+                    if self.store.slow_write(target.physical) {
+                        // The single-step tier writes and tells us, and then the page is taken for data.
+                        return None;
+                    }
+                }
+            }
+        }
+        Some(host)
+    }
+
+    /// Translates the block at a guest-physical address.
+    fn translate(&mut self, core: &mut Core, physical: u64, mode: Mode) -> Option<u32> {
+        if self.cache.room() < BLOCK_ROOM {
+            self.flush(core);
+        }
+        let (page, start) = (physical & !0xfff, (physical & 0xfff) as u16);
+        // Before the bytes are read: no write may pass unseen from here on.
+        core.mmu.protect_code(&mut core.state, page);
+        let bytes = core.mmu.memory.read_array::<4096>(page).ok()?;
+        block::plan(&mut self.plan, &bytes, start, mode, &mut self.templates);
+        let first_link = self.store.links.len() as u32;
+        self.generator.start(self.cache.next(), first_link, usize::from(mode.user));
+        let mut block = Store::new_block(page, start, mode.bits(), self.plan.ranges);
+        block.entry = self.cache.next();
+        self.generator.entry(start);
+        block.direct = self.cache.next() + self.generator.out.pos();
+        block.step = self.generate(&bytes, start) == 0;
+        let code = &self.generator.out.bytes;
+        if !self.cache.append(code) {
+            return None;
+        }
+        self.statistics.blocks += 1;
+        self.statistics.host_bytes += code.len() as u64;
+        let end = self.plan.items.last().map_or(start, |item| item.next);
+        self.statistics.guest_bytes += u64::from(end.wrapping_sub(start));
+        let base = block.entry;
+        let number = self.store.add(block);
+        for i in 0..self.generator.links.len() {
+            let Some(&new) = self.generator.links.get(i) else { break };
+            let link =
+                Link { field: base + new.field, stub: base + new.stub, target: new.target, from: number };
+            self.store.links.push(link);
+            if !self.single
+                && let Some(to) = self.store.find(page | u64::from(new.target), mode.bits())
+            {
+                self.store.connect(&mut self.cache, first_link.wrapping_add(i as u32), to);
+            }
+        }
+        Some(number)
+    }
+
+    /// Generates code for the plan; answers how many instructions it covers.
+    fn generate(&mut self, page: &[u8; 4096], start: u16) -> usize {
+        let (mut done, mut end) = (0, start);
+        let mut step = self.plan.step;
+        for item in &self.plan.items {
+            let site = generate::Site {
+                offset: item.offset,
+                next: item.next,
+                live: item.live_before != 0,
+                live_after: item.live_after != 0,
+            };
+            let bytes = page.get(usize::from(item.offset)..usize::from(item.next)).unwrap_or_default();
+            let mark = self.generator.mark();
+            if self
+                .generator
+                .instruction(&item.instruction, &item.template, bytes, &mut self.info, site)
+                .is_none()
+            {
+                self.generator.rewind(mark);
+                step = true;
+                break;
+            }
+            done += 1;
+            end = item.next;
+        }
+        if step {
+            self.generator.exit(reason::STEP, u32::from(end));
+        } else if !self.plan.controlled {
+            self.generator.jump_page(i64::from(end));
+        }
+        self.generator.finish();
+        done
+    }
+}
+
+fn privilege(mode: Mode) -> Privilege {
+    if mode.user { Privilege::User } else { Privilege::Supervisor }
+}
+
+/// The mode in which translated code may run now; `None` if it may not.
+fn mode(state: &CpuState) -> Option<Mode> {
+    let user = state.cpl() == 3;
+    let blocked = state.rflags & rflags::TF != 0
+        || state.shadow != Shadow::None
+        || state.dr7 & 0xff != 0
+        || user && state.cr0 & cr0::AM != 0 && state.rflags & rflags::AC != 0;
+    if blocked || !state.code64() || !state.paging() {
+        return None;
+    }
+    let x87 = state.cr0 & (cr0::EM | cr0::TS) == 0 && thunk::x87_exceptions_masked();
+    let sse = x87 && state.cr4_has(cr4::OSFXSR) && state.mxcsr & 0x1f80 == 0x1f80;
+    let avx = sse && state.cr4_has(cr4::OSXSAVE) && state.xcr0 & 6 == 6;
+    Some(Mode { user, x87, sse, avx })
+}
+
+/// AH after LAHF: SF, ZF, AF, PF, CF.
+const LAHF: u64 = rflags::SF | rflags::ZF | rflags::AF | rflags::PF | rflags::CF;
+
+fn import_flags(state: &mut CpuState) {
+    let overflow = u32::from(state.rflags & rflags::OF != 0);
+    state.linkage.flags = ((state.rflags & LAHF) as u32) << 8 | overflow;
+}
+
+fn export_flags(state: &mut CpuState) {
+    let flags = u64::from(state.linkage.flags);
+    let overflow = if flags & 1 != 0 { rflags::OF } else { 0 };
+    state.rflags = state.rflags & !rflags::STATUS | flags >> 8 & LAHF | overflow;
+}
+
+#[cfg(test)]
+mod test;

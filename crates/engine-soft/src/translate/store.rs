@@ -1,0 +1,228 @@
+//! The blocks: by guest-physical address, by page, and how they are chained to each other.
+//!
+//! A block lives until bytes it was made from change, or the whole cache is flushed; numbers of blocks and links are
+//! not used again before that.
+
+use super::block::Range;
+use super::cache::CodeCache;
+use super::thunk::{Thunks, reason};
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+
+/// Granule in which a page's translated bytes are tracked.
+const GRANULE_SHIFT: u32 = 5;
+/// Writes beside translated bytes after which a page is taken for data, and its blocks are dropped.
+const SLOW_WRITES_MAX: u32 = 256;
+
+/// A hasher for keys that are numbers already.
+#[derive(Default)]
+pub(super) struct NumberHasher(u64);
+
+impl Hasher for NumberHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.write_u64(u64::from(byte));
+        }
+    }
+
+    fn write_u64(&mut self, value: u64) {
+        // Multiplication by 2^64 / golden ratio, folded.
+        let wide = u128::from(self.0 ^ value) * 0x9e37_79b9_7f4a_7c15;
+        self.0 = wide as u64 ^ (wide >> 64) as u64;
+    }
+}
+
+pub(super) type NumberMap<T> = HashMap<u64, T, BuildHasherDefault<NumberHasher>>;
+
+#[derive(Debug)]
+pub(super) struct Block {
+    /// Guest-physical address of its page.
+    pub page: u64,
+    /// Page offset of its first byte.
+    pub start: u16,
+    pub mode: u8,
+    /// Cache offset of the entry for jumps through the jump cache.
+    pub entry: usize,
+    /// Cache offset of the entry for jumps within the page.
+    pub direct: usize,
+    /// It holds no instruction: the first is for the single-step tier.
+    pub step: bool,
+    ranges: [Range; 3],
+    /// Links that jump here.
+    incoming: Vec<u32>,
+    alive: bool,
+}
+
+/// A direct jump that can be patched.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Link {
+    /// Cache offset of the displacement.
+    pub field: usize,
+    /// Cache offset of the stub it goes to while it has no target.
+    pub stub: usize,
+    /// Page offset of the target.
+    pub target: u16,
+    /// The block it belongs to.
+    pub from: u32,
+}
+
+#[derive(Debug, Default)]
+struct Page {
+    blocks: Vec<u32>,
+    /// One bit for each granule that a block depends on.
+    granules: u128,
+    slow_writes: u32,
+}
+
+#[derive(Default)]
+pub(super) struct Store {
+    pub blocks: Vec<Block>,
+    pub links: Vec<Link>,
+    index: NumberMap<u32>,
+    pages: NumberMap<Page>,
+}
+
+/// What a write to a page means to the code on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Write {
+    /// Nothing on the page is translated.
+    Free,
+    /// The bytes are not translated ones.
+    Beside,
+    /// Translated bytes change.
+    Code,
+}
+
+fn key(address: u64, mode: u8) -> u64 {
+    address << 4 | u64::from(mode)
+}
+
+fn granules(from: u64, to: u64) -> u128 {
+    if from >= to {
+        return 0;
+    }
+    let first = (from >> GRANULE_SHIFT) as u32;
+    let last = ((to - 1) >> GRANULE_SHIFT) as u32;
+    let count = last.saturating_sub(first) + 1;
+    let ones = if count >= 128 { u128::MAX } else { (1u128 << count) - 1 };
+    ones.checked_shl(first).unwrap_or(0)
+}
+
+impl Store {
+    /// The block that starts at guest-physical `address`.
+    pub(super) fn find(&self, address: u64, mode: u8) -> Option<u32> {
+        self.index.get(&key(address, mode)).copied()
+    }
+
+    pub(super) fn get(&self, number: u32) -> Option<&Block> {
+        self.blocks.get(number as usize)
+    }
+
+    /// Adds a block; answers its number.
+    pub(super) fn add(&mut self, mut block: Block) -> u32 {
+        let number = self.blocks.len() as u32;
+        block.alive = true;
+        let page = self.pages.entry(block.page).or_default();
+        page.blocks.push(number);
+        for &(from, to) in &block.ranges {
+            page.granules |= granules(u64::from(from), u64::from(to));
+        }
+        self.index.insert(key(block.page | u64::from(block.start), block.mode), number);
+        self.blocks.push(block);
+        number
+    }
+
+    pub(super) fn new_block(page: u64, start: u16, mode: u8, ranges: [Range; 3]) -> Block {
+        let (entry, direct) = (0, 0);
+        Block { page, start, mode, entry, direct, step: false, ranges, incoming: Vec::new(), alive: true }
+    }
+
+    /// Lets link `number` go to block `to`, if that is on the same page.
+    pub(super) fn connect(&mut self, cache: &mut CodeCache, number: u32, to: u32) {
+        let Some(link) = self.links.get(number as usize).copied() else { return };
+        let from = self.blocks.get(link.from as usize).map(|b| (b.page, b.alive));
+        let Some(block) = self.blocks.get_mut(to as usize) else { return };
+        if block.alive && from == Some((block.page, true)) {
+            block.incoming.push(number);
+            cache.patch_jump(link.field, block.direct);
+        }
+    }
+
+    /// What a write of `len` bytes at guest-physical `address` (within a page) would do.
+    pub(super) fn classify(&self, address: u64, len: u64) -> Write {
+        match self.pages.get(&(address & !0xfff)) {
+            None => Write::Free,
+            Some(page) => {
+                let at = address & 0xfff;
+                if page.granules & granules(at, at + len) != 0 { Write::Code } else { Write::Beside }
+            }
+        }
+    }
+
+    /// Counts a write beside code; `true` if the page should rather be taken for data now.
+    pub(super) fn slow_write(&mut self, address: u64) -> bool {
+        self.pages.get_mut(&(address & !0xfff)).is_none_or(|page| {
+            page.slow_writes += 1;
+            page.slow_writes > SLOW_WRITES_MAX
+        })
+    }
+
+    /// Kills the blocks that depend on any of `len` bytes at `address` (within a page). Answers how many died, and
+    /// whether nothing translated is left on the page.
+    pub(super) fn invalidate(
+        &mut self,
+        cache: &mut CodeCache,
+        thunks: &Thunks,
+        address: u64,
+        len: u64,
+    ) -> (usize, bool) {
+        let base = address & !0xfff;
+        let Some(mut page) = self.pages.remove(&base) else { return (0, true) };
+        let (from, to) = (address & 0xfff, (address & 0xfff).saturating_add(len));
+        let mut killed = 0;
+        page.granules = 0;
+        page.blocks.retain(|&number| {
+            let Some(block) = self.blocks.get_mut(number as usize) else { return false };
+            let hit = block.ranges.iter().any(|r| u64::from(r.0) < to && u64::from(r.1) > from && r.0 < r.1);
+            if !hit {
+                for &(from, to) in &block.ranges {
+                    page.granules |= granules(u64::from(from), u64::from(to));
+                }
+                return true;
+            }
+            killed += 1;
+            block.alive = false;
+            self.index.remove(&key(block.page | u64::from(block.start), block.mode));
+            for number in std::mem::take(&mut block.incoming) {
+                if let Some(link) = self.links.get(number as usize) {
+                    cache.patch_jump(link.field, link.stub);
+                }
+            }
+            // The jump cache may still lead here: look the address up again.
+            cache.patch(block.entry, &[0xe9]);
+            cache.patch_jump(block.entry + 1, thunks.exit(reason::LOOKUP));
+            false
+        });
+        if page.blocks.is_empty() {
+            return (killed, true);
+        }
+        self.pages.insert(base, page);
+        (killed, false)
+    }
+
+    /// Guest-physical addresses of all pages with blocks.
+    pub(super) fn pages(&self) -> impl Iterator<Item = u64> + '_ {
+        self.pages.keys().copied()
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.blocks.clear();
+        self.links.clear();
+        self.index.clear();
+        self.pages.clear();
+    }
+}

@@ -1,0 +1,189 @@
+//! The way into translated code and out of it: emitted once, at the start of the code cache.
+//!
+//! While translated code runs, RSP is the address of the [`CpuState`], RAX to R11 but RSP are the guest's, R12 is the
+//! guest's RSP, R13 to R15 are scratch, YMM0-15, MXCSR and x87 are the guest's. All exits are jumps to the stubs made
+//! here, with the scratch registers saying what the stub's reason means.
+#![allow(unsafe_code)]
+
+use super::cache::CodeCache;
+use super::emit::{Emitter, Mem, r};
+use super::linkage::Linkage;
+use crate::state::CpuState;
+use std::mem::offset_of;
+
+/// Why translated code was left.
+#[allow(missing_docs)]
+pub(super) mod reason {
+    /// The instruction at page offset R13 is for the single-step tier.
+    pub const STEP: u32 = 0;
+    /// The exit of link R13 was taken for the first time.
+    pub const LINK: u32 = 1;
+    /// The jump cache does not know the target; R14 is its address plus the salt.
+    pub const LOOKUP: u32 = 2;
+    /// The TLB does not know the address R14; R13 describes the access, R15 is where to go on.
+    pub const MISS: u32 = 3;
+    /// A kick was seen before the instruction at page offset R13.
+    pub const KICK: u32 = 4;
+    /// How many there are.
+    pub const COUNT: usize = 5;
+}
+
+/// Where the stubs are, as offsets into the cache.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Thunks {
+    enter: usize,
+    exits: [usize; reason::COUNT],
+}
+
+pub(super) const GPR: usize = offset_of!(CpuState, gpr);
+pub(super) const LINKAGE: usize = offset_of!(CpuState, linkage);
+const YMM: usize = offset_of!(CpuState, ymm);
+
+/// Offset of a guest register's place in the state.
+pub(super) fn spill(register: u8) -> Mem {
+    Mem::state(GPR + usize::from(register & 15) * 8)
+}
+
+/// A field of [`Linkage`].
+macro_rules! linked {
+    ($($field:tt)+) => {
+        $crate::translate::emit::Mem::state(
+            $crate::translate::thunk::LINKAGE
+                + std::mem::offset_of!($crate::translate::linkage::Linkage, $($field)+),
+        )
+    };
+}
+pub(super) use linked;
+
+impl Thunks {
+    /// Emits the stubs; `avx` if the host has it and lets programs use it.
+    pub(super) fn emit(cache: &mut CodeCache, avx: bool) -> Self {
+        let mut out = Emitter { bytes: Vec::new(), base: cache.next() };
+        let enter = out.base;
+        emit_enter(&mut out, avx);
+        let common = out.pos();
+        emit_leave(&mut out, avx);
+        let mut exits = [0; reason::COUNT];
+        for (why, exit) in exits.iter_mut().enumerate() {
+            *exit = out.base + out.pos();
+            out.store_imm(false, linked!(reason), why as u32);
+            out.jump_to(out.base + common);
+        }
+        cache.append(&out.bytes);
+        cache.keep();
+        Self { enter, exits }
+    }
+
+    /// Cache offset of the stub for `why`.
+    pub(super) fn exit(&self, why: u32) -> usize {
+        self.exits.get(why as usize).copied().unwrap_or(self.enter)
+    }
+
+    /// Runs translated code from `state.linkage.enter` until it leaves.
+    pub(super) fn run(&self, cache: &CodeCache, state: &mut CpuState) {
+        // SAFETY: the address is that of the entry stub emitted above, which follows the System V calling convention
+        // and was emitted for this layout of `CpuState`; `linkage.enter` was set from an offset of this cache.
+        unsafe {
+            let enter: extern "sysv64" fn(*mut CpuState) =
+                std::mem::transmute(cache.address(self.enter) as usize);
+            enter(state);
+        }
+    }
+}
+
+/// The guest's registers that stand in host registers of the same number.
+const SAME: [u8; 11] = [0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11];
+const CALLEE_SAVED: [u8; 6] = [r::BP, r::BX, 12, 13, 14, 15];
+
+fn push(out: &mut Emitter, register: u8, pop: bool) {
+    if register >= 8 {
+        out.byte(0x41);
+    }
+    out.byte(if pop { 0x58 } else { 0x50 } | register & 7);
+}
+
+/// A move of all vector registers: `opcode` 0x10 loads, 0x11 stores.
+fn vectors(out: &mut Emitter, opcode: u8, base: u8, avx: bool) {
+    for i in 0..16u8 {
+        let mem = Mem::at(base, (YMM + usize::from(i) * 32) as i32);
+        if avx {
+            // VMOVUPS ymm.
+            let r = if i >= 8 { 0 } else { 0x80 };
+            out.raw(&[0xc5, r | 0x7c, opcode]);
+            out.modrm_mem(i, mem);
+        } else {
+            out.op_mem(false, &[0x0f, opcode], i, mem);
+        }
+    }
+}
+
+fn emit_enter(out: &mut Emitter, avx: bool) {
+    for register in CALLEE_SAVED {
+        push(out, register, false);
+    }
+    out.store(Mem::at(r::DI, offset_of!(CpuState, host_rsp) as i32), r::SP);
+    // STMXCSR, LDMXCSR.
+    out.op_mem(false, &[0x0f, 0xae], 3, Mem::at(r::DI, offset_of!(CpuState, host_mxcsr) as i32));
+    out.op_mem(false, &[0x0f, 0xae], 2, Mem::at(r::DI, offset_of!(CpuState, mxcsr) as i32));
+    out.mov(r::SP, r::DI);
+    vectors(out, 0x10, r::SP, avx);
+    out.load32(r::AX, linked!(flags));
+    restore_flags(out);
+    for register in SAME {
+        out.load(register, spill(register));
+    }
+    out.load(r::GUEST_SP, spill(4));
+    out.load(r::ADDR, Mem::state(LINKAGE + offset_of!(Linkage, payload) + 8));
+    out.jump_mem(linked!(enter));
+}
+
+/// Status flags from EAX: `add al, 127` overflows iff AL is 1, SAHF sets the others.
+pub(super) fn restore_flags(out: &mut Emitter) {
+    out.raw(&[0x04, 0x7f, 0x9e]);
+}
+
+/// Status flags to EAX.
+pub(super) fn save_flags(out: &mut Emitter) {
+    // LAHF; SETO AL.
+    out.raw(&[0x9f, 0x0f, 0x90, 0xc0]);
+}
+
+fn emit_leave(out: &mut Emitter, avx: bool) {
+    for (i, register) in [r::T1, r::ADDR, r::T2].into_iter().enumerate() {
+        out.store(Mem::state(LINKAGE + offset_of!(Linkage, payload) + i * 8), register);
+    }
+    for register in SAME {
+        out.store(spill(register), register);
+    }
+    out.store(spill(4), r::GUEST_SP);
+    save_flags(out);
+    out.store32(linked!(flags), r::AX);
+    vectors(out, 0x11, r::SP, avx);
+    if avx {
+        // VZEROUPPER: what follows is SSE code.
+        out.raw(&[0xc5, 0xf8, 0x77]);
+    }
+    out.op_mem(false, &[0x0f, 0xae], 3, Mem::state(offset_of!(CpuState, mxcsr)));
+    out.op_mem(false, &[0x0f, 0xae], 2, Mem::state(offset_of!(CpuState, host_mxcsr)));
+    out.load(r::SP, Mem::state(offset_of!(CpuState, host_rsp)));
+    for register in CALLEE_SAVED.into_iter().rev() {
+        push(out, register, true);
+    }
+    out.byte(0xc3);
+}
+
+/// Whether all x87 exceptions are masked. x87 state is in the host's registers while the vCPU runs.
+pub(super) fn x87_exceptions_masked() -> bool {
+    let mut control = 0u16;
+    // SAFETY: FNSTCW stores two bytes at the address given.
+    unsafe { std::arch::asm!("fnstcw [{}]", in(reg) &raw mut control, options(nostack, preserves_flags)) };
+    control & 0x3f == 0x3f
+}
+
+/// Bytes that a guest cannot guess.
+pub(super) fn random_seed() -> u64 {
+    let mut seed = 0u64;
+    // SAFETY: the buffer is eight bytes of our own.
+    let got = unsafe { libc::getrandom((&raw mut seed).cast(), 8, 0) };
+    if got == 8 { seed } else { std::ptr::from_ref(&seed) as u64 ^ u64::from(std::process::id()) }
+}
