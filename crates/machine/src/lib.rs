@@ -14,4 +14,15 @@
     )
 )]
 
+pub mod agent;
 pub mod boot;
+mod buses;
+mod clock;
+pub mod console;
+pub mod control;
+mod lifecycle;
+pub mod port;
+mod timers;
+mod vcpu;
+
+pub use lifecycle::{Crash, Outcome};

@@ -34,7 +34,7 @@ impl<'a> Bytes<'a> {
 }
 
 /// Writes `value` at `offset` of a buffer of our own; a field beyond its end is dropped.
-pub(super) fn put(buffer: &mut [u8], offset: usize, value: &[u8]) {
+pub(crate) fn put(buffer: &mut [u8], offset: usize, value: &[u8]) {
     let end = offset.saturating_add(value.len());
     if let Some(field) = buffer.get_mut(offset..end) {
         field.copy_from_slice(value);

@@ -5,6 +5,7 @@
 //! field is checked, and whatever is wrong with it is one sentence for the user.
 
 mod bytes;
+pub(crate) use bytes::put;
 mod bzimage;
 mod decompress;
 mod elf;

@@ -178,7 +178,7 @@ fn what_is_wrong_is_said() {
     let mut i386 = good.clone();
     i386[0x236] = 0;
     assert!(say(&i386, &[], "").contains("32-bit Linux kernel"));
-    assert!(say(&good[..1200], &[], "").contains("cut off in its kernel image"));
+    assert!(say(&good[..1050], &[], "").contains("cut off in its kernel image"));
     let mut corrupt = bzimage(&gzip(&vmlinux));
     corrupt[1024 + 16 + 40] ^= 0xff;
     assert!(say(&corrupt, &[], "").contains("does not decompress"));

@@ -1,0 +1,458 @@
+//! The vCPU loop: one function for all engines, from one [`Exit`] to the next.
+//!
+//! States of a vCPU: waiting for start-up (an application processor), running, halted (HLT, asleep without cost),
+//! parked (the machine is paused) and gone. Before every run it looks at its attention flag only; whoever has
+//! something for it sets that flag (`slot`).
+//!
+//! Lock order: the local APIC's lock is never held while a device, another APIC or the memory gate is called.
+
+pub(crate) mod paravirtual;
+mod registers;
+pub(crate) mod slot;
+
+use crate::buses::Buses;
+use crate::clock::Clock;
+use crate::lifecycle::{Crash, Lifecycle, Outcome, Wanted};
+use crate::timers::Timers;
+use chipset::ioapic::IoApic;
+use chipset::local_apic::{Apics, Delivery, Destination, Effect, Ipi, LocalApic, Startup, Trigger, TscClock};
+use cpu::{Error, Exit, Space, Vcpu, attr, msr};
+use device::VmTime;
+use memory::GuestMemory;
+use paravirtual::{SystemClock, hypercall};
+use registers::Remaining;
+use slot::Slot;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// KVM's first numbers for the wall clock and system time registers.
+const KVM_WALL_CLOCK_OLD: u32 = 0x11;
+const KVM_SYSTEM_TIME_OLD: u32 = 0x12;
+/// How many exits a crash report remembers.
+const LAST_EXITS: usize = 16;
+
+/// What all vCPUs of a machine share.
+pub(crate) struct Common {
+    pub(crate) memory: GuestMemory,
+    pub(crate) buses: Buses,
+    pub(crate) apics: Apics,
+    pub(crate) ioapic: IoApic,
+    /// The 8259A pair's acknowledge cycle: its vector, if its output is high.
+    pub(crate) external: Box<dyn Fn() -> Option<u8> + Send + Sync>,
+    pub(crate) clock: Arc<Clock>,
+    pub(crate) timers: Arc<Timers>,
+    pub(crate) system_clock: SystemClock,
+    pub(crate) slots: Arc<[Slot]>,
+    pub(crate) lifecycle: Arc<Lifecycle>,
+    pub(crate) tsc_hz: u64,
+    pub(crate) log_exits: bool,
+}
+
+/// One vCPU, on its own thread.
+pub(crate) struct Runner {
+    vcpu: Box<dyn Vcpu>,
+    index: usize,
+    apic: Arc<Mutex<LocalApic>>,
+    common: Arc<Common>,
+    halted: bool,
+    window: bool,
+    /// The VM could be saved at the last exit.
+    pausable: bool,
+    /// KVM_SYSTEM_TIME, if enabled.
+    system_time: Option<u64>,
+    wall_clock: u64,
+    remaining: Remaining,
+    last_exits: std::collections::VecDeque<(u64, String)>,
+    exits: u64,
+}
+
+impl Runner {
+    pub(crate) fn new(vcpu: Box<dyn Vcpu>, index: usize, common: Arc<Common>) -> Option<Self> {
+        let apic = common.apics.get(index)?.clone();
+        common.slots.get(index)?.set_kick(vcpu.kick_handle());
+        Some(Self {
+            vcpu,
+            index,
+            apic,
+            common,
+            halted: false,
+            window: false,
+            pausable: true,
+            system_time: None,
+            wall_clock: 0,
+            remaining: Remaining::default(),
+            last_exits: std::collections::VecDeque::new(),
+            exits: 0,
+        })
+    }
+
+    /// Runs until the machine stops; answers the vCPU.
+    pub(crate) fn run(mut self) -> Box<dyn Vcpu> {
+        let common = self.common.clone();
+        let Some(slot) = common.slots.get(self.index) else { return self.vcpu };
+        slot.enter();
+        slot.note();
+        loop {
+            if slot.take_attention() && !self.attend(slot) {
+                return self.vcpu;
+            }
+            if self.halted {
+                self.sleep(slot);
+                continue;
+            }
+            match self.vcpu.run() {
+                Ok(exit) => self.handle(exit, slot),
+                Err(error) => self.crash(&error.to_string(), matches!(error, Error::Guest { .. })),
+            }
+        }
+    }
+
+    /// Looks at everything others may want; `false` when the machine stops.
+    fn attend(&mut self, slot: &Slot) -> bool {
+        match self.common.lifecycle.wanted() {
+            Wanted::Run => {}
+            Wanted::Stop => return false,
+            // Not in the middle of an instruction: run to an exit that is between two.
+            Wanted::Pause if !self.pausable => slot.wake_self(),
+            Wanted::Pause => {
+                if !self.park(slot) {
+                    return false;
+                }
+            }
+        }
+        if slot.take_unhalt() {
+            self.halted = false;
+        }
+        let now = self.common.clock.now();
+        let mut apic = lock(&self.apic);
+        apic.tick(now);
+        while let Some(startup) = apic.take_startup() {
+            drop(apic);
+            self.start_up(startup);
+            apic = lock(&self.apic);
+        }
+        if apic.waiting_for_sipi() {
+            self.halted = true;
+            return true;
+        }
+        if apic.take_nmi() {
+            self.vcpu.inject_nmi();
+            self.halted = false;
+        }
+        drop(apic);
+        self.deliver();
+        // Asleep it minds its own deadline.
+        if !self.halted {
+            self.arm();
+        }
+        true
+    }
+
+    /// Gives the vCPU the most urgent interrupt, or asks for a window if it cannot take it now.
+    fn deliver(&mut self) {
+        let mut apic = lock(&self.apic);
+        let (vector, external) = (apic.pending(), apic.external_pending());
+        if vector.is_none() && !external {
+            drop(apic);
+            return self.want_window(false);
+        }
+        if !self.vcpu.interruptible() {
+            drop(apic);
+            return self.want_window(true);
+        }
+        let vector = match vector {
+            Some(vector) => {
+                apic.acknowledge(vector);
+                Some(vector)
+            }
+            None => {
+                apic.acknowledge_external();
+                // The PIC's chip is asked with the APIC unlocked.
+                drop(apic);
+                let vector = (self.common.external)();
+                apic = lock(&self.apic);
+                vector
+            }
+        };
+        let more = apic.pending().is_some() || apic.external_pending();
+        drop(apic);
+        if let Some(vector) = vector {
+            self.vcpu.inject_interrupt(vector);
+            self.halted = false;
+        }
+        self.want_window(more);
+    }
+
+    fn want_window(&mut self, wanted: bool) {
+        if self.window != wanted {
+            self.window = wanted;
+            self.vcpu.request_interrupt_window(wanted);
+        }
+    }
+
+    /// Tells the timers when this APIC's timer is due.
+    fn arm(&self) {
+        let deadline = lock(&self.apic).deadline();
+        self.common.timers.set(self.index, deadline);
+    }
+
+    /// Sleeps in HLT (or waiting for start-up) until there is something to look at. The timer thread stays out of
+    /// it: this thread wakes at its own deadline.
+    fn sleep(&mut self, slot: &Slot) {
+        let deadline = lock(&self.apic).deadline();
+        self.common.timers.set(self.index, None);
+        let limit = deadline.map(|at| self.common.clock.until(at).unwrap_or(std::time::Duration::MAX));
+        slot.sleep(limit);
+        slot.note();
+    }
+
+    /// INIT and start-up messages (Intel SDM 3, 10.4.2 and 10.4.4.1).
+    fn start_up(&mut self, startup: Startup) {
+        match startup {
+            Startup::Init => {
+                self.vcpu.reset(true);
+                self.halted = false;
+                self.window = false;
+            }
+            Startup::Sipi(page) => {
+                let mut registers = self.vcpu.registers();
+                let base = u64::from(page) << 12;
+                if let Some(cs) = registers.segments.get_mut(1) {
+                    cs.base = base;
+                    cs.selector = u16::from(page) << 8;
+                    cs.limit = 0xffff;
+                    cs.attr = attr::P | attr::S | 0xb;
+                }
+                registers.rip = 0;
+                self.vcpu.set_registers(&registers);
+                self.halted = false;
+            }
+        }
+    }
+
+    /// The machine is paused: waits without cost, then tells the guest that time stood still.
+    fn park(&mut self, slot: &Slot) -> bool {
+        let tsc = self.vcpu.tsc();
+        self.common.timers.set(self.index, None);
+        if !self.common.lifecycle.park() {
+            return false;
+        }
+        self.vcpu.set_msr(msr::TSC, tsc);
+        let now = self.common.clock.now();
+        lock(&self.apic).set_tsc_clock(TscClock::of(self.common.tsc_hz, tsc, now));
+        self.write_system_time(true);
+        slot.note();
+        true
+    }
+
+    fn handle(&mut self, exit: Exit, slot: &Slot) {
+        self.exits = self.exits.wrapping_add(1);
+        self.pausable = exit.pausable();
+        if self.common.log_exits {
+            self.log(&exit);
+        }
+        match exit {
+            Exit::Read { space, address, size } => {
+                let value = self.read(space, address, size, slot);
+                self.vcpu.complete(Some(value));
+            }
+            Exit::Write { space, address, size, value } => self.write(space, address, size, value, slot),
+            Exit::ReadMsr { index } => {
+                let value = self.read_msr(index);
+                self.vcpu.complete(value);
+            }
+            Exit::WriteMsr { index, value } => {
+                let done = self.write_msr(index, value, slot);
+                self.vcpu.complete(done.map(|()| 0));
+            }
+            Exit::Hypercall { number, args } => {
+                let result = self.hypercall(number, args);
+                self.vcpu.complete(Some(result));
+            }
+            Exit::Halt => {
+                self.halted = true;
+                slot.note();
+            }
+            Exit::InterruptWindow => {
+                self.window = false;
+                slot.note();
+            }
+            Exit::Interrupted | Exit::Debug => slot.note(),
+            Exit::Shutdown => {
+                self.crash("the guest met a fault that it could not handle (triple fault)", true)
+            }
+        }
+    }
+
+    fn read(&mut self, space: Space, address: u64, size: u8, slot: &Slot) -> u64 {
+        if space == Space::Mmio
+            && let Some(offset) = self.own_apic(address)
+        {
+            slot.note();
+            return lock(&self.apic).page_read(offset, self.common.clock.now()).into();
+        }
+        self.common.buses.read(space, address, size)
+    }
+
+    fn write(&mut self, space: Space, address: u64, size: u8, value: u64, slot: &Slot) {
+        if space == Space::Mmio
+            && let Some(offset) = self.own_apic(address)
+        {
+            self.sync_tsc();
+            let effect = lock(&self.apic).page_write(offset, value as u32, self.common.clock.now());
+            self.act(effect);
+            slot.note();
+            return;
+        }
+        self.common.buses.write(space, address, size, value);
+    }
+
+    /// The offset in this vCPU's APIC page, if the address is in it.
+    fn own_apic(&self, address: u64) -> Option<u64> {
+        // All pages are near the architectural one unless a guest moves its own, which none does.
+        let page = lock(&self.apic).page()?;
+        address.checked_sub(page).filter(|&offset| offset < LocalApic::LEN)
+    }
+
+    fn act(&self, effect: Effect) {
+        match effect {
+            Effect::None => {}
+            Effect::Ipi(ipi) => {
+                self.common.apics.route(&ipi);
+            }
+            Effect::Eoi(vector) => self.common.ioapic.eoi(vector),
+        }
+    }
+
+    /// The APIC's idea of the TSC follows the engine's.
+    fn sync_tsc(&self) {
+        let (tsc, now) = (self.vcpu.tsc(), self.common.clock.now());
+        lock(&self.apic).set_tsc_clock(TscClock::of(self.common.tsc_hz, tsc, now));
+    }
+
+    fn read_msr(&mut self, index: u32) -> Option<u64> {
+        match index {
+            msr::APIC_BASE => Some(lock(&self.apic).base()),
+            msr::TSC_DEADLINE => Some(lock(&self.apic).tsc_deadline()),
+            msr::X2APIC_FIRST..=msr::X2APIC_LAST => lock(&self.apic).msr_read(index, self.common.clock.now()),
+            KVM_WALL_CLOCK_OLD | msr::KVM_WALL_CLOCK => Some(self.wall_clock),
+            KVM_SYSTEM_TIME_OLD | msr::KVM_SYSTEM_TIME => Some(self.system_time.map_or(0, |at| at | 1)),
+            msr::KVM_POLL_CONTROL => Some(1),
+            _ => self.remaining.read(index),
+        }
+    }
+
+    fn write_msr(&mut self, index: u32, value: u64, slot: &Slot) -> Option<()> {
+        match index {
+            msr::APIC_BASE => {
+                slot.note();
+                lock(&self.apic).set_base(value)
+            }
+            msr::TSC_DEADLINE => {
+                self.sync_tsc();
+                lock(&self.apic).set_tsc_deadline(value);
+                slot.note();
+                Some(())
+            }
+            msr::X2APIC_FIRST..=msr::X2APIC_LAST => {
+                slot.note();
+                let effect = lock(&self.apic).msr_write(index, value, self.common.clock.now())?;
+                self.act(effect);
+                Some(())
+            }
+            KVM_WALL_CLOCK_OLD | msr::KVM_WALL_CLOCK => {
+                self.wall_clock = value;
+                let now = self.common.clock.now();
+                paravirtual::write_wall_clock(&self.common.memory, value & !3, now).ok()
+            }
+            KVM_SYSTEM_TIME_OLD | msr::KVM_SYSTEM_TIME => {
+                self.system_time = (value & 1 != 0).then_some(value & !1);
+                self.write_system_time(false);
+                Some(())
+            }
+            // Whether the host may poll before it sleeps: it does not.
+            msr::KVM_POLL_CONTROL => (value <= 1).then_some(()),
+            _ => self.remaining.write(index, value),
+        }
+    }
+
+    fn write_system_time(&mut self, stopped: bool) {
+        let Some(at) = self.system_time else { return };
+        let (tsc, now) = (self.vcpu.tsc(), self.common.clock.now());
+        // A page that is not RAM is the guest's own mistake.
+        let _ = self.common.system_clock.write_page(&self.common.memory, at, tsc, now, stopped);
+    }
+
+    fn hypercall(&mut self, number: u64, args: [u64; 4]) -> u64 {
+        let [first, second, third, fourth] = args;
+        match number {
+            hypercall::VAPIC_POLL_IRQ => 0,
+            hypercall::KICK_CPU => {
+                if let Some(slot) = usize::try_from(second).ok().and_then(|id| self.common.slots.get(id)) {
+                    slot.unhalt();
+                }
+                0
+            }
+            hypercall::CLOCK_PAIRING => {
+                paravirtual::clock_pairing(&self.common.memory, first, second, self.vcpu.tsc())
+            }
+            hypercall::SEND_IPI => self.send_ipis(first, second, third, fourth),
+            hypercall::SCHED_YIELD => {
+                std::thread::yield_now();
+                0
+            }
+            _ => hypercall::NO_SUCH_CALL,
+        }
+    }
+
+    /// KVM_HC_SEND_IPI: a bitmap of 128 APIC ids from `first` on, and the ICR's low half.
+    fn send_ipis(&self, low: u64, high: u64, first: u64, icr: u64) -> u64 {
+        let delivery = Delivery::from_field((icr >> 8) as u32);
+        let Some(delivery @ (Delivery::Fixed | Delivery::Nmi)) = delivery else { return hypercall::INVALID };
+        let Ok(first) = u32::try_from(first) else { return hypercall::INVALID };
+        let bitmap = u128::from(high) << 64 | u128::from(low);
+        let mut count = 0u64;
+        for bit in (0..128u32).filter(|&bit| bitmap.wrapping_shr(bit) & 1 != 0) {
+            let destination = Destination::Physical(first.wrapping_add(bit));
+            let ipi = Ipi { delivery, vector: icr as u8, trigger: Trigger::Edge, destination };
+            if self.common.apics.route(&ipi) {
+                count = count.saturating_add(1);
+            }
+        }
+        count
+    }
+
+    fn log(&mut self, exit: &Exit) {
+        let rip = self.vcpu.registers().rip;
+        if self.last_exits.len() >= LAST_EXITS {
+            self.last_exits.pop_front();
+        }
+        self.last_exits.push_back((rip, format!("{exit:?}")));
+        eprintln!("vcpu{} {rip:#x} {exit:?}", self.index);
+    }
+
+    fn crash(&mut self, why: &str, guest: bool) {
+        let registers = self.vcpu.registers();
+        let engine = self.vcpu.inspect();
+        self.common.lifecycle.end(Outcome::Crashed(Box::new(Crash {
+            why: why.to_owned(),
+            vcpu: self.index,
+            guest,
+            at: self.common.clock.now(),
+            registers,
+            last_exits: self.last_exits.iter().cloned().collect(),
+            engine,
+        })));
+        if let Some(slot) = self.common.slots.get(self.index) {
+            slot.note();
+        }
+    }
+}
+
+fn lock(apic: &Mutex<LocalApic>) -> MutexGuard<'_, LocalApic> {
+    apic.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The clock of a TSC that has not run yet.
+pub(crate) fn tsc_clock(hz: u64) -> TscClock {
+    TscClock::of(hz, 0, VmTime(0))
+}
