@@ -13,6 +13,19 @@
 //! that fails leaves the tree as it was, apart from parent directories made on demand, and the writer usable. There
 //! are no threads and no locks.
 //!
+//! ```
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use ext4::{Metadata, Options, Writer};
+//!
+//! let options = Options { label: "root".into(), ..Options::new(64 << 20) };
+//! let mut writer = Writer::new(tempfile::tempfile()?, &options)?;
+//! writer.symlink(b"/bin", &Metadata::new(0o777, 0), b"usr/bin")?;
+//! writer.file(b"/bin/hello", &Metadata::new(0o755, 0), 5, &b"hello"[..])?; // lands in /usr/bin
+//! let summary = writer.finish()?;
+//! assert_eq!(summary.directories, 4); // the root, lost+found, usr and usr/bin
+//! # Ok(()) }
+//! ```
+//!
 //! Layout and field names follow the kernel's `Documentation/filesystems/ext4/`.
 #![forbid(unsafe_code)]
 #![cfg_attr(

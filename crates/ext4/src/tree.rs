@@ -10,6 +10,8 @@ use crate::inode::{DeviceKind, FileType, Metadata, ROOT};
 
 /// Symbolic links followed on one path, as in Linux.
 const LINKS_FOLLOWED_MAX: u32 = 40;
+/// Names looked up on one path with all its links; without a limit 40 links to long paths would make each call slow.
+const STEPS_MAX: u32 = 8192;
 /// `PATH_MAX` of Linux without its NUL.
 pub(crate) const PATH_BYTES_MAX: usize = 4095;
 const NAME_BYTES_MAX: usize = 255;
@@ -183,7 +185,12 @@ impl Tree {
         let mut pending = names;
         pending.reverse();
         let mut followed = 0_u32;
+        let mut steps = 0_u32;
         while let Some(name) = pending.pop() {
+            steps = steps.saturating_add(1);
+            if steps > STEPS_MAX {
+                return Err(Error::Path { path: show(path), why: "its symbolic links lead too far around" });
+            }
             if *name == *b".." {
                 directory = self.directory(directory).map_or(ROOT, |directory| directory.parent);
                 continue;

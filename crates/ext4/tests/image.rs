@@ -7,7 +7,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use ext4::{DeviceKind, Error, Metadata, Options, Summary, Writer};
+use ext4::{DeviceKind, Error, Metadata, Options, Summary, Target, Writer};
 use oracle::{assert_clean, debugfs, run, scratch};
 
 const MIB: u64 = 1 << 20;
@@ -263,6 +263,10 @@ fn paths_follow_symbolic_links_and_never_leave_the_image() {
         writer.directory(&[b"/d".repeat(2047), b"/".to_vec()].concat(), &meta).unwrap();
         writer.symlink(b"/down", &meta, &b"d/".repeat(2047)).unwrap();
         writer.directory(b"/down/e", &meta).unwrap();
+        writer.symlink(b"/far", &meta, &b"d/../".repeat(800)).unwrap();
+        writer.directory(b"/far/far/far/a", &meta).unwrap();
+        let around = b"far/".repeat(6);
+        assert!(matches!(writer.directory(&around, &meta), Err(Error::Path { .. })));
         assert!(matches!(writer.directory(b"/down/e/f", &meta), Err(Error::Path { .. })));
     });
     let path = image.path();
@@ -447,6 +451,34 @@ fn sizes_out_of_range_are_refused() {
     assert!(matches!(Writer::new(file(), &Options::new(u64::MAX)), Err(Error::TooLarge { .. })));
     let label = Options { label: "seventeen letters".into(), ..Options::new(MIB) };
     assert!(matches!(Writer::new(file(), &label), Err(Error::Label { length: 17 })));
+}
+
+/// Fails as a disk does that has only so much space.
+struct Small {
+    left: usize,
+}
+
+impl Target for Small {
+    fn set_len(&mut self, _length: u64) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn write_all_at(&mut self, bytes: &[u8], _offset: u64) -> io::Result<()> {
+        let left = self.left.checked_sub(bytes.len()).ok_or(io::ErrorKind::StorageFull)?;
+        self.left = left;
+        Ok(())
+    }
+}
+
+#[test]
+fn errors_of_the_target_come_through() {
+    for left in [0, 5000, 1 << 20, 3 << 20] {
+        let made = Writer::new(Small { left }, &options(64 * MIB)).and_then(|mut writer| {
+            writer.file(b"/f", &file_meta(), 3 << 20, io::repeat(7))?;
+            writer.finish()
+        });
+        assert!(matches!(made, Err(Error::Target { .. })), "{left}: {made:?}");
+    }
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use ext4::{Metadata, Options, Writer};
+use ext4::{DeviceKind, Metadata, Options, Writer};
 use oracle::{assert_clean, dump, scratch};
 use proptest::prelude::*;
 
@@ -144,7 +144,37 @@ fn read_back(root: &Path, at: &Path, found: &mut BTreeMap<Vec<u8>, Content>) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, max_shrink_iters: 200, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig {
+        cases: 24,
+        max_shrink_iters: 200,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn hostile_paths_are_refused_or_taken_and_the_image_stays_clean(
+        calls in proptest::collection::vec((0_u8..6, "[./ab]{0,12}", "[./ab]{0,12}"), 0..400),
+        odd in proptest::collection::vec(any::<u8>(), 0..300),
+    ) {
+        let directory = scratch();
+        let image = directory.path().join("image");
+        let mut writer = Writer::new(File::create(&image).unwrap(), &Options::new(8 << 20)).unwrap();
+        let meta = Metadata::new(0o755, 0);
+        let odd = [(1_u8, odd.clone(), Vec::new()), (2, b"/o".to_vec(), odd)];
+        let calls = calls.into_iter().map(|(call, path, other)| (call, path.into_bytes(), other.into_bytes()));
+        for (call, path, other) in calls.chain(odd) {
+            // Any of them may fail; what matters is what they leave.
+            let _ = match call {
+                0 => writer.directory(&path, &meta),
+                1 => writer.file(&path, &meta, other.len() as u64, other.as_slice()),
+                2 | 3 => writer.symlink(&path, &meta, &other),
+                4 => writer.hard_link(&path, &other),
+                _ => writer.device(&path, &meta, DeviceKind::Fifo, 0, 0),
+            };
+        }
+        writer.finish().unwrap();
+        assert_clean(&image);
+    }
 
     #[test]
     fn any_size_is_clean(mebibytes in 1_u64..3000, bytes in 0_u64..1 << 20, names in 0_u32..300) {
