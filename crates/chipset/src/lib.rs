@@ -19,6 +19,11 @@ pub mod ioapic;
 pub mod local_apic;
 pub mod msi;
 pub mod pci;
+pub mod pic8259;
+pub mod pit8254;
+pub mod power;
+pub mod rtc;
+pub mod test_devices;
 pub mod uart16550;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
