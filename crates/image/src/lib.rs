@@ -1,1 +1,33 @@
-//! Being written.
+//! Disk images: what a guest's disk is made of, usable alone. Knows no VM and no guest memory.
+//!
+//! * [`Disk`] is what every format is, seen from above: bytes at offsets, flush, discard.
+//! * [`format`](mod@format) has the formats: raw today.
+//! * [`storage`] has what lies below a format: a file or block device of the host, locked against a second writer.
+//! * [`Overlay`] lays private, disposable writes over an image that must not change.
+//! * [`clone_file`] copies images, sharing blocks where the file system can, keeping holes where it cannot.
+//!
+//! Bytes move between an image and whatever holds them above (guest RAM, a network buffer) through [`Buffers`], so
+//! that formats that need no copy make none.
+#![forbid(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects
+    )
+)]
+
+mod buffers;
+mod copy;
+mod disk;
+pub mod format;
+mod overlay;
+pub mod storage;
+
+pub use buffers::{Buffers, VecBuffers};
+pub use copy::clone_file;
+pub use disk::{Disk, Error};
+pub use overlay::Overlay;

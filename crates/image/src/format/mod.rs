@@ -1,0 +1,5 @@
+//! Disk image formats.
+
+mod raw;
+
+pub use raw::Raw;

@@ -1,0 +1,5 @@
+//! What lies below a format.
+
+mod file;
+
+pub use file::StorageFile;
