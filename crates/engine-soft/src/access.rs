@@ -58,6 +58,17 @@ impl Core {
         }
     }
 
+    /// Checks that an access would be allowed, without making it.
+    pub fn probe(
+        &mut self,
+        linear: u64,
+        len: usize,
+        access: Access,
+        privilege: Privilege,
+    ) -> Result<(), Trap> {
+        self.targets(linear, len, access, privilege).map(|_| ())
+    }
+
     /// Reads a little-endian number of `size` (1, 2, 4 or 8) bytes.
     pub fn read_uint(&mut self, linear: u64, size: usize, privilege: Privilege) -> Result<u64, Trap> {
         let mut bytes = [0; 8];

@@ -3,12 +3,14 @@
 //! Between two instructions the whole guest state is in [`Core::state`], but for x87, which lives in the host's
 //! registers between [`Core::enter`] and [`Core::leave`].
 
-use crate::exception::{Exception, Stop, Trap};
+use crate::exception::{Stop, vector};
+use crate::fetch::FetchCache;
 use crate::io::IoLog;
 use crate::mmu::Mmu;
-use crate::state::CpuState;
-use crate::step::native::Stubs;
-use crate::fetch::FetchCache;
+use crate::state::{CpuState, Shadow};
+use crate::step::Checkpoint;
+use crate::step::model::Mtrrs;
+use crate::step::native::{Stubs, arena};
 use cpu::Error;
 use cpu::cpuid::CpuidTable;
 use memory::GuestMemory;
@@ -32,6 +34,8 @@ pub struct Pending {
     pub nmi: bool,
     /// DR6 bits of debug traps to deliver after the instruction that met them.
     pub debug: u64,
+    /// Those of the instruction before, held back by MOV SS.
+    pub held: u64,
     /// Report when an interrupt could be taken.
     pub window: bool,
 }
@@ -71,6 +75,9 @@ pub struct Core {
     pub counters: Counters,
     pub(crate) fetch: FetchCache,
     pub(crate) stubs: Stubs,
+    pub(crate) mtrrs: Mtrrs,
+    pub(crate) before: Checkpoint,
+    pub(crate) amd: bool,
 }
 
 impl Core {
@@ -91,6 +98,9 @@ impl Core {
             counters: Counters::default(),
             fetch: FetchCache::new(Self::decoder_options(amd)),
             stubs: Stubs::new()?,
+            mtrrs: Mtrrs::default(),
+            before: Checkpoint::default(),
+            amd,
         })
     }
 
@@ -121,10 +131,35 @@ impl Core {
         Ok(core)
     }
 
-    /// Delivers an exception that the instruction at RIP met.
-    pub fn raise(&mut self, exception: Exception) -> Stop {
-        let _: Option<Trap> = None;
-        let _ = exception;
-        todo!()
+    /// Makes the guest's x87 state the host's. Before the first step; the thread stays the same until
+    /// [`Self::leave`].
+    pub fn enter(&mut self) {
+        arena::load_x87(&mut self.state);
+    }
+
+    /// Keeps the guest's x87 state and gives the host a clean one.
+    pub fn leave(&mut self) {
+        arena::store_x87(&mut self.state);
+    }
+
+    /// Delivers what waits, if the guest can take it now. Called between instructions.
+    pub fn deliver_pending(&mut self) -> Stop {
+        if !self.io.is_empty() {
+            // Half of an instruction has happened: the other half first.
+            return Stop::Continue;
+        }
+        if self.pending.nmi && !self.state.nmi_blocked && self.state.shadow != Shadow::MovSs {
+            self.pending.nmi = false;
+            self.state.nmi_blocked = true;
+            return self.interrupt(vector::NMI);
+        }
+        if let Some(vector) = self.pending.interrupt
+            && self.state.interruptible()
+        {
+            self.pending.interrupt = None;
+            self.counters.interrupts += 1;
+            return self.interrupt(vector);
+        }
+        Stop::Continue
     }
 }

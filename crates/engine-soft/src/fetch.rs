@@ -2,7 +2,6 @@
 //!
 //! A cached instruction is used only after its bytes have been compared with guest RAM, so it can never be stale.
 //! Pages are remembered with the MMU's generation: any flush forgets them.
-#![allow(unsafe_code)]
 
 use crate::cpu_core::Core;
 use crate::exception::{Exception, Trap};
@@ -23,11 +22,9 @@ struct Page {
     /// Linear page address, with bit 0 set for CPL 3.
     tag: u64,
     generation: u64,
-    host: *const u8,
+    /// Host address of the page.
+    host: usize,
 }
-
-// SAFETY: the pointer is into guest RAM, which outlives the engine and may be read from any thread.
-unsafe impl Send for Page {}
 
 #[derive(Clone)]
 struct Cached {
@@ -57,7 +54,7 @@ pub(crate) struct FetchCache {
 
 impl FetchCache {
     pub(crate) fn new(options: u32) -> Self {
-        let page = Page { tag: u64::MAX, generation: 0, host: std::ptr::null() };
+        let page = Page { tag: u64::MAX, generation: 0, host: 0 };
         Self {
             pages: Box::new([page; PAGES]),
             instructions: vec![None; INSTRUCTIONS].into_boxed_slice(),
@@ -123,18 +120,19 @@ impl Core {
             entry.host
         } else {
             let privilege = self.privilege();
-            let target = self.mmu.resolve(&mut self.state, page, Access::Fetch, privilege).map_err(|fault| {
-                // The page is what was looked up; the address reported is that of the byte.
-                crate::mmu::PageFault { address: linear, ..fault }
-            })?;
+            let target =
+                self.mmu.resolve(&mut self.state, page, Access::Fetch, privilege).map_err(|fault| {
+                    // The page is what was looked up; the address reported is that of the byte.
+                    crate::mmu::PageFault { address: linear, ..fault }
+                })?;
             // Code outside RAM: the machine has no device that is executed from. The bus answers all ones, as an
             // open bus does, and those are no instruction.
             let Some(host) = target.host else { return Err(Exception::UD.into()) };
-            let host = host.cast_const();
+            let host = host as usize;
             self.fetch.pages[slot] = Page { tag, generation: self.mmu.generation, host };
             host
         };
-        Ok(host.wrapping_add((linear & (PAGE_SIZE - 1)) as usize))
+        Ok(host.wrapping_add((linear & (PAGE_SIZE - 1)) as usize) as *const u8)
     }
 
     fn decode(&mut self, rip: u64, linear: u64, bitness: u32) -> Result<Decoded, Trap> {

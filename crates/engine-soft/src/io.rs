@@ -75,8 +75,7 @@ impl IoLog {
 
     /// Reads a device register.
     pub fn read(&mut self, space: Space, address: u64, size: u8) -> Result<u64, Trap> {
-        let answer =
-            self.ask(Request::Read { space, address, size }, Exit::Read { space, address, size })?;
+        let answer = self.ask(Request::Read { space, address, size }, Exit::Read { space, address, size })?;
         Ok(answer.unwrap_or(u64::MAX))
     }
 

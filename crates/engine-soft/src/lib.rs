@@ -14,11 +14,15 @@
 
 mod access;
 pub mod cpu_core;
+mod debug;
+mod deliver;
 pub mod exception;
 mod fetch;
 mod host;
 pub mod io;
 pub mod mmu;
+mod segmentation;
+pub mod signal;
 pub mod state;
 pub mod step;
 pub mod translate;

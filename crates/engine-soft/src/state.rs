@@ -221,7 +221,12 @@ impl CpuState {
             dr: [0; 4],
             dr6: 0,
             dr7: 0,
-            msrs: Msrs { pat: 0x0007_0406_0007_0406, misc_enable: 1, mtrr_def_type: 0x806, ..Msrs::default() },
+            msrs: Msrs {
+                pat: 0x0007_0406_0007_0406,
+                misc_enable: 1,
+                mtrr_def_type: 0x806,
+                ..Msrs::default()
+            },
             shadow: Shadow::None,
             nmi_blocked: false,
             halted: false,
