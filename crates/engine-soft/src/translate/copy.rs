@@ -234,7 +234,9 @@ impl Generator {
                 instruction.mnemonic(),
                 Mnemonic::Mov | Mnemonic::Movzx | Mnemonic::Movsx | Mnemonic::Movsxd
             )
-            && instruction.op0_register().size() >= 4;
+            && instruction.op0_register().size() >= 4
+            && (instruction.op1_kind() != OpKind::Register
+                || instruction.op1_register().full_register() != instruction.op0_register().full_register());
         if !fresh {
             self.out.load(scratch, spill(number));
         }

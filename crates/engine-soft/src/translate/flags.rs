@@ -13,7 +13,11 @@ pub(super) fn read(instruction: &Instruction) -> u32 {
 
 /// The status flags whose old value is certainly gone after it.
 pub(super) fn killed(instruction: &Instruction) -> u32 {
-    let all = instruction.rflags_modified() & STATUS;
+    let mut all = instruction.rflags_modified() & STATUS;
+    if !defines_all(instruction.mnemonic()) {
+        // "Undefined" may mean "left as it was", and the host's answer is the right one.
+        all &= !instruction.rflags_undefined();
+    }
     if instruction.has_rep_prefix() || instruction.has_repne_prefix() {
         // A repeated comparison of no elements compares nothing.
         return 0;
@@ -34,6 +38,12 @@ pub(super) fn killed(instruction: &Instruction) -> u32 {
         }
         _ => 0,
     }
+}
+
+/// All CPUs write the flags that the manuals leave undefined after these.
+fn defines_all(mnemonic: Mnemonic) -> bool {
+    use Mnemonic as M;
+    matches!(mnemonic, M::And | M::Or | M::Xor | M::Test | M::Shl | M::Sal | M::Shr | M::Sar)
 }
 
 fn shifts(mnemonic: Mnemonic) -> bool {

@@ -511,3 +511,6 @@ fn export_flags(state: &mut CpuState) {
 
 #[cfg(test)]
 mod test;
+
+#[cfg(test)]
+mod native_test;
