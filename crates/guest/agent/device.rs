@@ -5,8 +5,9 @@
 
 use alloc::ffi::CString;
 
-use crate::kernel_line;
+use crate::message::Exec;
 use crate::sys::{self, Fd, O_NOCTTY, O_NONBLOCK, O_RDWR};
+use crate::{kernel_line, spawn};
 
 const PORT_NAME: &[u8] = b"org.yado.agent.0";
 const PORTS: &[u8] = b"/sys/class/virtio-ports/";
@@ -20,7 +21,7 @@ pub enum Source {
     /// This device.
     Path(CString),
     /// Whatever the guest has.
-    Search { since_ms: i64 },
+    Search { since_ms: i64, asked_for_driver: bool },
 }
 
 /// The open stream.
@@ -37,7 +38,7 @@ impl Source {
         let device = kernel_line::value(&line, b"yado.agent");
         match device.and_then(|name| CString::new([b"/dev/", name].concat()).ok()) {
             Some(path) => Self::Path(path),
-            None => Self::Search { since_ms: sys::monotonic_ms() },
+            None => Self::Search { since_ms: sys::monotonic_ms(), asked_for_driver: false },
         }
     }
 
@@ -51,10 +52,16 @@ impl Source {
                 Some(prepare(fd))
             }
             Self::Path(path) => Some(prepare(sys::open(path, O_RDWR | O_NOCTTY | O_NONBLOCK).ok()?)),
-            Self::Search { since_ms } => open_port().or_else(|| {
-                let patient = sys::monotonic_ms() < since_ms.saturating_add(SERIAL_AFTER_MS);
-                if patient { None } else { open_serial() }
-            }),
+            Self::Search { since_ms, asked_for_driver } => {
+                if !*asked_for_driver && !sys::exists(c"/sys/class/virtio-ports") {
+                    load_driver();
+                }
+                *asked_for_driver = true;
+                open_port().or_else(|| {
+                    let patient = sys::monotonic_ms() < since_ms.saturating_add(SERIAL_AFTER_MS);
+                    if patient { None } else { open_serial() }
+                })
+            }
         }
     }
 
@@ -67,6 +74,14 @@ impl Source {
 fn prepare(fd: Fd) -> Stream {
     let narrow = sys::make_raw(&fd).is_ok();
     Stream { fd, narrow }
+}
+
+/// Where the driver is a module (Linux 6.1 of Debian 12), udev will get to it, but late in the boot.
+fn load_driver() {
+    let words = [&b"/sbin/modprobe"[..], b"-a", b"-q", b"virtio_pci", b"virtio_console"];
+    let argv = words.iter().map(|word| word.to_vec()).collect();
+    // The supervisor reaps it; that there is no such program, or no such module, shows in that no port appears.
+    drop(spawn::start(&Exec { argv, ..Exec::default() }));
 }
 
 fn open_port() -> Option<Stream> {

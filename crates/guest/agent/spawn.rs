@@ -163,6 +163,7 @@ fn try_to_become(plan: &Plan, exec: &Exec, files: [&Fd; 3], terminal: bool) -> (
     if let Err(errno) = prepared {
         return (Failure::Resources, errno);
     }
+    sys::drop_priority();
     let account = &plan.account;
     // An agent that is not root (in tests) can run commands only as itself.
     if (sys::is_root() || !exec.user.is_empty())

@@ -67,23 +67,25 @@ pub const UNIT_WANT_PATH: &str = "/usr/lib/systemd/system/sysinit.target.wants/y
 /// The name of the virtio-console port that carries the stream.
 pub const PORT_NAME: &str = "org.yado.agent.0";
 
-/// The systemd unit that starts the agent: as soon as the root file system can be written, long before the guest has booted.
-/// It has no dependency on shutdown either: commands run until systemd's last step.
+/// The systemd unit that starts the agent as one of the first services, long before the guest has booted. The root file system
+/// must be mounted for writing by the kernel (`rw` on its command line); `/tmp` is waited for. It has no dependency on shutdown
+/// either: commands run until systemd's last step.
+///
+/// `Nice=-1` is for the order of start: of the services that could start, systemd takes the least nice first, else the first
+/// by name. The agent gives it back before it runs a command.
 pub const UNIT: &str = "\
 [Unit]
 Description=yado agent: runs commands for the host
-Documentation=man:yado(1)
 DefaultDependencies=no
-After=systemd-remount-fs.service tmp.mount
+After=tmp.mount
 StartLimitIntervalSec=0
 
 [Service]
-# Brings up the port before udev gets to it; without these modules the driver is built in, or a serial port is used.
-ExecStartPre=-/sbin/modprobe -a -q virtio_pci virtio_console
 ExecStart=/usr/lib/yado/agent
 Restart=always
 RestartSec=100ms
 IgnoreSIGPIPE=no
+Nice=-1
 TasksMax=infinity
 LimitNOFILE=1024:524288
 

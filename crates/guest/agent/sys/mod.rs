@@ -323,6 +323,17 @@ pub fn set_identity(user: u32, group: u32, groups: &[u32]) -> Result<(), Errno> 
     unsafe { call(117, [user, user, user, 0, 0]) }.map(drop)
 }
 
+/// Gives back a priority above the usual one (as the agent's own unit sets), so that commands do not inherit it.
+pub fn drop_priority() {
+    // getpriority(PRIO_PROCESS, 0) answers 20 - nice.
+    // SAFETY: no pointers.
+    let rank = unsafe { call(140, [0; 5]) };
+    if rank.is_ok_and(|rank| rank > 20) {
+        // SAFETY: no pointers.
+        let _ = unsafe { call(141, [0; 5]) };
+    }
+}
+
 pub fn is_root() -> bool {
     // SAFETY: no pointers.
     let user = unsafe { call(107, [0; 5]) };
