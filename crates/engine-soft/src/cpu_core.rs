@@ -131,6 +131,16 @@ impl Core {
         Ok(core)
     }
 
+    /// Power-up values of what INIT leaves alone: FPU, vectors, MSRs.
+    pub(crate) fn reset_extended(&mut self) {
+        let fresh = CpuState::new();
+        self.state.msrs = fresh.msrs.clone();
+        self.state.ymm = fresh.ymm;
+        self.state.x87 = fresh.x87;
+        self.state.mxcsr = fresh.mxcsr;
+        self.mtrrs = Mtrrs::default();
+    }
+
     /// Makes the guest's x87 state the host's. Before the first step; the thread stays the same until
     /// [`Self::leave`].
     pub fn enter(&mut self) {

@@ -16,6 +16,7 @@ mod access;
 pub mod cpu_core;
 mod debug;
 mod deliver;
+mod engine;
 pub mod exception;
 mod fetch;
 mod host;
@@ -26,3 +27,7 @@ pub mod signal;
 pub mod state;
 pub mod step;
 pub mod translate;
+mod vcpu;
+
+pub use engine::{Options, SoftEngine};
+pub use vcpu::SoftVcpu;

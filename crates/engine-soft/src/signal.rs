@@ -56,6 +56,50 @@ pub fn register(range: Range<u64>, recover: Recover) -> Result<Registration, Err
     Err(Error::Unsupported { engine: "soft", why: "too many vCPUs in one process; use fewer --cpus".into() })
 }
 
+/// Bytes of the alternate stack that a thread gets if it has none.
+const STACK: usize = 64 << 10;
+
+/// Makes the calling thread fit to run generated code: it has an alternate signal stack, and signals that others may
+/// send are blocked in it (their handlers may not ask for that stack).
+pub fn prepare_thread() -> Result<(), Error> {
+    thread_local!(static READY: std::cell::Cell<bool> = const { std::cell::Cell::new(false) });
+    if READY.get() {
+        return Ok(());
+    }
+    let refused = |what| Error::Host { what, source: std::io::Error::last_os_error() };
+    // SAFETY: plain structs that the kernel reads or fills; the stack is never freed, since a thread that is ending
+    // may still take a signal on it: it costs one mapping per vCPU thread, and only where Rust's own runtime has not
+    // made one.
+    unsafe {
+        let mut old: libc::stack_t = std::mem::zeroed();
+        libc::sigaltstack(std::ptr::null(), &mut old);
+        if old.ss_flags & libc::SS_DISABLE != 0 {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+            let rights = libc::PROT_READ | libc::PROT_WRITE;
+            let memory = libc::mmap(std::ptr::null_mut(), STACK, rights, flags, -1, 0);
+            if memory == libc::MAP_FAILED {
+                return Err(refused("memory for a signal stack"));
+            }
+            let stack = libc::stack_t { ss_sp: memory, ss_flags: 0, ss_size: STACK };
+            if libc::sigaltstack(&stack, std::ptr::null_mut()) != 0 {
+                return Err(refused("setting a signal stack"));
+            }
+        }
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigfillset(&mut set);
+        for signal in SIGNALS {
+            libc::sigdelset(&mut set, signal);
+        }
+        // A debugger's and the abort's own.
+        for signal in [libc::SIGTRAP, libc::SIGABRT] {
+            libc::sigdelset(&mut set, signal);
+        }
+        libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
+    }
+    READY.set(true);
+    Ok(())
+}
+
 fn install() {
     for (signal, previous) in SIGNALS.iter().zip(&PREVIOUS) {
         // SAFETY: both structs are plain data that the kernel reads or fills; our handler is async-signal-safe.

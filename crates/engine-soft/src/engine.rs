@@ -1,0 +1,156 @@
+//! [`SoftEngine`]: makes the vCPUs of one VM, and knows what they share: the clock, and who hears of foreign writes to
+//! code.
+//!
+//! Lock order: the list of vCPUs before a vCPU's list of writes; neither is held while anything else is called.
+
+use crate::step::model::host_tsc;
+use crate::vcpu::{CodeWrites, SoftVcpu};
+use cpu::{Engine, Error, Vcpu, VcpuConfig};
+use memory::{CodeWatch, GuestMemory};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
+
+/// How the engine works.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Translate hot code; else everything is single-stepped (slow, for comparison).
+    pub translate: bool,
+    /// Size of each vCPU's cache of translated code in bytes.
+    pub code_cache_bytes: usize,
+    /// There will be one vCPU only, so atomic instructions need no bus lock.
+    pub single_cpu: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { translate: true, code_cache_bytes: 64 << 20, single_cpu: false }
+    }
+}
+
+/// The software engine of one VM.
+pub struct SoftEngine {
+    memory: GuestMemory,
+    options: Options,
+    tsc_hz: u64,
+    /// Host TSC when the guest's was zero.
+    tsc_start: u64,
+    watch: Arc<Watch>,
+}
+
+/// Passes on what others than the vCPUs write to code pages.
+#[derive(Default)]
+struct Watch {
+    vcpus: Mutex<Vec<Weak<CodeWrites>>>,
+}
+
+impl CodeWatch for Watch {
+    fn written(&self, address: u64, len: u64) {
+        let vcpus = self.vcpus.lock().unwrap_or_else(PoisonError::into_inner);
+        for writes in vcpus.iter().filter_map(Weak::upgrade) {
+            writes.push(address, len);
+        }
+    }
+}
+
+impl SoftEngine {
+    /// An engine over `memory`. Takes about 20 ms to measure the clock.
+    pub fn new(memory: GuestMemory, options: Options) -> Result<Self, Error> {
+        let watch = Arc::new(Watch::default());
+        memory.set_code_watch(watch.clone());
+        Ok(Self { memory, options, tsc_hz: calibrate(), tsc_start: host_tsc(), watch })
+    }
+}
+
+impl Engine for SoftEngine {
+    fn name(&self) -> &'static str {
+        "soft"
+    }
+
+    fn create_vcpu(&self, config: VcpuConfig) -> Result<Box<dyn Vcpu>, Error> {
+        let offset = self.tsc_start.wrapping_neg();
+        let vcpu = SoftVcpu::new(self.memory.clone(), &config, &self.options, self.tsc_hz, offset)?;
+        let mut vcpus = self.watch.vcpus.lock().unwrap_or_else(PoisonError::into_inner);
+        vcpus.retain(|writes| writes.strong_count() > 0);
+        vcpus.push(Arc::downgrade(vcpu.code_writes()));
+        drop(vcpus);
+        Ok(Box::new(vcpu))
+    }
+
+    fn tsc_hz(&self) -> u64 {
+        self.tsc_hz
+    }
+}
+
+/// Frequency of the host's TSC in Hz: measured, and what CPUID says where that agrees to half a percent.
+fn calibrate() -> u64 {
+    let measured = measure();
+    let near = |hz: u64| hz.abs_diff(measured) < measured / 200;
+    stated().filter(|&hz| near(hz)).unwrap_or(measured)
+}
+
+/// CPUID 15h (crystal frequency and ratio), or the hypervisors' leaf 4000_0010h (kHz).
+fn stated() -> Option<u64> {
+    let leaf = cpu::cpuid::host;
+    if leaf(0, 0).eax >= 0x15 {
+        let ratio = leaf(0x15, 0);
+        if ratio.eax != 0 && ratio.ecx != 0 {
+            return Some(u64::from(ratio.ecx) * u64::from(ratio.ebx) / u64::from(ratio.eax));
+        }
+    }
+    let hypervisor = leaf(1, 0).ecx >> 31 != 0;
+    if hypervisor && (0x4000_0010..0x4001_0000).contains(&leaf(0x4000_0000, 0).eax) {
+        return Some(u64::from(leaf(0x4000_0010, 0).eax) * 1000);
+    }
+    None
+}
+
+/// Against CLOCK_MONOTONIC_RAW.
+fn measure() -> u64 {
+    let (start, ticks) = sample();
+    std::thread::sleep(Duration::from_millis(20));
+    let (end, later) = sample();
+    let nanoseconds = end.saturating_sub(start).max(1);
+    let hz = u128::from(later.wrapping_sub(ticks)) * 1_000_000_000 / u128::from(nanoseconds);
+    u64::try_from(hz).unwrap_or(u64::MAX)
+}
+
+/// Nanoseconds and TSC at the same moment: the tightest of a few pairs.
+fn sample() -> (u64, u64) {
+    let mut best = (u64::MAX, 0, 0);
+    for _ in 0..8 {
+        let before = host_tsc();
+        let now = monotonic_raw();
+        let after = host_tsc();
+        let width = after.wrapping_sub(before);
+        if width < best.0 {
+            best = (width, now, before.wrapping_add(width / 2));
+        }
+    }
+    (best.1, best.2)
+}
+
+fn monotonic_raw() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    #[allow(unsafe_code)]
+    // SAFETY: the kernel fills the struct that it is given.
+    unsafe {
+        libc::clock_gettime(libc::CLOCK_MONOTONIC_RAW, &mut time);
+    }
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn the_clock_is_measured_to_a_percent() {
+        let (start, ticks) = sample();
+        let hz = calibrate();
+        std::thread::sleep(Duration::from_millis(50));
+        let (end, later) = sample();
+        let expected = u128::from(end - start) * u128::from(hz) / 1_000_000_000;
+        let counted = u128::from(later - ticks);
+        assert!(counted.abs_diff(expected) < expected / 100, "{hz} Hz: {counted} ticks, not {expected}");
+    }
+}
