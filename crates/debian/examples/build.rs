@@ -1,4 +1,4 @@
-//! Builds a guest image and says how long each phase took: `build SUITE OUTPUT [CACHE [MIRROR]]`.
+//! Builds a guest image and says how long each phase took: `build SUITE [CACHE [MIRROR]]`.
 
 use debian::{Phase, Progress, Request, build};
 use std::sync::atomic::AtomicBool;
@@ -29,8 +29,8 @@ impl Progress for Clock {
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [suite, output, rest @ ..] = arguments.as_slice() else {
-        return Err("usage: build SUITE OUTPUT [CACHE [MIRROR]]".into());
+    let [suite, rest @ ..] = arguments.as_slice() else {
+        return Err("usage: build SUITE [CACHE [MIRROR]]".into());
     };
     let cache = rest
         .first()
@@ -44,8 +44,5 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let image = build(&request, &mut Clock::default(), &AtomicBool::new(false))?;
     println!("all: {:.3} s", start.elapsed().as_secs_f64());
     println!("{image:#?}");
-    if output != "-" {
-        std::fs::copy(&image.disk, output)?;
-    }
     Ok(())
 }

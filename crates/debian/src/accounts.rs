@@ -89,7 +89,7 @@ impl Accounts {
             Some(gid) => gid,
             None => self.add_group(name, fixed),
         };
-        let uid = fixed.filter(|uid| !self.has_uid(*uid)).unwrap_or_else(|| self.free_id(gid));
+        let uid = fixed.filter(|uid| !self.has_uid(*uid)).unwrap_or_else(|| self.free_uid(gid));
         self.users.push(User {
             name: name.to_owned(),
             uid,
@@ -105,7 +105,7 @@ impl Accounts {
             return gid;
         }
         let taken = |gid: &u32| self.groups.iter().any(|group| group.gid == *gid);
-        let gid = fixed.filter(|gid| !taken(gid)).unwrap_or_else(|| self.free_id(SYSTEM_ID_MAX));
+        let gid = fixed.filter(|gid| !taken(gid)).unwrap_or_else(|| self.free_id());
         self.groups.push(Group { name: name.to_owned(), gid, members: Vec::new() });
         gid
     }
@@ -126,12 +126,15 @@ impl Accounts {
         self.users.iter().any(|user| user.uid == uid)
     }
 
-    /// A number for a new user: the `wanted` one (so that it equals the group's) or the highest free one for system users.
-    fn free_id(&self, wanted: u32) -> u32 {
+    /// A user's number: that of its group if it has one of its own, so that both are equal, else the highest free one.
+    fn free_uid(&self, gid: u32) -> u32 {
+        let own = (1..=SYSTEM_ID_MAX).contains(&gid) && !self.has_uid(gid);
+        if own { gid } else { self.free_id() }
+    }
+
+    /// The highest number for system users and groups that is free as both.
+    fn free_id(&self) -> u32 {
         let groups: BTreeSet<u32> = self.groups.iter().map(|group| group.gid).collect();
-        if wanted < SYSTEM_ID_MAX && wanted > 0 && !self.has_uid(wanted) {
-            return wanted;
-        }
         let free = (100..=SYSTEM_ID_MAX).rev().find(|id| !groups.contains(id) && !self.has_uid(*id));
         free.unwrap_or(SYSTEM_ID_MAX)
     }

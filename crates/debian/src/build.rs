@@ -17,8 +17,30 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
-/// Changes whenever the same packages would give another image.
-const BUILDER_VERSION: &str = "1";
+/// Changes whenever the same packages would give another image: a digest of the sources that decide about it.
+const BUILDER_VERSION: u64 = digest_of(&[
+    include_bytes!("accounts.rs"),
+    include_bytes!("archive.rs"),
+    include_bytes!("build.rs"),
+    include_bytes!("dpkg.rs"),
+    include_bytes!("setup.rs"),
+    include_bytes!("tree.rs"),
+]);
+
+/// FNV-1a, made while compiling.
+const fn digest_of(mut sources: &[&[u8]]) -> u64 {
+    let mut digest = 0xcbf2_9ce4_8422_2325u64;
+    while let [source, rest @ ..] = sources {
+        let mut source: &[u8] = source;
+        while let [byte, after @ ..] = source {
+            digest = (digest ^ *byte as u64).wrapping_mul(0x0100_0000_01b3);
+            source = after;
+        }
+        sources = rest;
+    }
+    digest
+}
+
 /// What every guest has besides the essential packages and the kernel.
 const PACKAGES: [&str; 20] = [
     "apt",
@@ -115,7 +137,7 @@ impl Request {
     /// Hash of all that decides about the image apart from the archive's contents.
     fn key(&self) -> String {
         let mut parts: Vec<Vec<u8>> = vec![
-            BUILDER_VERSION.into(),
+            BUILDER_VERSION.to_string().into(),
             self.suite.clone().unwrap_or_default().into(),
             self.mirrors.join(" ").into(),
             self.disk_size.to_string().into(),
@@ -572,9 +594,8 @@ fn fill_tree(
         time: plan.time,
     };
     let own = setup::install(&mut root, &plan.names, &settings)?;
-    let version = format!("{}.{BUILDER_VERSION}", env!("CARGO_PKG_VERSION"));
     let automatic = |name: &str| !plan.wanted.contains(name);
-    let records = dpkg::database(&unpacked, &root.digests, &own, &version, automatic);
+    let records = dpkg::database(&unpacked, &root.digests, &own, env!("CARGO_PKG_VERSION"), automatic);
     setup::install_records(&mut root, &records, plan.time)?;
     progress.finished();
     let newest = root.kept.keys().filter(|path| path.starts_with("boot/vmlinuz-")).max().cloned();

@@ -7,7 +7,7 @@
 use crate::control::Paragraph;
 use crate::deb::ControlFile;
 use crate::unpack::Unpacked;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Write;
 
 /// Name of the builder's own package in the guest.
@@ -15,6 +15,8 @@ pub const OWN_PACKAGE: &str = "yado-guest";
 /// Virtual packages that it provides.
 pub const OWN_PROVIDES: [&str; 1] = ["linux-initramfs-tool"];
 
+/// A file of the builder's package: absolute path, and MD5 digest unless it is a link.
+pub type OwnFile = (String, Option<String>);
 /// A file of the database: path without leading slash, permission bits, contents.
 pub type Record = (String, u16, Vec<u8>);
 
@@ -25,7 +27,7 @@ pub type Record = (String, u16, Vec<u8>);
 pub fn database(
     packages: &[Unpacked],
     digests: &HashMap<String, String>,
-    own_files: &[String],
+    own_files: &[OwnFile],
     version: &str,
     automatic: impl Fn(&str) -> bool,
 ) -> Vec<Record> {
@@ -51,7 +53,7 @@ pub fn database(
         records.push((format!("var/lib/dpkg/info/{stem}.list"), 0o644, lines(&package.list)));
         triggers.add(&stem, file(&package.control, "triggers").unwrap_or_default());
     }
-    records.push((format!("var/lib/dpkg/info/{OWN_PACKAGE}.list"), 0o644, lines(own_files)));
+    records.extend(own_records(own_files));
     records.extend(triggers.records());
     for (path, bytes) in [
         ("var/lib/dpkg/status", status.into_bytes()),
@@ -72,6 +74,25 @@ fn file<'a>(control: &'a [ControlFile], name: &str) -> Option<&'a str> {
 
 fn lines(paths: &[String]) -> Vec<u8> {
     paths.iter().flat_map(|path| [path.as_bytes(), b"\n"].concat()).collect()
+}
+
+/// The list and the digests of the builder's package.
+fn own_records(files: &[OwnFile]) -> [Record; 2] {
+    let mut paths = BTreeSet::from(["/.".to_owned()]);
+    let mut digests = String::new();
+    for (path, digest) in files {
+        let parents = path.match_indices('/').map(|(place, _)| place).filter(|place| *place > 0);
+        paths.extend(parents.filter_map(|place| path.get(..place)).map(str::to_owned));
+        paths.insert(path.clone());
+        if let Some(digest) = digest {
+            let _ = writeln!(digests, "{digest}  {}", path.trim_start_matches('/'));
+        }
+    }
+    let paths: Vec<String> = paths.into_iter().collect();
+    [
+        (format!("var/lib/dpkg/info/{OWN_PACKAGE}.list"), 0o644, lines(&paths)),
+        (format!("var/lib/dpkg/info/{OWN_PACKAGE}.md5sums"), 0o644, digests.into_bytes()),
+    ]
 }
 
 fn own_entry(version: &str) -> String {
@@ -175,7 +196,8 @@ mod tests {
             list: vec!["/.".into(), "/etc".into(), "/etc/x".into()],
         };
         let digests = HashMap::from([("/etc/x".to_owned(), "d41d8cd98f00b204e9800998ecf8427e".to_owned())]);
-        let records = database(&[package], &digests, &[], "1", |_| true);
+        let records =
+            database(&[package], &digests, &[("/usr/lib/y/a".into(), Some("00".into()))], "1", |_| true);
         let text = |path: &str| {
             let record =
                 records.iter().find(|(found, ..)| found == path).unwrap_or_else(|| panic!("no {path}"));
@@ -187,6 +209,11 @@ mod tests {
              Conffiles:\n /etc/x d41d8cd98f00b204e9800998ecf8427e\n\n"
         ));
         assert_eq!(text("var/lib/dpkg/info/libx:amd64.list"), "/.\n/etc\n/etc/x\n");
+        assert_eq!(
+            text("var/lib/dpkg/info/yado-guest.list"),
+            "/.\n/usr\n/usr/lib\n/usr/lib/y\n/usr/lib/y/a\n"
+        );
+        assert_eq!(text("var/lib/dpkg/info/yado-guest.md5sums"), "00  usr/lib/y/a\n");
         assert_eq!(text("var/lib/dpkg/triggers/ldconfig"), "libx:amd64/noawait\n");
         assert_eq!(text("var/lib/dpkg/triggers/File"), "/usr/lib/x libx:amd64\n");
         assert!(records.iter().any(|(path, mode, _)| path.ends_with(".postinst") && *mode == 0o755));

@@ -4,7 +4,9 @@
 //! written here is what those scripts write, so they find it as they would leave it.
 
 use crate::accounts::Accounts;
+use crate::dpkg::OwnFile;
 use crate::tree::{self, Metadata, Package, Root};
+use md5::{Digest, Md5};
 use std::fmt::Write;
 
 /// A file that the caller adds to the guest.
@@ -63,9 +65,19 @@ const OWN_FILES: [(&str, u16, &str); 7] = [
         0o755,
         "#!/bin/sh\n\
          # Runs the maintainer scripts of the packages that the image was built from, then never again.\n\
+         # They run where /run/systemd is hidden: a script that sees no running systemd enables its units without a reload and\n\
+         # a start each, which together take longer than all the rest; both are done once at the end.\n\
+         set -e\n\
          export DEBIAN_FRONTEND=noninteractive DEBCONF_NONINTERACTIVE_SEEN=true\n\
          export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8\n\
-         dpkg --configure -a --force-confdef --force-confold && touch /var/lib/yado/configured\n",
+         unshare --mount --propagation private sh -ec '\n\
+         mount -t tmpfs -o mode=755 tmpfs /run/systemd\n\
+         exec dpkg --configure -a --force-confdef --force-confold --force-unsafe-io\n\
+         '\n\
+         sync\n\
+         touch /var/lib/yado/configured\n\
+         systemctl daemon-reload\n\
+         systemctl start --no-block default.target\n",
     ),
     (
         "usr/lib/systemd/system/yado-configure.service",
@@ -93,7 +105,7 @@ const OWN_FILES: [(&str, u16, &str); 7] = [
          \n\
          [Timer]\n\
          # Late enough that a short command in a fresh guest never pays for it.\n\
-         OnBootSec=20s\n\
+         OnBootSec=30s\n\
          AccuracySec=1s\n",
     ),
     (
@@ -130,7 +142,7 @@ const OWN_FILES: [(&str, u16, &str); 7] = [
 ];
 
 /// Settings of the administrator, as an installer would write them.
-const ADMINISTRATOR_FILES: [(&str, u16, &str); 7] = [
+const ADMINISTRATOR_FILES: [(&str, u16, &str); 9] = [
     (
         "etc/fstab",
         0o644,
@@ -148,22 +160,27 @@ const ADMINISTRATOR_FILES: [(&str, u16, &str); 7] = [
     ),
     // Timers that were never run fire at once when they are enabled; updates need not be the guest's first act.
     ("etc/systemd/system/apt-daily.timer.d/yado.conf", 0o644, "[Timer]\nPersistent=false\n"),
+    ("etc/systemd/system/apt-daily-upgrade.timer.d/yado.conf", 0o644, "[Timer]\nPersistent=false\n"),
+    // The kernel is started directly, so links to it and to an initramfs lead nowhere useful.
+    ("etc/kernel-img.conf", 0o644, "do_symlinks = no\n"),
 ];
 
-/// Symbolic links: units to enable, units that make no sense in a guest, and alternatives that programs rely on.
-const LINKS: [(&str, &str); 3] = [
+/// Symbolic links: units to enable, generators to leave out.
+const LINKS: [(&str, &str); 4] = [
     ("usr/lib/systemd/system/timers.target.wants/yado-configure.timer", "../yado-configure.timer"),
-    ("etc/systemd/system/e2scrub_reap.service", "/dev/null"),
-    ("etc/systemd/system/apt-daily-upgrade.timer", "/dev/null"),
+    // Generators that only look for what such a guest does not have: partitions, hibernation, and a socket of the host.
+    ("etc/systemd/system-generators/systemd-gpt-auto-generator", "/dev/null"),
+    ("etc/systemd/system-generators/systemd-hibernate-resume-generator", "/dev/null"),
+    ("etc/systemd/system-generators/systemd-ssh-generator", "/dev/null"),
 ];
 
-/// Alternatives: link, name, program. The packages' scripts take them over (update-alternatives(1)).
-const ALTERNATIVES: [(&str, &str, &str); 5] = [
-    ("usr/bin/awk", "awk", "usr/bin/mawk"),
-    ("usr/bin/which", "which", "usr/bin/which.debianutils"),
-    ("usr/bin/pager", "pager", "usr/bin/less"),
-    ("usr/bin/vi", "vi", "usr/bin/vim.tiny"),
-    ("usr/bin/editor", "editor", "usr/bin/vim.tiny"),
+/// Names that programs rely on before `update-alternatives` has made them. Links to the programs themselves, which it takes over silently.
+const ALTERNATIVES: [(&str, &str); 5] = [
+    ("usr/bin/awk", "mawk"),
+    ("usr/bin/which", "which.debianutils"),
+    ("usr/bin/pager", "less"),
+    ("usr/bin/vi", "vim.tiny"),
+    ("usr/bin/editor", "vim.tiny"),
 ];
 
 /// What `pam-auth-update` puts into the templates of /usr/share/pam for the profile `unix` alone.
@@ -185,7 +202,7 @@ struct Installer<'r, 't> {
     root: &'r mut Root<'t>,
     names: Vec<String>,
     time: i64,
-    own: Vec<String>,
+    own: Vec<OwnFile>,
 }
 
 impl Installer<'_, '_> {
@@ -227,28 +244,31 @@ impl Installer<'_, '_> {
     }
 }
 
+fn digest(bytes: &[u8]) -> String {
+    crate::cache::hex(&Md5::digest(bytes))
+}
+
 /// Writes everything into the tree and returns the paths that belong to `yado-guest`.
 pub fn install(
     root: &mut Root<'_>,
     names: &[String],
     settings: &Settings<'_>,
-) -> Result<Vec<String>, tree::Error> {
-    let mut installer =
-        Installer { root, names: names.to_vec(), time: settings.time, own: vec!["/.".to_owned()] };
+) -> Result<Vec<OwnFile>, tree::Error> {
+    let mut installer = Installer { root, names: names.to_vec(), time: settings.time, own: Vec::new() };
     for (path, mode, text) in OWN_FILES {
         installer.file(path, mode, text.as_bytes())?;
-        installer.own.push(format!("/{path}"));
+        installer.own.push((format!("/{path}"), Some(digest(text.as_bytes()))));
     }
     for (path, mode, text) in ADMINISTRATOR_FILES {
         installer.file(path, mode, text.as_bytes())?;
     }
     for (path, target) in LINKS {
         installer.link(path, target)?;
+        installer.own.push((format!("/{path}"), None));
     }
-    for (link, name, program) in ALTERNATIVES {
-        if installer.root.has(program) && !installer.root.has(link) {
-            installer.link(link, &format!("/etc/alternatives/{name}"))?;
-            installer.link(&format!("etc/alternatives/{name}"), &format!("/{program}"))?;
+    for (link, program) in ALTERNATIVES {
+        if installer.root.has(&format!("usr/bin/{program}")) && !installer.root.has(link) {
+            installer.link(link, program)?;
         }
     }
     names_and_sources(&mut installer, settings)?;
@@ -256,11 +276,17 @@ pub fn install(
     pam(&mut installer)?;
     for file in settings.files {
         let path = file.path.trim_start_matches('/');
-        match &file.content {
-            Content::File(mode, bytes) => installer.file(path, *mode, bytes)?,
-            Content::Link(target) => installer.link(path, target)?,
-        }
-        installer.own.push(format!("/{path}"));
+        let digest = match &file.content {
+            Content::File(mode, bytes) => {
+                installer.file(path, *mode, bytes)?;
+                Some(digest(bytes))
+            }
+            Content::Link(target) => {
+                installer.link(path, target)?;
+                None
+            }
+        };
+        installer.own.push((format!("/{path}"), digest));
     }
     // Newer than /usr, so that systemd does not rebuild at each first boot what is already there (systemd.unit(5), ConditionNeedsUpdate).
     for path in ["etc/.updated", "var/.updated"] {
