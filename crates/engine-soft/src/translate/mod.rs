@@ -92,6 +92,8 @@ pub struct Translator {
     /// What the salts were made for: MMU generations and modes, by privilege class.
     generations: [u64; 2],
     modes: [Mode; 2],
+    /// The jump cache knows supervisor code that a load of CR3 may unmap, of this MMU generation.
+    local: Option<u64>,
     random: u64,
     identity: u64,
     /// Leave after every block.
@@ -117,6 +119,7 @@ impl Translator {
             store: Store::default(),
             generations: [u64::MAX; 2],
             modes: [Mode::default(); 2],
+            local: None,
             random: thunk::random_seed(),
             identity: IDENTITY.fetch_add(1, Ordering::Relaxed),
             single: false,
@@ -219,6 +222,10 @@ impl Translator {
                 entry.host = lookup;
             }
             self.generations = [u64::MAX; 2];
+        }
+        if self.local.is_some_and(|generation| generation != core.mmu.generation) {
+            self.local = None;
+            self.salt(&mut core.state, 0);
         }
         let generations = [core.mmu.global_generation, core.mmu.generation];
         for (at, generation) in generations.into_iter().enumerate() {
@@ -327,7 +334,10 @@ impl Translator {
             Some(number) => number,
             None => self.translate(core, walk.physical, mode)?,
         };
-        if !self.single && (mode.user || walk.global || !core.state.cr4_has(cr4::PGE)) {
+        if !self.single {
+            if !mode.user && !walk.global && core.state.cr4_has(cr4::PGE) {
+                self.local = Some(core.mmu.generation);
+            }
             self.remember(&mut core.state, rip, number, usize::from(mode.user));
         }
         Some(number)
