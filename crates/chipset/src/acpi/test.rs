@@ -1,0 +1,121 @@
+//! The tables as a kernel reads them, and as ACPICA's `iasl` judges them.
+
+use super::*;
+use std::collections::BTreeMap;
+use std::process::Command;
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
+}
+
+fn sum(bytes: &[u8]) -> u8 {
+    bytes.iter().fold(0, |sum: u8, byte| sum.wrapping_add(*byte))
+}
+
+/// Follows the pointers from the RSDP, checking every checksum.
+fn walk(tables: &Tables) -> BTreeMap<String, Vec<u8>> {
+    let at = |address: u64| {
+        let start = usize::try_from(address - tables.base).unwrap();
+        let len = u32_at(&tables.bytes, start + 4) as usize;
+        tables.bytes[start..start + len].to_vec()
+    };
+    assert_eq!(&tables.bytes[..8], b"RSD PTR ");
+    assert_eq!((sum(&tables.bytes[..20]), sum(&tables.bytes[..36])), (0, 0));
+    let xsdt = at(u64_at(&tables.bytes, 24));
+    let mut found = BTreeMap::new();
+    for entry in xsdt[36..].chunks(8) {
+        let table = at(u64_at(entry, 0));
+        assert_eq!(sum(&table), 0);
+        found.insert(String::from_utf8(table[..4].to_vec()).unwrap(), table);
+    }
+    let fadt = found["FACP"].clone();
+    assert_eq!(u64::from(u32_at(&fadt, 40)), u64_at(&fadt, 140), "both DSDT pointers");
+    let facs = u64::from(u32_at(&fadt, 36));
+    assert_eq!(facs % 64, 0);
+    found.insert("FACS".into(), at(facs));
+    found.insert("DSDT".into(), at(u64_at(&fadt, 140)));
+    assert_eq!((sum(&xsdt), sum(&found["DSDT"])), (0, 0));
+    found.insert("XSDT".into(), xsdt);
+    found
+}
+
+#[test]
+fn pointers_and_checksums_hold() {
+    let tables = build(&Board::pc(2), board::ACPI_TABLES);
+    let found = walk(&tables);
+    let names: Vec<&str> = found.keys().map(String::as_str).collect();
+    assert_eq!(names, ["APIC", "DSDT", "FACP", "FACS", "MCFG", "WAET", "XSDT"]);
+    let fadt = &found["FACP"];
+    assert_eq!(fadt.len(), 276);
+    assert_eq!(u32_at(fadt, 56), 0x600);
+    assert_eq!(u32_at(fadt, 76), 0x608);
+    assert_eq!(fadt[108], 0x32, "century");
+    assert_eq!((u64_at(fadt, 120), fadt[128]), (0xcf9, 6));
+    assert_eq!(u64_at(&found["MCFG"], 44), 0xe000_0000);
+}
+
+#[test]
+fn madt_lists_processors_of_both_kinds() {
+    for vcpus in [1u32, 4, 255, 300] {
+        let tables = build(&Board::pc(vcpus), board::ACPI_TABLES);
+        assert!(board::ACPI_TABLES + (tables.bytes.len() as u64) < 0x10_0000, "below 1 MiB");
+        let madt = &walk(&tables)["APIC"];
+        let mut at = 44;
+        let mut ids = vec![];
+        let mut kinds = BTreeMap::<u8, usize>::new();
+        while at < madt.len() {
+            match madt[at] {
+                0 => ids.push(u32::from(madt[at + 3])),
+                9 => ids.push(u32_at(madt, at + 4)),
+                _ => {}
+            }
+            *kinds.entry(madt[at]).or_default() += 1;
+            at += usize::from(madt[at + 1]);
+        }
+        assert_eq!(at, madt.len());
+        assert_eq!(ids, (0..vcpus).collect::<Vec<_>>());
+        assert_eq!((kinds[&1], kinds[&2], kinds[&4]), (1, 2, 1));
+    }
+}
+
+/// Disassembles every table and compiles the DSDT again; skipped where ACPICA is not installed.
+#[test]
+fn iasl_has_no_complaints() {
+    if Command::new("iasl").arg("-v").output().is_err() {
+        eprintln!("skipped: no iasl here (Debian package acpica-tools)");
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let mut board = Board::pc(300);
+    board.serial.push(board::SerialPort { port: 0x3e8, irq: 5 });
+    for (name, table) in walk(&build(&board, board::ACPI_TABLES)) {
+        let path = directory.path().join(format!("{name}.aml"));
+        std::fs::write(&path, table).unwrap();
+        let source = path.with_extension("dsl");
+        let mut steps = vec![vec!["-d".into(), path.clone()]];
+        if name == "DSDT" {
+            steps.push(vec!["-f".into(), "-ve".into(), source.clone()]);
+            steps.push(vec![source.clone()]);
+        } else if name != "FACS" && name != "XSDT" {
+            steps.push(vec![source.clone()]);
+        }
+        for step in steps {
+            let output = Command::new("iasl").args(&step).output().unwrap();
+            let said = String::from_utf8_lossy(&output.stdout).into_owned()
+                + &String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success(), "{name}: iasl {step:?}: {said}");
+            for bad in ["Error  ", "Warning  ", "Could not", "Invalid", "invalid", "Unknown", "corrupt"] {
+                assert!(!said.contains(bad), "{name}: iasl {step:?}: {said}");
+            }
+            if let Some(line) = said.lines().find(|line| line.starts_with("Compilation")) {
+                assert!(line.contains(" 0 Errors, 0 Warnings"), "{name}: {said}");
+            }
+        }
+        let source = std::fs::read_to_string(&source).unwrap();
+        assert!(!source.contains("Invalid"), "{name}: {source}");
+    }
+}
