@@ -5,9 +5,8 @@
 
 use alloc::ffi::CString;
 
-use crate::message::Exec;
 use crate::sys::{self, Fd, O_NOCTTY, O_NONBLOCK, O_RDWR};
-use crate::{kernel_line, spawn};
+use crate::{kernel_line, modules};
 
 const PORT_NAME: &[u8] = b"org.yado.agent.0";
 const PORTS: &[u8] = b"/sys/class/virtio-ports/";
@@ -54,7 +53,7 @@ impl Source {
             Self::Path(path) => Some(prepare(sys::open(path, O_RDWR | O_NOCTTY | O_NONBLOCK).ok()?)),
             Self::Search { since_ms, asked_for_driver } => {
                 if !*asked_for_driver && !sys::exists(c"/sys/class/virtio-ports") {
-                    load_driver();
+                    modules::load_port_driver();
                 }
                 *asked_for_driver = true;
                 open_port().or_else(|| {
@@ -74,14 +73,6 @@ impl Source {
 fn prepare(fd: Fd) -> Stream {
     let narrow = sys::make_raw(&fd).is_ok();
     Stream { fd, narrow }
-}
-
-/// Where the driver is a module (Linux 6.1 of Debian 12), udev will get to it, but late in the boot.
-fn load_driver() {
-    let words = [&b"/sbin/modprobe"[..], b"-a", b"-q", b"virtio_pci", b"virtio_console"];
-    let argv = words.iter().map(|word| word.to_vec()).collect();
-    // The supervisor reaps it; that there is no such program, or no such module, shows in that no port appears.
-    drop(spawn::start(&Exec { argv, ..Exec::default() }));
 }
 
 fn open_port() -> Option<Stream> {

@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 
 use crate::message::Exec;
 use crate::sys::{self, O_RDWR, O_WRONLY};
-use crate::{kernel_line, report, spawn};
+use crate::{kernel_line, modules, report, spawn};
 
 const REAL_TIME_SIGNAL_MIN: u8 = 34;
 
@@ -28,27 +28,13 @@ pub fn prepare() {
     load_modules();
 }
 
-/// Loads the kernel modules in `/modules`: again and again those that failed, as long as another one got in, because a module
-/// can be loaded only after those that it needs.
+/// Loads the kernel modules in `/modules`.
 fn load_modules() {
-    let mut names = sys::directory(c"/modules").unwrap_or_default();
-    names.sort();
-    loop {
-        let before = names.len();
-        names.retain(|name| load_module(name).is_err());
-        if names.is_empty() || names.len() == before {
-            break;
-        }
+    let names = sys::directory(c"/modules").unwrap_or_default();
+    let files = names.iter().filter_map(|name| CString::new([b"/modules/", &name[..]].concat()).ok());
+    for file in modules::load(files.collect()) {
+        report(&[b"cannot load the kernel module ", file.to_bytes()]);
     }
-    for name in names {
-        report(&[b"cannot load the kernel module ", &name]);
-    }
-}
-
-fn load_module(name: &[u8]) -> Result<(), sys::Errno> {
-    let path = CString::new([b"/modules/", name].concat()).map_err(|_| sys::EINVAL)?;
-    let compressed = !name.ends_with(b".ko");
-    sys::load_module(&sys::open(&path, sys::O_RDONLY)?, compressed)
 }
 
 /// Runs the command that the kernel's command line asks for on the console, then switches the machine off. Returns if it asks

@@ -27,6 +27,7 @@ mod kernel_line;
 #[path = "../src/message.rs"]
 #[allow(dead_code)]
 mod message;
+mod modules;
 #[path = "../src/peer.rs"]
 mod peer;
 mod session;
