@@ -83,7 +83,7 @@ impl Agent {
 
     /// Waits until commands can be run; `false` after `timeout` or when the machine is gone.
     pub fn wait_ready(&self, timeout: Duration) -> bool {
-        let until = Instant::now() + timeout;
+        let until = Instant::now().checked_add(timeout).unwrap_or_else(Instant::now);
         let mut shared = self.lock();
         loop {
             if shared.client.is_ready() {

@@ -15,14 +15,19 @@
 )]
 
 pub mod agent;
+mod board;
 pub mod boot;
 mod buses;
 mod clock;
+mod config;
 pub mod console;
 pub mod control;
 mod lifecycle;
+mod machine;
 pub mod port;
 mod timers;
 mod vcpu;
 
+pub use config::{DiskConfig, DiskInterface, EngineKind, MachineConfig};
 pub use lifecycle::{Crash, Outcome};
+pub use machine::{CPUS_MAX, Error, Machine};

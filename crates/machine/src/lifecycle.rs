@@ -20,8 +20,8 @@ pub enum Outcome {
     Reset,
     /// The guest's kernel said that it panicked.
     GuestPanic,
-    /// The guest wrote this value to the debug-exit port; `yado` leaves with `2 * value + 1`.
-    DebugExit(u32),
+    /// The guest wrote to the debug-exit port: the code to leave with (twice the value written, plus one).
+    DebugExit(u8),
     /// A vCPU cannot go on.
     Crashed(Box<Crash>),
     /// The host stopped it.

@@ -159,6 +159,11 @@ pub fn load(memory: &GuestMemory, request: &Request<'_>) -> Result<Registers, Er
     Err(unknown(request.kernel))
 }
 
+/// Whether the kernel is one that takes any number of modules: a multiboot image.
+pub fn takes_modules(kernel: &[u8]) -> bool {
+    !bzimage::is_bzimage(kernel) && multiboot::find(kernel).is_some()
+}
+
 fn load_elf(memory: &GuestMemory, request: &Request<'_>) -> Result<Registers, Error> {
     let elf = elf::Elf::parse(request.kernel)?;
     let loaded = elf.load(memory)?;

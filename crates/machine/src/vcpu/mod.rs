@@ -119,7 +119,10 @@ impl Runner {
                 }
             }
         }
-        if slot.take_unhalt() {
+        if slot.take_unhalt() && self.halted {
+            // Setting registers ends HLT in the engine too.
+            let registers = self.vcpu.registers();
+            self.vcpu.set_registers(&registers);
             self.halted = false;
         }
         let now = self.common.clock.now();

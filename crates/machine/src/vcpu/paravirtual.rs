@@ -31,7 +31,7 @@ const FLAG_TSC_STABLE: u8 = 1 << 0;
 const FLAG_GUEST_STOPPED: u8 = 1 << 1;
 
 /// Nanoseconds since 1970.
-pub(super) fn wall_clock_ns() -> u64 {
+pub(crate) fn wall_clock_ns() -> u64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(u64::MAX))

@@ -1,0 +1,86 @@
+//! What a machine is made from.
+
+use std::path::PathBuf;
+
+/// Which CPU engine runs the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum EngineKind {
+    /// yado's own engine.
+    #[default]
+    Soft,
+    /// /dev/kvm.
+    Kvm,
+}
+
+/// How a disk is attached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DiskInterface {
+    /// NVMe: its driver is built into Debian's kernels.
+    #[default]
+    Nvme,
+    /// virtio-blk: a module in Debian's kernels.
+    Virtio,
+}
+
+/// One disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskConfig {
+    /// The raw image or block device.
+    pub path: PathBuf,
+    /// The guest cannot write.
+    pub read_only: bool,
+    /// Where the guest finds it.
+    pub interface: DiskInterface,
+}
+
+/// One machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MachineConfig {
+    /// vCPUs.
+    pub cpus: u32,
+    /// RAM in bytes, rounded up to whole mebibytes.
+    pub memory: u64,
+    /// The engine.
+    pub engine: EngineKind,
+    /// CPU model (`cpu::cpuid`), the best this host can offer if `None`.
+    pub cpu_model: Option<String>,
+    /// Kernel file.
+    pub kernel: PathBuf,
+    /// Initrd; for a multiboot kernel a comma-separated list of modules, each followed by its arguments.
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line.
+    pub command_line: String,
+    /// Disks, in the order in which the guest finds them.
+    pub disks: Vec<DiskConfig>,
+    /// Names of virtio-console ports (`/dev/virtio-ports/NAME` in the guest); none: no such device.
+    pub ports: Vec<String>,
+    /// A virtio-rng device.
+    pub entropy: bool,
+    /// QEMU's isa-debug-exit and pc-testdev.
+    pub test_devices: bool,
+    /// The software engine translates hot code; else it single-steps everything, many times slower.
+    pub translate: bool,
+    /// Print every exit to standard error: for those who work on engines and devices.
+    pub log_exits: bool,
+}
+
+impl MachineConfig {
+    /// One vCPU, 512 MiB, this kernel, nothing else.
+    pub fn new(kernel: impl Into<PathBuf>) -> Self {
+        Self {
+            cpus: 1,
+            memory: 512 << 20,
+            engine: EngineKind::default(),
+            cpu_model: None,
+            kernel: kernel.into(),
+            initrd: None,
+            command_line: String::new(),
+            disks: Vec::new(),
+            ports: Vec::new(),
+            entropy: true,
+            test_devices: false,
+            translate: true,
+            log_exits: false,
+        }
+    }
+}

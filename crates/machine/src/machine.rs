@@ -1,0 +1,404 @@
+//! A whole machine and its life.
+//!
+//! States: built (the kernel is loaded, nothing runs), running, paused, ended. Threads: one per vCPU, one for
+//! timers, one per disk; all are joined when the machine is dropped.
+//!
+//! Lock order: `threads` alone.
+
+use crate::board::{self, Board, Parts};
+use crate::boot::{self, Module, Request};
+use crate::clock::Clock;
+use crate::config::{EngineKind, MachineConfig};
+use crate::lifecycle::{Lifecycle, Outcome};
+use crate::port::{Port, Wake};
+use crate::timers::Timers;
+use crate::vcpu::paravirtual::SystemClock;
+use crate::vcpu::slot::Slot;
+use crate::vcpu::{Common, Runner};
+use chipset::power::Power;
+use cpu::cpuid::{Model, ModelError, Topology, default_model};
+use cpu::{Engine, Vcpu, VcpuConfig};
+use memory::{Backing, GuestMemory};
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// Why a machine could not be made or started.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file that cannot be read.
+    #[error("cannot read the {what} {}: {source}", path.display())]
+    Read {
+        /// Kernel, initrd...
+        what: &'static str,
+        /// Its path.
+        path: PathBuf,
+        /// The host's reason.
+        source: io::Error,
+    },
+    /// A kernel that cannot be loaded.
+    #[error("cannot boot {}: {source}", path.display())]
+    Boot {
+        /// Its path.
+        path: PathBuf,
+        /// Why.
+        source: boot::Error,
+    },
+    /// More memory than the host has.
+    #[error("the guest's {} MiB are more than this host's {} MiB; use a smaller --memory", wanted >> 20, host >> 20)]
+    TooMuchMemory {
+        /// Bytes asked for.
+        wanted: u64,
+        /// Bytes of the host.
+        host: u64,
+    },
+    /// Guest RAM cannot be made.
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+    /// A CPU model that this host cannot offer.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The engine refuses.
+    #[error(transparent)]
+    Engine(#[from] cpu::Error),
+    /// Too many or too few vCPUs.
+    #[error("a machine has 1 to {CPUS_MAX} vCPUs, not {0}; choose another --cpus")]
+    Cpus(u32),
+    /// Devices that do not fit on the board.
+    #[error("too many devices: {0}; use fewer disks")]
+    Devices(String),
+    /// The host has no thread or timer left.
+    #[error("the host cannot give a {what}: {source}")]
+    Host {
+        /// What was asked for.
+        what: &'static str,
+        /// Its answer.
+        source: io::Error,
+    },
+}
+
+/// The most vCPUs that one machine may have: what xAPIC ids and the MADT's processor entries reach.
+pub const CPUS_MAX: u32 = 255;
+/// RAM below the hole in which devices are.
+const LOW_MEMORY_MAX: u64 = chipset::board::LOW_RAM_END;
+const HIGH_MEMORY_BASE: u64 = 4 << 30;
+const MIB: u64 = 1 << 20;
+
+#[derive(Default)]
+struct Threads {
+    /// vCPUs that do not run (yet, or any more).
+    idle: Vec<Box<dyn Vcpu>>,
+    running: Vec<JoinHandle<Box<dyn Vcpu>>>,
+    timer: Option<JoinHandle<()>>,
+    started: bool,
+}
+
+/// One virtual machine. Shared by whoever controls it.
+pub struct Machine {
+    common: Arc<Common>,
+    cpus: usize,
+    power: Arc<Mutex<Power>>,
+    serial: Port,
+    wakes: Vec<Wake>,
+    threads: Mutex<Threads>,
+    engine: Arc<dyn Engine>,
+    config: MachineConfig,
+    _memory: GuestMemory,
+}
+
+impl Machine {
+    /// Makes a machine and loads its kernel. Nothing runs until [`Self::start`].
+    pub fn new(config: MachineConfig) -> Result<Self, Error> {
+        if config.cpus == 0 || config.cpus > CPUS_MAX {
+            return Err(Error::Cpus(config.cpus));
+        }
+        let memory = make_memory(config.memory)?;
+        let engine = make_engine(&config, &memory)?;
+        Self::with_engine(config, memory, engine)
+    }
+
+    fn with_engine(
+        config: MachineConfig,
+        memory: GuestMemory,
+        engine: Arc<dyn Engine>,
+    ) -> Result<Self, Error> {
+        let cpus = config.cpus as usize;
+        let clock = Arc::new(Clock::default());
+        let timers = Timers::new(clock.clone(), board::timer_slots(cpus))
+            .map(Arc::new)
+            .map_err(|source| Error::Host { what: "timer", source })?;
+        let lifecycle = Arc::new(Lifecycle::default());
+        let slots: Arc<[Slot]> = (0..cpus).map(|_| Slot::default()).collect();
+        let (wake, all) = (slots.clone(), slots.clone());
+        lifecycle.set_wake_all(move || all.iter().for_each(Slot::wake));
+        let tables = cpuid_tables(&config, engine.tsc_hz())?;
+        let bits = tables.first().map_or(36, |table| table.query(0x8000_0008, 0).eax & 0xff);
+        let board = Board::new(Parts {
+            config: &config,
+            clock: clock.clone(),
+            timers: timers.clone(),
+            lifecycle: lifecycle.clone(),
+            tsc_hz: engine.tsc_hz(),
+            physical_address_bits: u8::try_from(bits).unwrap_or(36),
+            wake: Arc::new(move |index| {
+                if let Some(slot) = wake.get(index) {
+                    slot.wake();
+                }
+            }),
+        })
+        .map_err(|error| Error::Devices(error.to_string()))?;
+        let rsdp = board.finish(&memory).map_err(Error::Devices)?;
+        let registers = load_kernel(&config, &memory, rsdp)?;
+        let mut vcpus = Vec::with_capacity(cpus);
+        for (index, table) in (0u32..).zip(tables) {
+            let mut vcpu = engine.create_vcpu(VcpuConfig { index, cpuid: Arc::new(table) })?;
+            if index == 0 {
+                vcpu.set_registers(&registers);
+            }
+            vcpus.push(vcpu);
+        }
+        let pic = board.pic.clone();
+        let common = Common {
+            memory: memory.clone(),
+            buses: board.buses,
+            apics: board.apics,
+            ioapic: board.ioapic,
+            external: Box::new(move || Some(pic.acknowledge())),
+            clock,
+            timers,
+            system_clock: SystemClock::new(engine.tsc_hz()),
+            slots,
+            lifecycle,
+            tsc_hz: engine.tsc_hz(),
+            log_exits: config.log_exits,
+        };
+        Ok(Self {
+            common: Arc::new(common),
+            cpus,
+            power: board.power,
+            serial: board.serial,
+            wakes: vec![board.serial_wake],
+            threads: Mutex::new(Threads { idle: vcpus, ..Threads::default() }),
+            engine,
+            config,
+            _memory: memory,
+        })
+    }
+
+    /// Starts the machine. A second start does nothing.
+    pub fn start(&self) -> Result<(), Error> {
+        let mut threads = self.threads();
+        if std::mem::replace(&mut threads.started, true) {
+            return Ok(());
+        }
+        let host = |source| Error::Host { what: "thread", source };
+        self.common.clock.run();
+        let common = self.common.clone();
+        let cpus = self.cpus;
+        let fire = move |timer: usize| match common.slots.get(timer).filter(|_| timer < cpus) {
+            Some(slot) => slot.wake(),
+            None => common.buses.tick(timer),
+        };
+        threads.timer = Some(self.common.timers.spawn(fire).map_err(host)?);
+        self.common.timers.resume();
+        for (index, vcpu) in std::mem::take(&mut threads.idle).into_iter().enumerate() {
+            let Some(runner) = Runner::new(vcpu, index, self.common.clone()) else { continue };
+            let lifecycle = self.common.lifecycle.clone();
+            let thread = std::thread::Builder::new().name(format!("vcpu{index}")).spawn(move || {
+                let vcpu = runner.run();
+                lifecycle.leave();
+                vcpu
+            });
+            threads.running.push(thread.map_err(host)?);
+        }
+        Ok(())
+    }
+
+    /// Waits until the machine has ended.
+    pub fn wait(&self) -> Outcome {
+        self.wait_for(None).unwrap_or(Outcome::Stopped)
+    }
+
+    /// Waits until the machine has ended, at most `limit`.
+    pub fn wait_timeout(&self, limit: Duration) -> Option<Outcome> {
+        self.wait_for(Some(limit))
+    }
+
+    fn wait_for(&self, limit: Option<Duration>) -> Option<Outcome> {
+        let running = self.threads().running.len();
+        let outcome = self.common.lifecycle.wait(running, limit);
+        if outcome.is_some() {
+            // Whoever reads a console sees its end.
+            self.wakes.iter().for_each(Wake::close);
+        }
+        outcome
+    }
+
+    /// How the machine ended, if it did.
+    pub fn outcome(&self) -> Option<Outcome> {
+        self.common.lifecycle.outcome()
+    }
+
+    /// Ends the machine at once, as if the power failed.
+    pub fn stop(&self) {
+        self.common.lifecycle.end(Outcome::Stopped);
+    }
+
+    /// Presses the power button: a guest that listens shuts down.
+    pub fn power_button(&self) {
+        board::press(&self.power);
+    }
+
+    /// Lets the machine stand still: vCPUs, VM time and timers. Answers whether it does.
+    pub fn pause(&self) -> bool {
+        let one = self.threads();
+        if !self.common.lifecycle.pause(one.running.len()) {
+            return false;
+        }
+        self.common.clock.stand();
+        self.common.system_clock.forget();
+        true
+    }
+
+    /// Lets a paused machine go on.
+    pub fn resume(&self) {
+        let _one = self.threads();
+        self.common.clock.run();
+        self.common.timers.resume();
+        self.common.lifecycle.resume();
+    }
+
+    /// The serial console.
+    pub fn serial(&self) -> Port {
+        self.serial.clone()
+    }
+
+    /// The live tree of the whole machine.
+    pub fn inspect(&self) -> serde_json::Value {
+        let now = self.common.clock.now();
+        let apics: Vec<_> = (0..self.cpus)
+            .filter_map(|index| self.common.apics.get(index))
+            .map(|apic| apic.lock().unwrap_or_else(PoisonError::into_inner).inspect(now))
+            .collect();
+        serde_json::json!({
+            "engine": self.engine.name(),
+            "cpus": self.cpus,
+            "memory_bytes": self.common.memory.len(),
+            "kernel": self.config.kernel,
+            "command_line": self.config.command_line,
+            "vm_time_ns": self.common.clock.now().0,
+            "tsc_hz": self.common.tsc_hz,
+            "outcome": self.outcome().map(|outcome| format!("{outcome:?}")),
+            "next_deadline_ns": self.common.timers.next().map(|at| at.0),
+            "local_apics": apics,
+            "devices": self.common.buses.inspect(),
+        })
+    }
+
+    fn threads(&self) -> MutexGuard<'_, Threads> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.stop();
+        let mut threads = std::mem::take(&mut *self.threads());
+        for thread in threads.running.drain(..) {
+            // A thread that panicked has nothing left to clean up.
+            let _ = thread.join();
+        }
+        self.common.timers.close();
+        if let Some(timer) = threads.timer {
+            let _ = timer.join();
+        }
+        self.wakes.iter().for_each(Wake::close);
+    }
+}
+
+fn make_memory(bytes: u64) -> Result<GuestMemory, Error> {
+    let bytes = bytes.max(1).checked_next_multiple_of(MIB).unwrap_or(u64::MAX);
+    let host = host_memory();
+    if host.is_some_and(|host| bytes > host) {
+        return Err(Error::TooMuchMemory { wanted: bytes, host: host.unwrap_or(0) });
+    }
+    let low = bytes.min(LOW_MEMORY_MAX);
+    let mut layout = vec![(0, low)];
+    if bytes > low {
+        layout.push((HIGH_MEMORY_BASE, bytes.saturating_sub(low)));
+    }
+    Ok(GuestMemory::new(&layout, Backing::Private)?)
+}
+
+/// Bytes of RAM and swap of this host.
+fn host_memory() -> Option<u64> {
+    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let field = |name: &str| {
+        let line = info.lines().find(|line| line.starts_with(name))?;
+        line.split_whitespace().nth(1)?.parse::<u64>().ok()?.checked_mul(1024)
+    };
+    field("MemTotal:")?.checked_add(field("SwapTotal:").unwrap_or(0))
+}
+
+fn make_engine(config: &MachineConfig, memory: &GuestMemory) -> Result<Arc<dyn Engine>, Error> {
+    match config.engine {
+        EngineKind::Soft => {
+            let options = engine_soft::Options {
+                translate: config.translate,
+                single_cpu: config.cpus == 1,
+                ..engine_soft::Options::default()
+            };
+            Ok(Arc::new(engine_soft::SoftEngine::new(memory.clone(), options)?))
+        }
+        EngineKind::Kvm => Err(Error::Engine(cpu::Error::Unsupported {
+            engine: "kvm",
+            why: "it arrives with a later version; use --engine soft".into(),
+        })),
+    }
+}
+
+fn cpuid_tables(config: &MachineConfig, tsc_hz: u64) -> Result<Vec<cpu::cpuid::CpuidTable>, Error> {
+    let model = match &config.cpu_model {
+        Some(name) => Model::named(name)?,
+        None => default_model(),
+    };
+    (0..config.cpus)
+        .map(|apic_id| Ok(model.table(Topology { apic_id, cpus: config.cpus }, tsc_hz)?))
+        .collect()
+}
+
+fn read_file(what: &'static str, path: &std::path::Path) -> Result<Vec<u8>, Error> {
+    std::fs::read(path).map_err(|source| Error::Read { what, path: path.to_owned(), source })
+}
+
+/// Reads kernel and initrd and loads them.
+fn load_kernel(config: &MachineConfig, memory: &GuestMemory, rsdp: u64) -> Result<cpu::Registers, Error> {
+    let kernel = read_file("kernel", &config.kernel)?;
+    let mut files = Vec::new();
+    if let Some(initrd) = &config.initrd {
+        if boot::takes_modules(&kernel) {
+            for module in initrd.to_string_lossy().split(',') {
+                let path = module.split_whitespace().next().unwrap_or_default();
+                files.push((module.to_owned(), read_file("module", path.as_ref())?));
+            }
+        } else {
+            files.push((String::new(), read_file("initrd", initrd)?));
+        }
+    }
+    let modules: Vec<_> = files.iter().map(|(name, bytes)| Module { name, bytes }).collect();
+    let mut seed = [0; 32];
+    // Without entropy the kernel gathers its own.
+    let _ = rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::NONBLOCK);
+    let request = Request {
+        kernel: &kernel,
+        kernel_name: &config.kernel.to_string_lossy(),
+        modules: &modules,
+        command_line: &config.command_line,
+        rsdp,
+        reserved: &board::RESERVED,
+        seed,
+    };
+    boot::load(memory, &request).map_err(|source| Error::Boot { path: config.kernel.clone(), source })
+}
