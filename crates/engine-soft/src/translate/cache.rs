@@ -119,10 +119,9 @@ impl CodeCache {
         self.execute.as_ptr() as u64 + offset as u64
     }
 
-    /// Offset of a host address of this cache.
-    pub(super) fn offset(&self, address: u64) -> Option<usize> {
-        let offset = address.checked_sub(self.execute.as_ptr() as u64)? as usize;
-        (offset < self.used).then_some(offset)
+    /// Host addresses of all code, now and later.
+    pub(super) fn range(&self) -> std::ops::Range<u64> {
+        self.address(0)..self.address(self.size)
     }
 }
 

@@ -401,7 +401,7 @@ impl Generator {
         let entry = Mem::state(jumps).with_index(r::T1, 3);
         out.load(r::CX, entry);
         out.lea(r::CX, Mem::base(r::CX).with_index(r::ADDR, 0));
-        // Keys of one index differ by 0, 1 or at least 8191, so eight times a kick (0 or 1) cannot make them equal.
+        // Keys of one index differ by 0, 1 or at least 8191, so eight times a kick (0 to 3) cannot make them equal.
         out.load32(r::T2, Mem::state(offset_of!(CpuState, kick)));
         out.lea(r::CX, Mem::base(r::CX).with_index(r::T2, 3));
         let found = out.short(0xe3);

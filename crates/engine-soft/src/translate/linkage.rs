@@ -34,6 +34,8 @@ pub struct Linkage {
     pub flags_saved: u32,
     /// Page offset of the last division started, for the signal handler.
     pub division: u32,
+    /// Where the signal handler sends a division that faults: the exit to the single-step tier.
+    pub division_exit: u64,
     /// Temporaries of one instruction.
     pub slots: [u64; 4],
     /// PEXT mask of the TLB's index.
@@ -66,6 +68,7 @@ impl Default for Linkage {
             flags: 0,
             flags_saved: 0,
             division: 0,
+            division_exit: 0,
             slots: [0; 4],
             index_mask: (crate::state::TLB_ENTRIES as u64 - 1) << 12,
             tag_masks,

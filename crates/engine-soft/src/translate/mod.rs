@@ -82,6 +82,8 @@ const BLOCK_ROOM: usize = 64 << 10;
 
 /// The template tier of one vCPU.
 pub struct Translator {
+    /// Before the cache, so that it ends first.
+    _faults: crate::signal::Registration,
     cache: CodeCache,
     thunks: Thunks,
     templates: Templates,
@@ -109,7 +111,9 @@ impl Translator {
         let avx = is_x86_feature_detected!("avx");
         let bmi2 = is_x86_feature_detected!("bmi2");
         let thunks = Thunks::emit(&mut cache, avx);
+        let _faults = crate::signal::register(cache.range(), thunk::recover)?;
         Ok(Self {
+            _faults,
             cache,
             thunks,
             templates: Templates::new(avx),
@@ -218,6 +222,7 @@ impl Translator {
         if state.linkage.owner != self.identity {
             state.linkage.owner = self.identity;
             let lookup = self.cache.address(self.thunks.exit(reason::LOOKUP));
+            state.linkage.division_exit = self.cache.address(self.thunks.exit(reason::STEP));
             for entry in &mut state.linkage.jumps {
                 entry.host = lookup;
             }

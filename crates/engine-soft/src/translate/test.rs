@@ -385,6 +385,33 @@ fn vectors_and_x87_and_an_alignment_fault() {
     assert_eq!(machine.bytes::<10>(DATA + 0x50), [0, 0, 0, 0, 0, 0, 0, 0xc0, 0, 0x40]);
 }
 
+guest!(divide:
+    "mov ecx, 100"
+    "2: mov eax, 1000"
+    "xor edx, edx"
+    "div ecx"
+    "add ebx, eax"
+    "stc"
+    "dec ecx"
+    "jnz 2b"
+    "mov r12, rcx"
+    "mov edx, 7"
+    "idiv r12"
+);
+
+#[test]
+fn a_division_that_faults_goes_to_the_other_tier() {
+    let mut machine = Machine::new(divide);
+    crate::signal::prepare_thread().unwrap();
+    assert_eq!(machine.translator.run(&mut machine.core), Outcome::Step);
+    let state = &machine.core.state;
+    assert_eq!(machine.bytes(state.rip), [0x49, 0xf7, 0xfc]);
+    assert_eq!((state.gpr[0], state.gpr[2], state.gpr[4]), (1000, 7, STACK));
+    let expected: u64 = (1..=100).map(|i| 1000 / i).sum();
+    assert_eq!(state.gpr[3], expected);
+    assert_eq!(state.rflags & rflags::CF, rflags::CF);
+}
+
 #[test]
 fn one_block_at_a_time() {
     let mut machine = Machine::new(sum);

@@ -187,3 +187,20 @@ pub(super) fn random_seed() -> u64 {
     let got = unsafe { libc::getrandom((&raw mut seed).cast(), 8, 0) };
     if got == 8 { seed } else { std::ptr::from_ref(&seed) as u64 ^ u64::from(std::process::id()) }
 }
+
+/// A fault in translated code: a division's #DE becomes an exit before the instruction, for the single-step tier to
+/// raise. Everything else in translated code would be a defect, and ends the process.
+pub(super) fn recover(trap: u64, context: &mut libc::ucontext_t) -> bool {
+    const DIVIDE_ERROR: u64 = 0;
+    if trap != DIVIDE_ERROR {
+        return false;
+    }
+    let registers = &mut context.uc_mcontext.gregs;
+    let state = registers[libc::REG_RSP as usize] as *const CpuState;
+    // SAFETY: the handler calls this for a RIP in translated code, where RSP is the address of the state, which the
+    // interrupted thread owns.
+    let (offset, exit) = unsafe { ((*state).linkage.division, (*state).linkage.division_exit) };
+    registers[libc::REG_R13 as usize] = i64::from(offset);
+    registers[libc::REG_RIP as usize] = exit as i64;
+    true
+}
