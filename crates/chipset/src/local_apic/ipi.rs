@@ -2,6 +2,7 @@
 
 use super::LocalApic;
 use crate::locked;
+use device::Line;
 use std::sync::{Arc, Mutex};
 
 /// Delivery mode of a message.
@@ -94,8 +95,8 @@ pub struct Ipi {
 
 /// All local APICs of a machine, and how to wake their vCPUs. Clones are the same set.
 ///
-/// APIC ids are the indexes. Lock order: at most one APIC is locked at a time, and nothing is locked when the waker
-/// is called. Callers may hold the I/O APIC's lock, never an APIC's.
+/// APIC ids are the indexes. Lock order: at most one APIC is locked at a time, and none when the waker is called;
+/// callers may hold the lock of an interrupt controller or a device, so the waker only wakes and never calls back.
 #[derive(Clone)]
 pub struct Apics(Arc<Set>);
 
@@ -129,6 +130,17 @@ impl Apics {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.0.apics.is_empty()
+    }
+
+    /// The wire to pin LINT0 or LINT1 (0 or 1) of an APIC: the 8259A's INTR goes to LINT0 of the BSP.
+    pub fn lint_line(&self, index: usize, pin: usize) -> Line {
+        let apics = self.clone();
+        Line::new(move |high| {
+            let news = apics.get(index).is_some_and(|apic| locked(apic).set_lint(pin, high));
+            if news {
+                (apics.0.wake)(index);
+            }
+        })
     }
 
     /// Delivers a message and wakes who got something. Answers whether anybody was addressed.

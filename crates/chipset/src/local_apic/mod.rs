@@ -60,6 +60,9 @@ use register as r;
 /// Version 0x14 with six LVT entries, no EOI broadcast suppression.
 const VERSION: u32 = 0x0005_0014;
 const LVT_MASKED: u32 = 1 << 16;
+/// Delivery modes ExtINT and NMI, unmasked.
+const LVT_EXTERNAL: u32 = 7 << 8;
+const LVT_NMI: u32 = 4 << 8;
 const SVR_ENABLE: u32 = 1 << 8;
 
 const ERROR_SEND_VECTOR: u32 = 1 << 5;
@@ -178,7 +181,9 @@ impl LocalApic {
         apic
     }
 
-    /// Back to the power-up state. The levels of the LINT pins are the board's and stay.
+    /// Back to the power-up state. The levels of the LINT pins are the board's and stay. The BSP is then in virtual
+    /// wire mode as firmware, which this machine has none of, would leave it (MultiProcessor Specification 1.4,
+    /// 3.6.2.2): a kernel that knows only the 8259A gets its interrupts.
     pub fn reset(&mut self) {
         self.base = Self::BASE | base::ENABLE | if self.config.bsp { base::BSP } else { 0 };
         self.nmi = false;
@@ -187,6 +192,11 @@ impl LocalApic {
         self.sipi = None;
         self.wait_for_sipi = !self.config.bsp;
         self.reset_registers();
+        if self.config.bsp {
+            self.svr |= SVR_ENABLE;
+            self.lvt[3] = LVT_EXTERNAL;
+            self.lvt[4] = LVT_NMI;
+        }
     }
 
     /// The state of the registers after power-up and INIT (12.4.7.1).

@@ -48,8 +48,8 @@ pub(super) struct Timer {
     pub(super) mode: Mode,
     pub(super) divide_config: u32,
     pub(super) initial: u32,
-    /// When the count was `initial`.
-    start: VmTime,
+    /// When the count was `initial`, in nanoseconds of VM time; before time 0 after some changes of the divisor.
+    start: i128,
     counting: bool,
     /// The TSC value to fire at; 0 is disarmed.
     pub(super) tsc_deadline: u64,
@@ -63,7 +63,7 @@ impl Timer {
             mode: Mode::OneShot,
             divide_config: 0,
             initial: 0,
-            start: VmTime(0),
+            start: 0,
             counting: false,
             tsc_deadline: 0,
         }
@@ -87,9 +87,18 @@ impl Timer {
         self.ns(self.initial).max(PERIOD_MIN_NS)
     }
 
+    fn since_start(&self, now: VmTime) -> u64 {
+        u64::try_from(i128::from(now.0).saturating_sub(self.start)).unwrap_or(0)
+    }
+
+    fn after_start(&self, ns: u64) -> VmTime {
+        let at = self.start.saturating_add(ns.into()).max(0);
+        VmTime(u64::try_from(at).unwrap_or(u64::MAX))
+    }
+
     /// Counts made since the start of this period.
     fn elapsed(&self, now: VmTime) -> u64 {
-        VmTime(now.0.saturating_sub(self.start.0)).ticks(self.hz) >> self.divisor_shift()
+        VmTime(self.since_start(now)).ticks(self.hz) >> self.divisor_shift()
     }
 
     pub(super) fn count(&self, now: VmTime) -> u32 {
@@ -108,7 +117,7 @@ impl Timer {
         // In TSC-deadline mode the count registers are inert.
         if self.mode != Mode::TscDeadline {
             self.initial = value;
-            self.start = now;
+            self.start = now.0.into();
             self.counting = value != 0;
         }
     }
@@ -118,7 +127,7 @@ impl Timer {
         let done = self.initial.saturating_sub(self.count(now));
         self.divide_config = value & 0b1011;
         if self.counting {
-            self.start = VmTime(now.0.saturating_sub(self.ns(done)));
+            self.start = i128::from(now.0).saturating_sub(self.ns(done).into());
         }
     }
 
@@ -137,10 +146,8 @@ impl Timer {
     pub(super) fn deadline(&self) -> Option<VmTime> {
         match self.mode {
             Mode::TscDeadline => (self.tsc_deadline != 0).then(|| self.tsc.at(self.tsc_deadline)),
-            Mode::OneShot => {
-                self.counting.then(|| VmTime(self.start.0.saturating_add(self.ns(self.initial))))
-            }
-            Mode::Periodic => self.counting.then(|| VmTime(self.start.0.saturating_add(self.period_ns()))),
+            Mode::OneShot => self.counting.then(|| self.after_start(self.ns(self.initial))),
+            Mode::Periodic => self.counting.then(|| self.after_start(self.period_ns())),
         }
     }
 
@@ -154,9 +161,8 @@ impl Timer {
             Mode::OneShot => self.counting = false,
             Mode::Periodic => {
                 let period = self.period_ns();
-                let passed = now.0.saturating_sub(self.start.0);
-                let into = passed.checked_rem(period).unwrap_or(0);
-                self.start = VmTime(now.0.saturating_sub(into));
+                let phase = self.since_start(now).checked_rem(period).unwrap_or(0);
+                self.start = i128::from(now.0).saturating_sub(phase.into());
             }
         }
         true
