@@ -80,7 +80,7 @@ pub struct Geometry {
 }
 
 /// The worker's side of a storage controller.
-pub trait Controller: crate::Device {
+pub trait Controller: Send {
     /// The next request, if the rings hold one.
     fn next_request(&mut self) -> Option<Request>;
     /// Answers a request.

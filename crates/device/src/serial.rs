@@ -4,7 +4,7 @@
 ///
 /// The device holds bounded buffers: it takes only what it has room for, and its [`crate::Notify`] fires when it has
 /// output, or room for input again.
-pub trait Endpoint: crate::Device {
+pub trait Endpoint: Send {
     /// Offers bytes to the guest on `port`; answers how many were taken.
     fn offer(&mut self, port: u32, bytes: &[u8]) -> usize;
     /// Appends what the guest has sent on `port` since the last call to `into`, at most `max` bytes.

@@ -1,0 +1,220 @@
+//! A guest driver's view: set the controller up, make queues, move blocks.
+
+use crate::{Nvme, NvmeConfig, fuzz};
+use chipset::pci::Function;
+use device::block::{Controller, Geometry, Operation, Outcome, Segment};
+use device::{MsiSink, Notify, VmTime};
+use memory::{Backing, GuestMemory};
+use proptest::prelude::*;
+
+const NOW: VmTime = VmTime(0);
+const ADMIN_SQ: u64 = 0x1000;
+const ADMIN_CQ: u64 = 0x2000;
+const IO_SQ: u64 = 0x3000;
+const IO_CQ: u64 = 0x4000;
+const DATA: u64 = 0x10000;
+
+struct Driver {
+    nvme: Nvme,
+    memory: GuestMemory,
+    tails: [u32; 2],
+    heads: [u32; 2],
+}
+
+fn disk(read_only: bool) -> NvmeConfig {
+    let geometry = Geometry { capacity: 1 << 20, block_size: 512, read_only, discard: true };
+    NvmeConfig { geometry, serial: "serial".into(), uuid: *b"0123456789abcdef" }
+}
+
+impl Driver {
+    fn new(read_only: bool) -> Self {
+        let memory = GuestMemory::new(&[(0, 1 << 20)], Backing::Private).unwrap();
+        let nvme = Nvme::new(memory.clone(), MsiSink::unconnected(), Notify::unconnected(), disk(read_only));
+        let mut driver = Self { nvme, memory, tails: [0; 2], heads: [0; 2] };
+        driver.write(0x24, 4, 7 << 16 | 7);
+        driver.write(0x28, 8, ADMIN_SQ);
+        driver.write(0x30, 4, ADMIN_CQ);
+        driver.write(0x34, 4, 0);
+        driver.write(0x14, 4, 0x0046_0001);
+        assert_eq!(driver.nvme.bar_read(0, 0x1c, 4, NOW), 1, "ready");
+        driver
+    }
+
+    fn write(&mut self, offset: u64, size: u8, value: u64) {
+        self.nvme.bar_write(0, offset, size, value, NOW);
+    }
+
+    /// Puts a command into queue 0 or 1 (8 entries each) and rings.
+    fn submit(&mut self, queue: usize, dwords: [u32; 16]) {
+        let base = [ADMIN_SQ, IO_SQ][queue] + u64::from(self.tails[queue]) * 64;
+        self.memory.write(base, &dwords.map(u32::to_le_bytes).concat()).unwrap();
+        self.tails[queue] = (self.tails[queue] + 1) % 8;
+        self.write(0x1000 + queue as u64 * 8, 4, u64::from(self.tails[queue]));
+    }
+
+    /// The next completion of a queue: result and status (without phase), if its phase says there is one.
+    fn completion(&mut self, queue: usize) -> Option<(u32, u32)> {
+        let head = self.heads[queue];
+        let at = [ADMIN_CQ, IO_CQ][queue] + u64::from(head % 8) * 16;
+        let last = self.memory.load_u32(at + 12).unwrap();
+        let expected = (head / 8).is_multiple_of(2);
+        if (last >> 16 & 1 == 1) != expected {
+            return None;
+        }
+        self.heads[queue] += 1;
+        self.write(0x1004 + queue as u64 * 8, 4, u64::from(self.heads[queue] % 8));
+        Some((self.memory.load_u32(at).unwrap(), last >> 17))
+    }
+
+    fn admin(&mut self, opcode: u32, namespace: u32, prp: u64, ten: u32, eleven: u32) -> (u32, u32) {
+        let mut dwords = [0; 16];
+        dwords[0] = opcode | 0x1234 << 16;
+        (dwords[1], dwords[6], dwords[7]) = (namespace, prp as u32, (prp >> 32) as u32);
+        (dwords[10], dwords[11]) = (ten, eleven);
+        self.submit(0, dwords);
+        self.completion(0).expect("an admin command completes at once")
+    }
+
+    fn make_queues(&mut self) {
+        assert_eq!(self.admin(5, 0, IO_CQ, 7 << 16 | 1, 1 << 16 | 3), (0, 0));
+        assert_eq!(self.admin(1, 0, IO_SQ, 7 << 16 | 1, 1 << 16 | 1), (0, 0));
+    }
+
+    fn io(&mut self, opcode: u32, prps: [u64; 2], block: u64, blocks: u32) {
+        let mut dwords = [0; 16];
+        dwords[0] = opcode;
+        dwords[1] = 1;
+        for (index, prp) in prps.into_iter().enumerate() {
+            (dwords[6 + index * 2], dwords[7 + index * 2]) = (prp as u32, (prp >> 32) as u32);
+        }
+        (dwords[10], dwords[11], dwords[12]) = (block as u32, (block >> 32) as u32, blocks.wrapping_sub(1));
+        self.submit(1, dwords);
+    }
+}
+
+#[test]
+fn the_controller_and_namespace_are_identified() {
+    let mut driver = Driver::new(false);
+    assert_eq!(driver.admin(6, 0, DATA, 1, 0), (0, 0));
+    assert_eq!(&driver.memory.read_array::<10>(DATA + 4).unwrap(), b"serial    ");
+    assert_eq!(driver.admin(6, 1, DATA, 0, 0), (0, 0));
+    assert_eq!(driver.memory.load_u64(DATA).unwrap(), 2048);
+    assert_eq!(driver.memory.read_array::<4>(DATA + 128).unwrap(), [0, 0, 9, 0]);
+    assert_eq!(driver.admin(6, 0, DATA, 2, 0), (0, 0));
+    assert_eq!(driver.memory.load_u64(DATA).unwrap(), 1);
+    assert_eq!(driver.admin(6, 5, DATA, 0, 0).1 & 0xff, 0x0b);
+    assert_eq!(driver.admin(0x7f, 0, 0, 0, 0).1 & 0xff, 0x01);
+    assert_eq!(driver.admin(9, 0, 0, 7, 0xffff_ffff), (15 << 16 | 15, 0));
+    // A buffer that is not RAM.
+    assert_eq!(driver.admin(6, 0, 1 << 40, 1, 0).1 & 0xff, 0x04);
+}
+
+#[test]
+fn reads_and_writes_reach_the_worker_with_their_pages() {
+    let mut driver = Driver::new(false);
+    driver.make_queues();
+    driver.io(2, [DATA + 0x200, 0], 3, 1);
+    let request = driver.nvme.next_request().unwrap();
+    assert_eq!((request.operation, request.offset, request.len), (Operation::Read, 1536, 512));
+    assert_eq!(request.segments, [Segment { address: DATA + 0x200, len: 512 }]);
+    assert_eq!(driver.completion(1), None);
+    driver.nvme.complete(request.token, Outcome::Ok);
+    assert_eq!(driver.completion(1), Some((0, 0)));
+
+    // Three pages by a list: the first starts in mid-page, the others are apart.
+    driver.memory.write(0x8000, &[0x20000u64, 0x30000].map(u64::to_le_bytes).concat()).unwrap();
+    driver.io(1, [DATA + 0x800, 0x8000], 0, 20);
+    let request = driver.nvme.next_request().unwrap();
+    assert_eq!(request.operation, Operation::Write { fua: false });
+    let expected = [(DATA + 0x800, 0x800), (0x20000, 0x1000), (0x30000, 0x1000)];
+    assert_eq!(request.segments, expected.map(|(address, len)| Segment { address, len }));
+    driver.nvme.complete(request.token, Outcome::NoSpace);
+    assert_eq!(driver.completion(1).unwrap().1 & 0xff, 0x81);
+}
+
+#[test]
+fn nonsense_gets_a_status() {
+    let mut driver = Driver::new(true);
+    driver.make_queues();
+    for (opcode, prps, block, blocks, status) in [
+        (2, [DATA, 0], 2048, 1, 0x80),
+        (2, [DATA, 0], u64::MAX, 2, 0x80),
+        (2, [DATA + 1, 0], 0, 1, 0x13),
+        (2, [DATA, DATA + 8], 0, 16, 0x13),
+        (2, [DATA, 1 << 50], 0, 32, 0x04),
+        (1, [DATA, 0], 0, 1, 0x20),
+        (0x55, [DATA, 0], 0, 1, 0x01),
+    ] {
+        driver.io(opcode, prps, block, blocks);
+        assert_eq!(driver.nvme.next_request(), None);
+        assert_eq!(driver.completion(1).unwrap().1 & 0xff, status, "opcode {opcode:#x} at {block}");
+    }
+}
+
+#[test]
+fn a_discard_of_two_ranges_completes_once_both_are_done() {
+    let mut driver = Driver::new(false);
+    driver.make_queues();
+    let range = |blocks: u32, first: u64| [&[0; 4][..], &blocks.to_le_bytes(), &first.to_le_bytes()].concat();
+    driver.memory.write(DATA, &[range(8, 16), range(4, 100)].concat()).unwrap();
+    let mut dwords = [0; 16];
+    (dwords[0], dwords[1], dwords[6], dwords[10], dwords[11]) = (9, 1, DATA as u32, 1, 4);
+    driver.submit(1, dwords);
+    let first = driver.nvme.next_request().unwrap();
+    let second = driver.nvme.next_request().unwrap();
+    assert_eq!((first.operation, first.offset, first.len), (Operation::Discard, 8192, 4096));
+    driver.nvme.complete(second.token, Outcome::Ok);
+    assert_eq!(driver.completion(1), None);
+    driver.nvme.complete(first.token, Outcome::Ok);
+    assert_eq!(driver.completion(1), Some((0, 0)));
+}
+
+#[test]
+fn a_full_completion_queue_loses_nothing() {
+    let mut driver = Driver::new(false);
+    driver.make_queues();
+    let mut tokens = Vec::new();
+    for _ in 0..14 {
+        driver.io(2, [DATA, 0], 0, 1);
+        tokens.push(driver.nvme.next_request().unwrap().token);
+    }
+    for token in tokens {
+        driver.nvme.complete(token, Outcome::Ok);
+    }
+    for _ in 0..14 {
+        assert_eq!(driver.completion(1), Some((0, 0)));
+    }
+    assert_eq!(driver.completion(1), None);
+}
+
+#[test]
+fn a_disable_waits_for_the_worker() {
+    let mut driver = Driver::new(false);
+    driver.make_queues();
+    driver.io(2, [DATA, 0], 0, 1);
+    let request = driver.nvme.next_request().unwrap();
+    driver.io(2, [DATA, 0], 1, 1);
+    driver.write(0x14, 4, 0);
+    assert_eq!(driver.nvme.bar_read(0, 0x1c, 4, NOW) & 1, 1, "still draining");
+    assert_eq!(driver.nvme.next_request(), None);
+    driver.nvme.complete(request.token, Outcome::Ok);
+    assert_eq!(driver.nvme.bar_read(0, 0x1c, 4, NOW), 0);
+}
+
+#[test]
+fn a_shutdown_flushes_first() {
+    let mut driver = Driver::new(false);
+    driver.write(0x14, 4, 0x0046_4001);
+    assert_eq!(driver.nvme.bar_read(0, 0x1c, 4, NOW) >> 2 & 3, 1);
+    let request = driver.nvme.next_request().unwrap();
+    assert_eq!(request.operation, Operation::Flush);
+    driver.nvme.complete(request.token, Outcome::Ok);
+    assert_eq!(driver.nvme.bar_read(0, 0x1c, 4, NOW) >> 2 & 3, 2);
+}
+
+proptest! {
+    #[test]
+    fn a_guest_out_of_its_mind_hurts_only_itself(data in prop::collection::vec(any::<u8>(), 0..4096)) {
+        fuzz(&data);
+    }
+}
