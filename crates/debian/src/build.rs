@@ -23,6 +23,7 @@ const BUILDER_VERSION: u64 = digest_of(&[
     include_bytes!("archive.rs"),
     include_bytes!("build.rs"),
     include_bytes!("dpkg.rs"),
+    include_bytes!("modules.rs"),
     include_bytes!("setup.rs"),
     include_bytes!("tree.rs"),
 ]);

@@ -38,6 +38,7 @@ pub mod dpkg;
 pub mod fetch;
 mod image;
 pub mod index;
+pub mod modules;
 pub mod relation;
 pub mod release;
 pub mod repository;

@@ -5,8 +5,10 @@
 
 use crate::accounts::Accounts;
 use crate::dpkg::OwnFile;
+use crate::modules;
 use crate::tree::{self, Metadata, Package, Root};
 use md5::{Digest, Md5};
+use std::collections::BTreeMap;
 use std::fmt::Write;
 
 /// A file that the caller adds to the guest.
@@ -56,6 +58,8 @@ pub fn keep(path: &str) -> bool {
         || path.starts_with("usr/share/base-passwd/")
         || path.starts_with("usr/share/base-files/")
         || path.starts_with("boot/vmlinuz-")
+        || (path.starts_with("usr/lib/modules/") && path.ends_with("/modules.builtin"))
+        || modules::is_module(path)
 }
 
 /// Files that belong to the package `yado-guest`.
@@ -197,6 +201,11 @@ const PAM_BLOCKS: [(&str, &str); 10] = [
     ("$session_nonint_additional", "session\trequired\tpam_unix.so "),
 ];
 
+/// The builder as the one who puts files in.
+fn builder(names: &[String]) -> Package<'_> {
+    Package { number: usize::MAX, name: crate::dpkg::OWN_PACKAGE, yields: &[], names, digests: &[] }
+}
+
 /// Puts files into the tree on behalf of the builder, and remembers which.
 struct Installer<'r, 't> {
     root: &'r mut Root<'t>,
@@ -216,27 +225,22 @@ impl Installer<'_, '_> {
 
     fn file_of_group(&mut self, path: &str, mode: u16, gid: u32, bytes: &[u8]) -> Result<(), tree::Error> {
         let meta = Metadata { gid, ..self.meta(mode) };
+        self.file_with(path, &meta, bytes)
+    }
+
+    fn file_with(&mut self, path: &str, meta: &Metadata, bytes: &[u8]) -> Result<(), tree::Error> {
         let size = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
-        let package = Package {
-            number: usize::MAX,
-            name: crate::dpkg::OWN_PACKAGE,
-            yields: &[],
-            names: &self.names,
-            digests: &[],
-        };
-        self.root.file(&package, path, &meta, size, &mut &*bytes)
+        self.root.file(&builder(&self.names), path, meta, size, &mut &*bytes)
     }
 
     fn link(&mut self, path: &str, target: &str) -> Result<(), tree::Error> {
         let meta = self.meta(0o777);
-        let package = Package {
-            number: usize::MAX,
-            name: crate::dpkg::OWN_PACKAGE,
-            yields: &[],
-            names: &self.names,
-            digests: &[],
-        };
-        self.root.symlink(&package, path, &meta, target)
+        self.root.symlink(&builder(&self.names), path, &meta, target)
+    }
+
+    fn directory(&mut self, path: &str) -> Result<(), tree::Error> {
+        let meta = self.meta(0o755);
+        self.root.directory(&builder(&self.names), path, &meta)
     }
 
     fn kept(&self, path: &str) -> Option<String> {
@@ -274,6 +278,10 @@ pub fn install(
     names_and_sources(&mut installer, settings)?;
     accounts(&mut installer, settings.time)?;
     pam(&mut installer)?;
+    module_indices(&mut installer)?;
+    for path in ["media", "mnt", "opt", "srv", "var/lib/yado"] {
+        installer.directory(path)?;
+    }
     for file in settings.files {
         let path = file.path.trim_start_matches('/');
         let digest = match &file.content {
@@ -290,28 +298,9 @@ pub fn install(
     }
     // Newer than /usr, so that systemd does not rebuild at each first boot what is already there (systemd.unit(5), ConditionNeedsUpdate).
     for path in ["etc/.updated", "var/.updated"] {
-        let package = Package {
-            number: usize::MAX,
-            name: crate::dpkg::OWN_PACKAGE,
-            yields: &[],
-            names: &installer.names,
-            digests: &[],
-        };
-        let meta = Metadata { mode: 0o644, mtime: settings.time.saturating_add(1), ..Metadata::default() };
-        installer.root.file(&package, path, &meta, 0, &mut std::io::empty())?;
+        let meta = Metadata { mtime: settings.time.saturating_add(1), ..installer.meta(0o644) };
+        installer.file_with(path, &meta, &[])?;
     }
-    let package = Package {
-        number: usize::MAX,
-        name: crate::dpkg::OWN_PACKAGE,
-        yields: &[],
-        names: &installer.names,
-        digests: &[],
-    };
-    installer.root.directory(
-        &package,
-        "var/lib/yado",
-        &Metadata { mode: 0o755, mtime: settings.time, ..Metadata::default() },
-    )?;
     Ok(installer.own)
 }
 
@@ -326,6 +315,8 @@ fn names_and_sources(installer: &mut Installer<'_, '_>, settings: &Settings<'_>)
         ("nsswitch.conf", "etc/nsswitch.conf"),
         ("dot.profile", "root/.profile"),
         ("dot.bashrc", "root/.bashrc"),
+        ("profile", "etc/profile"),
+        ("motd", "etc/motd"),
     ] {
         if let Some(text) = installer.kept(&format!("usr/share/base-files/{from}")) {
             installer.file(to, 0o644, text.as_bytes())?;
@@ -378,6 +369,26 @@ fn pam(installer: &mut Installer<'_, '_>) -> Result<(), tree::Error> {
             }
         }
         installer.file(&format!("etc/pam.d/common-{name}"), 0o644, text.as_bytes())?;
+    }
+    Ok(())
+}
+
+/// Lets `modprobe` find modules before the kernel package's script has run depmod.
+fn module_indices(installer: &mut Installer<'_, '_>) -> Result<(), tree::Error> {
+    let kept = &mut installer.root.kept;
+    let mut kernels: BTreeMap<String, Vec<(String, Vec<u8>)>> = BTreeMap::new();
+    for path in kept.keys().filter(|path| modules::is_module(path)).cloned().collect::<Vec<_>>() {
+        let mut parts = path.splitn(5, '/').skip(3).map(str::to_owned);
+        if let (Some(version), Some(rest), Some(bytes)) = (parts.next(), parts.next(), kept.remove(&path)) {
+            kernels.entry(version).or_default().push((rest, bytes));
+        }
+    }
+    for (version, files) in kernels {
+        let directory = format!("usr/lib/modules/{version}");
+        let builtin = installer.kept(&format!("{directory}/modules.builtin")).unwrap_or_default();
+        for (name, bytes) in modules::indices(&modules::read_all(&files), &builtin) {
+            installer.file(&format!("{directory}/{name}"), 0o644, &bytes)?;
+        }
     }
     Ok(())
 }
