@@ -31,6 +31,8 @@ pub const PCI_PORTS: u64 = 0xcf8;
 pub const RESET_CONTROL: (u16, u8) = (0xcf9, 6);
 /// Ports for PCI I/O BARs.
 pub const PCI_IO: Window = Window { base: 0xc000, len: 0x1000 };
+/// pvpanic, where QEMU has it.
+pub const PVPANIC: u64 = 0x505;
 /// Debug console.
 pub const DEBUG_CONSOLE: u64 = 0xe9;
 /// isa-debug-exit.

@@ -43,6 +43,7 @@ pub mod pci;
 pub mod pic8259;
 pub mod pit8254;
 pub mod power;
+pub mod pvpanic;
 pub mod rtc;
 pub mod test_devices;
 pub mod uart16550;

@@ -33,9 +33,11 @@ mod pm1 {
     pub(super) const TIMER: u16 = 1 << 0;
     pub(super) const GLOBAL: u16 = 1 << 5;
     pub(super) const POWER_BUTTON: u16 = 1 << 8;
+    /// Never happens, but Linux complains if it cannot enable it.
+    pub(super) const REAL_TIME_CLOCK: u16 = 1 << 10;
     pub(super) const WAKE: u16 = 1 << 15;
-    pub(super) const STATUS: u16 = TIMER | GLOBAL | POWER_BUTTON | WAKE;
-    pub(super) const ENABLE: u16 = TIMER | GLOBAL | POWER_BUTTON;
+    pub(super) const STATUS: u16 = TIMER | GLOBAL | POWER_BUTTON | REAL_TIME_CLOCK | WAKE;
+    pub(super) const ENABLE: u16 = TIMER | GLOBAL | POWER_BUTTON | REAL_TIME_CLOCK;
 }
 
 /// Bits of the PM1 control register.

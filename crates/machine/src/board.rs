@@ -16,6 +16,7 @@ use chipset::pci::Host;
 use chipset::pic8259::Pic8259;
 use chipset::pit8254::Pit8254;
 use chipset::power::{Power, PowerEvent, PowerSink};
+use chipset::pvpanic::{PanicEvent, PvPanic};
 use chipset::rtc::Rtc;
 use chipset::test_devices::{DebugExit, PcTestDevice};
 use chipset::uart16550::Uart16550;
@@ -124,6 +125,8 @@ impl Board {
                 (Space::Mmio, at::ECAM.base, at::ECAM.len, Host::ECAM),
             ],
         )?;
+        let panic = shared(pvpanic(&parts.lifecycle));
+        put(&mut buses, panic, &[(Space::Port, at::PVPANIC, PvPanic::LEN, 0)])?;
         let mut description = at::Board::pc(parts.config.cpus);
         description.serial = vec![at::COM1];
         if parts.config.test_devices {
@@ -192,6 +195,16 @@ fn power_sink(lifecycle: &Arc<Lifecycle>) -> PowerSink {
             PowerEvent::Off => Outcome::PoweredOff,
             PowerEvent::Reset => Outcome::Reset,
         });
+    })
+}
+
+/// A guest that panicked does nothing more, unless its crash kernel takes over.
+fn pvpanic(lifecycle: &Arc<Lifecycle>) -> PvPanic {
+    let lifecycle = lifecycle.clone();
+    PvPanic::new(move |event| {
+        if event == PanicEvent::Panicked {
+            lifecycle.end(Outcome::GuestPanic);
+        }
     })
 }
 

@@ -25,6 +25,7 @@ pub mod control;
 mod lifecycle;
 mod machine;
 pub mod port;
+pub mod storage;
 mod timers;
 mod vcpu;
 

@@ -10,6 +10,9 @@ use std::time::{Duration, Instant};
 /// How many bytes one [`Port::receive`] takes at most.
 const CHUNK: usize = 64 * 1024;
 
+/// How long [`Port::receive`] lets bytes gather once the first has come.
+const GATHER: Duration = Duration::from_micros(500);
+
 /// Wakes the holders of a device's ports; made before the device, which gets [`Wake::notify`].
 #[derive(Clone, Default)]
 pub struct Wake(Arc<(Mutex<Turn>, Condvar)>);
@@ -18,6 +21,8 @@ pub struct Wake(Arc<(Mutex<Turn>, Condvar)>);
 struct Turn {
     count: u64,
     closed: bool,
+    /// Threads that wait: without any, a nudge is no system call.
+    waiting: usize,
 }
 
 impl Wake {
@@ -33,13 +38,27 @@ impl Wake {
     }
 
     fn turn(&self, change: impl FnOnce(&mut Turn)) {
-        change(&mut self.0.0.lock().unwrap_or_else(PoisonError::into_inner));
-        self.0.1.notify_all();
+        let mut turn = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut turn);
+        let waiting = turn.waiting;
+        drop(turn);
+        if waiting > 0 {
+            self.0.1.notify_all();
+        }
     }
 
-    fn count(&self) -> (u64, bool) {
+    /// How often the device has stirred, and whether the machine is gone.
+    pub fn count(&self) -> (u64, bool) {
         let turn = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
         (turn.count, turn.closed)
+    }
+
+    /// Waits until the count differs from `seen`, or the machine is gone.
+    pub fn wait_change(&self, seen: u64) {
+        let mut turn = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        while turn.count == seen && !turn.closed {
+            turn = self.0.1.wait(turn).unwrap_or_else(PoisonError::into_inner);
+        }
     }
 
     /// Waits until the count differs from `seen`, the machine is gone, or `until`.
@@ -50,7 +69,9 @@ impl Wake {
             if left.is_zero() {
                 return;
             }
+            turn.waiting = turn.waiting.saturating_add(1);
             turn = self.0.1.wait_timeout(turn, left).unwrap_or_else(PoisonError::into_inner).0;
+            turn.waiting = turn.waiting.saturating_sub(1);
         }
     }
 }
@@ -78,6 +99,8 @@ impl Port {
         self.lock().take(self.number, into, CHUNK);
         if into.len() == before && !closed {
             self.wake.wait(seen, until);
+            // A guest that prints does so byte by byte: a moment's patience saves it a wake-up of us for each.
+            std::thread::sleep(GATHER);
             self.lock().take(self.number, into, CHUNK);
         }
         !closed || into.len() > before

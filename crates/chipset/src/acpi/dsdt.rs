@@ -24,7 +24,7 @@ impl AmlSink for Bytes {
 pub(super) fn build(board: &Board) -> Vec<u8> {
     let mut aml = Bytes(Vec::new());
     name("_S5_", &Package::new(vec![&SLEEP_TYPE_S5, &SLEEP_TYPE_S5, &ZERO, &ZERO])).to_aml_bytes(&mut aml);
-    scope("_SB_", &[&PciRoot(board), &Reserved(board), &Clock]).to_aml_bytes(&mut aml);
+    scope("_SB_", &[&PciRoot(board), &Reserved(board), &Clock, &Panic]).to_aml_bytes(&mut aml);
     for (index, &port) in (0u8..).zip(&board.serial) {
         scope("_SB_", &[&Serial { index, port }]).to_aml_bytes(&mut aml);
     }
@@ -136,6 +136,18 @@ impl Aml for Clock {
         let rtc = board::RTC as u16;
         let crs = resources(&[&IO::new(rtc, rtc, 1, 2), &isa_interrupt(board::RTC_IRQ)]);
         Device::new(Path::new("RTC_"), vec![&name("_HID", &EISAName::new("PNP0B00")), &crs])
+            .to_aml_bytes(sink);
+    }
+}
+
+/// pvpanic, by the name that QEMU gave it.
+struct Panic;
+
+impl Aml for Panic {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        let port = board::PVPANIC as u16;
+        let crs = resources(&[&IO::new(port, port, 1, 1)]);
+        Device::new(Path::new("PEVT"), vec![&name("_HID", &"QEMU0001"), &name("_STA", &0x0fu8), &crs])
             .to_aml_bytes(sink);
     }
 }

@@ -337,8 +337,9 @@ impl Model {
             table.set(0x8000_0005, None, host(0x8000_0005, 0));
             table.set(0x8000_0006, None, host(0x8000_0006, 0));
             // Which speculation problems need no mitigation code in the guest: LFENCE serialises (2), a null selector
-            // clears the base (6), automatic IBRS (8).
-            table.set(0x8000_0021, None, Leaf { eax: 1 << 2 | 1 << 6 | 1 << 8, ..Leaf::default() });
+            // clears the base (6), automatic IBRS (8), no SRSO (29); no TSA from the store queue or the L1 cache (ECX 1, 2).
+            let eax = 1 << 2 | 1 << 6 | 1 << 8 | 1 << 29;
+            table.set(0x8000_0021, None, Leaf { eax, ecx: 0b110, ..Leaf::default() });
         } else {
             table.set(0x8000_0006, None, host(0x8000_0006, 0));
         }
