@@ -15,7 +15,7 @@ use iced_x86::{ConditionCode, FlowControl, Instruction, Mnemonic, OpKind};
 
 mod control;
 mod far;
-mod feature;
+pub(crate) mod feature;
 mod flow;
 mod legacy;
 mod masked;

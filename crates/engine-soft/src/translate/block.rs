@@ -17,15 +17,22 @@ pub(super) struct Mode {
     pub x87: bool,
     pub sse: bool,
     pub avx: bool,
+    /// RDTSC is allowed.
+    pub clock: bool,
 }
 
 impl Mode {
     pub(super) fn bits(self) -> u8 {
-        u8::from(self.user) | u8::from(self.x87) << 1 | u8::from(self.sse) << 2 | u8::from(self.avx) << 3
+        let bits = [self.user, self.x87, self.sse, self.avx, self.clock];
+        bits.iter().rev().fold(0, |number, &bit| number << 1 | u8::from(bit))
     }
 
-    fn allows(self, domain: Domain) -> bool {
-        match domain {
+    fn allows(self, template: &Template) -> bool {
+        let system = matches!(template.kind, Kind::PopFlags | Kind::SetInterrupt | Kind::SwapBase);
+        if self.user && system || template.kind == Kind::ReadClock && !self.clock {
+            return false;
+        }
+        match template.domain {
             Domain::Integer => true,
             Domain::X87 => self.x87,
             Domain::Sse => self.sse,
@@ -70,7 +77,7 @@ pub(super) fn plan(into: &mut Plan, page: &[u8; PAGE], start: u16, mode: Mode, t
         let mut instruction = Instruction::default();
         decoder.decode_out(&mut instruction);
         let template = if instruction.is_invalid() { None } else { Some(templates.get(instruction.code())) };
-        let Some(template) = template.filter(|t| t.kind != Kind::Step && mode.allows(t.domain)) else {
+        let Some(template) = template.filter(|t| t.kind != Kind::Step && mode.allows(t)) else {
             into.step = true;
             break;
         };

@@ -27,8 +27,8 @@ impl Generator {
                 return self.copy(instruction, template, bytes, info, site);
             }
             Kind::BitString => {
-                if (0..instruction.op_count()).any(|i| instruction.op_kind(i) == OpKind::Memory) {
-                    return None;
+                if instruction.op0_kind() == OpKind::Memory {
+                    return self.bit_string(instruction, site);
                 }
                 return self.copy(instruction, template, bytes, info, site);
             }
@@ -56,6 +56,12 @@ impl Generator {
                 self.out.lea(r::GUEST_SP, Mem::at(r::BP, 8));
                 self.out.load(r::BP, Mem::base(r::ADDR));
             }
+            Kind::PushFlags => self.push_flags(site),
+            Kind::PopFlags => self.pop_flags(site),
+            Kind::ClearFlag => return self.clear_flag(instruction, site),
+            Kind::SetInterrupt => return self.set_interrupt(site),
+            Kind::ReadClock => self.read_clock(site),
+            Kind::SwapBase => self.swap_base(),
             Kind::Return => {
                 self.check(r::GUEST_SP, Check::read(8), site);
                 self.out.load(r::ADDR, Mem::base(r::ADDR));
@@ -85,12 +91,12 @@ impl Generator {
         Some(())
     }
 
-    fn move_stack(&mut self, by: i32) {
+    pub(super) fn move_stack(&mut self, by: i32) {
         self.out.lea(r::GUEST_SP, Mem::at(r::GUEST_SP, by));
     }
 
     /// Checks the quadword below the stack pointer for writing.
-    fn push_check(&mut self, site: Site) {
+    pub(super) fn push_check(&mut self, site: Site) {
         self.out.lea(r::ADDR, Mem::at(r::GUEST_SP, -8));
         self.check(r::ADDR, Check::write(8), site);
     }

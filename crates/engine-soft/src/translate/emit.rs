@@ -208,6 +208,18 @@ impl Emitter {
         self.modrm_mem(reg, mem);
     }
 
+    /// A BMI2 instruction of map 0F38 `reg, vvvv, rm`, 64 bits.
+    pub(super) fn vex38_reg(&mut self, pp: u8, opcode: u8, reg: u8, vvvv: u8, rm: u8) {
+        let inverted = (reg >> 3 << 7 | rm >> 3 << 5) ^ 0xe0;
+        self.raw(&[
+            0xc4,
+            inverted | 2,
+            0x80 | (!vvvv & 15) << 3 | pp,
+            opcode,
+            0xc0 | (reg & 7) << 3 | rm & 7,
+        ]);
+    }
+
     /// `pext to, from, [mask]`: no flags.
     pub(super) fn pext(&mut self, to: u8, from: u8, mask: Mem) {
         self.vex38_mem(2, 0xf5, to, from, mask);

@@ -110,6 +110,8 @@ pub(super) struct Site {
     pub live: bool,
     /// The status flags needed after it.
     pub live_after: bool,
+    /// The block goes on after it, or leaves for the single-step tier without looking for events.
+    pub followed: bool,
 }
 
 /// Host register of a guest register, if it has one.
@@ -318,7 +320,7 @@ impl Generator {
         self.cold.push(Cold::Miss { field, address: r::ADDR, descriptor, hit });
     }
 
-    fn save_flags(&mut self) {
+    pub(super) fn save_flags(&mut self) {
         let out = &mut self.out;
         out.store(linked!(slots), r::AX);
         thunk::save_flags(out);
@@ -326,7 +328,7 @@ impl Generator {
         out.load(r::AX, linked!(slots));
     }
 
-    fn restore_flags(&mut self) {
+    pub(super) fn restore_flags(&mut self) {
         let out = &mut self.out;
         out.store(linked!(slots), r::AX);
         out.load32(r::AX, linked!(flags_saved));
@@ -338,6 +340,12 @@ impl Generator {
     pub(super) fn exit(&mut self, why: u32, value: u32) {
         self.out.imm32(r::T1, value);
         self.out.jump_to(self.thunks.exit(why));
+    }
+
+    /// Leaves for the single-step tier, out of line, if `condition` holds.
+    pub(super) fn step_if(&mut self, condition: u8, site: Site) {
+        let field = self.out.jump_if(condition);
+        self.cold.push(Cold::Exit { field, why: reason::STEP, value: u32::from(site.offset) });
     }
 
     /// Leaves before the target of a jump if a kick is waiting.

@@ -34,6 +34,10 @@ pub struct Linkage {
     pub flags_saved: u32,
     /// Page offset of the last division started, for the signal handler.
     pub division: u32,
+    /// An event waits for the guest to become interruptible: 1, else 0.
+    pub waiting: u32,
+    /// Flags that POPF may not set in translated code: TF, and IF while an event waits.
+    pub popf_stop: u32,
     /// Where the signal handler sends a division that faults: the exit to the single-step tier.
     pub division_exit: u64,
     /// Temporaries of one instruction.
@@ -68,6 +72,8 @@ impl Default for Linkage {
             flags: 0,
             flags_saved: 0,
             division: 0,
+            waiting: 0,
+            popf_stop: 0,
             division_exit: 0,
             slots: [0; 4],
             index_mask: (crate::state::TLB_ENTRIES as u64 - 1) << 12,

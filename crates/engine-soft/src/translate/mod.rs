@@ -18,6 +18,7 @@ mod flags;
 mod generate;
 pub mod linkage;
 mod store;
+mod system;
 mod template;
 mod thunk;
 
@@ -218,6 +219,13 @@ impl Translator {
     /// Makes the jump cache of `state` safe to use.
     fn attach(&mut self, core: &mut Core, mode: Mode) {
         let class = usize::from(mode.user);
+        let waiting = core.pending.interrupt.is_some() || core.pending.nmi || core.pending.window;
+        let link = &mut core.state.linkage;
+        link.waiting = u32::from(waiting);
+        link.popf_stop = (rflags::TF | if waiting { rflags::IF } else { 0 }) as u32;
+        if self.templates.set_cpuid(&core.cpuid) {
+            self.flush(core);
+        }
         let state = &mut core.state;
         if state.linkage.owner != self.identity {
             state.linkage.owner = self.identity;
@@ -459,12 +467,14 @@ impl Translator {
     fn generate(&mut self, page: &[u8; 4096], start: u16) -> usize {
         let (mut done, mut end) = (0, start);
         let mut step = self.plan.step;
-        for item in &self.plan.items {
+        let count = self.plan.items.len();
+        for (place, item) in self.plan.items.iter().enumerate() {
             let site = generate::Site {
                 offset: item.offset,
                 next: item.next,
                 live: item.live_before != 0,
                 live_after: item.live_after != 0,
+                followed: place + 1 < count || self.plan.step,
             };
             let bytes = page.get(usize::from(item.offset)..usize::from(item.next)).unwrap_or_default();
             let mark = self.generator.mark();
@@ -496,8 +506,11 @@ fn privilege(mode: Mode) -> Privilege {
 
 /// The mode in which translated code may run now; `None` if it may not.
 fn mode(state: &CpuState) -> Option<Mode> {
-    let user = state.cpl() == 3;
-    let blocked = state.rflags & rflags::TF != 0
+    let cpl = state.cpl();
+    let user = cpl == 3;
+    let blocked = cpl == 1
+        || cpl == 2
+        || state.rflags & rflags::TF != 0
         || state.shadow != Shadow::None
         || state.dr7 & 0xff != 0
         || user && state.cr0 & cr0::AM != 0 && state.rflags & rflags::AC != 0;
@@ -507,7 +520,8 @@ fn mode(state: &CpuState) -> Option<Mode> {
     let x87 = state.cr0 & (cr0::EM | cr0::TS) == 0 && thunk::x87_exceptions_masked();
     let sse = x87 && state.cr4_has(cr4::OSFXSR) && state.mxcsr & 0x1f80 == 0x1f80;
     let avx = sse && state.cr4_has(cr4::OSXSAVE) && state.xcr0 & 6 == 6;
-    Some(Mode { user, x87, sse, avx })
+    let clock = !user || !state.cr4_has(cr4::TSD);
+    Some(Mode { user, x87, sse, avx, clock })
 }
 
 /// AH after LAHF: SF, ZF, AF, PF, CF.

@@ -221,10 +221,27 @@ fn instruction(code: Code, window: u64, random: &mut Random) -> Option<(Instruct
         }
         setup.push((Register::RSP, window + 0x800 + random.below(0x100) * 8));
     }
+    if is_bit_string(code) && made.op0_kind() == iced_x86::OpKind::Memory {
+        // The register moves the address: by at most 512 bytes here.
+        let offset = made.op1_register().full_register();
+        if setup.iter().any(|s| s.0 == offset) {
+            return None;
+        }
+        let value = random.below(8192) as i64 - 4096;
+        setup.push((offset, value as u64));
+        if let Some(base) = setup.iter_mut().find(|s| s.0 == made.memory_base()) {
+            base.1 = base.1.wrapping_add(0x400);
+        }
+    }
     if code == Code::Leaveq {
         setup.push((Register::RBP, window + 0x800 + random.below(0x100) * 8));
     }
     Some((made, setup))
+}
+
+fn is_bit_string(code: Code) -> bool {
+    matches!(code.mnemonic(), Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc)
+        && !code.op_code().op_kind(1).eq(&K::imm8)
 }
 
 fn iced_memory(made: &mut Instruction, operand: u32, memory: &MemoryOperand) {
@@ -248,7 +265,8 @@ impl Arena {
     fn new() -> Self {
         let memory = GuestMemory::new(&[(0, 8 << 20)], Backing::Private).unwrap();
         let host = memory.host_page(0).unwrap().host as u64;
-        let core = Core::flat64(memory.clone()).unwrap();
+        let mut core = Core::flat64(memory.clone()).unwrap();
+        core.cpuid = super::test::host_cpuid();
         // The window: linear = host address.
         let mut tables = 0x3000u64;
         for part in 0..4u64 {
@@ -355,6 +373,7 @@ impl Arena {
 /// The codes to be tried.
 fn codes() -> Vec<Code> {
     let mut templates = Templates::new(true);
+    templates.set_cpuid(&super::test::host_cpuid());
     Code::values()
         .filter(|&code| {
             let template = templates.get(code);

@@ -98,7 +98,7 @@ pub(super) enum Write {
 }
 
 fn key(address: u64, mode: u8) -> u64 {
-    address << 4 | u64::from(mode)
+    address << 5 | u64::from(mode)
 }
 
 fn granules(from: u64, to: u64) -> u128 {

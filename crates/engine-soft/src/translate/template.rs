@@ -1,9 +1,12 @@
 //! What the translator knows of each instruction form: whether it may be copied, and which fields of its encoding
 //! name general registers.
 
+use crate::step::feature;
+use cpu::cpuid::CpuidTable;
 use iced_x86::{
     Code, ConditionCode, CpuidFeature, EncodingKind, FlowControl, Mnemonic, OpCodeOperandKind as K,
 };
+use std::sync::Arc;
 
 /// What must be enabled for an instruction to run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,6 +49,18 @@ pub(super) enum Kind {
     BitString,
     /// DIV and IDIV.
     Divide,
+    /// PUSHFQ.
+    PushFlags,
+    /// POPFQ at CPL 0.
+    PopFlags,
+    /// CLI at CPL 0, and CLD.
+    ClearFlag,
+    /// STI at CPL 0.
+    SetInterrupt,
+    /// RDTSC.
+    ReadClock,
+    /// SWAPGS at CPL 0.
+    SwapBase,
 }
 
 /// Where a general register is named in the encoding; the number of the operand it belongs to.
@@ -75,11 +90,23 @@ pub(super) struct Template {
 pub(super) struct Templates {
     known: Vec<Option<Template>>,
     avx: bool,
+    /// What the guest's CPU has.
+    cpuid: Arc<CpuidTable>,
 }
 
 impl Templates {
     pub(super) fn new(avx: bool) -> Self {
-        Self { known: Vec::new(), avx }
+        Self { known: Vec::new(), avx, cpuid: Arc::default() }
+    }
+
+    /// From here on the guest's CPU is this one. Answers whether that is news.
+    pub(super) fn set_cpuid(&mut self, cpuid: &Arc<CpuidTable>) -> bool {
+        if Arc::ptr_eq(&self.cpuid, cpuid) {
+            return false;
+        }
+        self.cpuid = cpuid.clone();
+        self.known.clear();
+        true
     }
 
     pub(super) fn get(&mut self, code: Code) -> Template {
@@ -103,6 +130,10 @@ impl Templates {
         let Some(fields) = fields(code) else { return step };
         let Some(domain) = domain(code, self.avx) else { return step };
         let kind = kind(code, domain);
+        let present = |f: &CpuidFeature| feature::supported(*f, &self.cpuid);
+        if kind != Kind::Nop && !code.cpuid_features().iter().all(present) {
+            return step;
+        }
         Template { kind, domain, fields, aligned: domain_aligned(code, domain) }
     }
 }
@@ -155,7 +186,7 @@ fn domain(code: Code, avx: bool) -> Option<Domain> {
         let found = match feature {
             F::INTEL8086 | F::INTEL186 | F::INTEL286 | F::INTEL386 | F::INTEL486 | F::X64 => Domain::Integer,
             F::CMOV | F::CX8 | F::CMPXCHG16B | F::MULTIBYTENOP | F::PAUSE | F::PREFETCHW => Domain::Integer,
-            F::CET_IBT => Domain::Integer,
+            F::CET_IBT | F::TSC => Domain::Integer,
             F::POPCNT if is_x86_feature_detected!("popcnt") => Domain::Integer,
             F::LZCNT if is_x86_feature_detected!("lzcnt") => Domain::Integer,
             F::BMI1 if is_x86_feature_detected!("bmi1") => Domain::Integer,
@@ -207,6 +238,15 @@ fn kind(code: Code, domain: Domain) -> Kind {
     match code.flow_control() {
         FlowControl::Next => {}
         flow => return control(code, flow),
+    }
+    match code {
+        Code::Pushfq => return Kind::PushFlags,
+        Code::Popfq => return Kind::PopFlags,
+        Code::Cli | Code::Cld => return Kind::ClearFlag,
+        Code::Sti => return Kind::SetInterrupt,
+        Code::Rdtsc => return Kind::ReadClock,
+        Code::Swapgs => return Kind::SwapBase,
+        _ => {}
     }
     if info.is_privileged() || info.is_input_output() || info.must_be_cpl0() {
         return Kind::Step;

@@ -1,0 +1,209 @@
+//! Templates of the system instructions that kernels execute often, and of bit strings in memory.
+//!
+//! IF, DF and the other flags that are not arithmetic live in `state.rflags` only. While an event waits for the guest
+//! to become interruptible, STI and POPF that would let it in are left to the single-step tier, which knows the
+//! interrupt shadow.
+
+use super::emit::{Emitter, Mem, cc, r};
+use super::generate::{Check, Generator, Site};
+use super::thunk::{self, linked};
+use crate::state::{CpuState, seg};
+use cpu::rflags;
+use iced_x86::{Code, Instruction};
+use std::mem::{offset_of, size_of};
+
+/// 32 bits of the state's RFLAGS: no flag is above.
+fn flags_field() -> Mem {
+    Mem::state(offset_of!(CpuState, rflags))
+}
+
+/// `and`, `or` of memory with an immediate: opcode 81 and its extension.
+fn imm_mem(out: &mut Emitter, extension: u8, mem: Mem, value: u32) {
+    out.op_mem(false, &[0x81], extension, mem);
+    out.dword(value);
+}
+
+fn imm_reg(out: &mut Emitter, extension: u8, register: u8, value: u32) {
+    out.op_reg(false, &[0x81], extension, register);
+    out.dword(value);
+}
+
+const OR: u8 = 1;
+const AND: u8 = 4;
+
+impl Generator {
+    /// PUSHFQ: VM and RF are pushed as zero (Intel SDM 2, PUSHF).
+    pub(super) fn push_flags(&mut self, site: Site) {
+        self.push_check(site);
+        let out = &mut self.out;
+        out.store(linked!(slots), r::AX);
+        thunk::save_flags(out);
+        out.store32(linked!(flags_saved), r::AX);
+        // T1 = OF in its place; EAX = the others.
+        out.op_reg(false, &[0x0f, 0xb6], r::T1, r::AX);
+        out.op_reg(false, &[0xc1], 4, r::T1);
+        out.byte(11);
+        out.raw(&[0x0f, 0xb6, 0xc4]); // movzx eax, ah
+        out.and_imm(false, r::AX, 0xd5);
+        out.op_reg(false, &[0x09], r::T1, r::AX);
+        out.load32(r::T1, flags_field());
+        imm_reg(out, AND, r::T1, !((rflags::STATUS | rflags::RF | rflags::VM) as u32));
+        out.op_reg(false, &[0x09], r::AX, r::T1);
+        out.store(Mem::base(r::ADDR), r::T1);
+        if site.live_after {
+            out.load32(r::AX, linked!(flags_saved));
+            thunk::restore_flags(out);
+        }
+        out.load(r::AX, linked!(slots));
+        self.move_stack(-8);
+    }
+
+    /// POPFQ at CPL 0: everything but VM, RF, VIF and VIP comes from the stack.
+    pub(super) fn pop_flags(&mut self, site: Site) {
+        self.check(r::GUEST_SP, Check::read(8), site);
+        let changed =
+            rflags::STATUS | rflags::IF | rflags::DF | rflags::IOPL | rflags::NT | rflags::AC | rflags::ID;
+        self.out.load(r::ADDR, Mem::base(r::ADDR));
+        self.out.mov32(r::T1, r::ADDR);
+        self.out.op_mem(false, &[0x23], r::T1, linked!(popf_stop));
+        self.step_if(cc::NE, site);
+        let out = &mut self.out;
+        out.mov32(r::T1, r::ADDR);
+        imm_reg(out, AND, r::T1, changed as u32);
+        imm_reg(out, OR, r::T1, rflags::FIXED as u32);
+        out.store(flags_field(), r::T1);
+        self.move_stack(8);
+        if site.live_after {
+            let out = &mut self.out;
+            out.store(linked!(slots), r::AX);
+            // AH = the low byte, AL = OF.
+            out.mov32(r::AX, r::ADDR);
+            out.raw(&[0xc1, 0xe0, 8]);
+            out.op_reg(false, &[0x0f, 0xba], 4, r::ADDR); // bt r14d, 11
+            out.byte(11);
+            out.raw(&[0x0f, 0x92, 0xc0]); // setc al
+            thunk::restore_flags(out);
+            out.load(r::AX, linked!(slots));
+        }
+    }
+
+    /// CLI and CLD.
+    pub(super) fn clear_flag(&mut self, instruction: &Instruction, site: Site) -> Option<()> {
+        let flag = if instruction.code() == Code::Cld { rflags::DF } else { rflags::IF };
+        if flag == rflags::IF && self.class != 0 {
+            return None;
+        }
+        if site.live_after {
+            self.without_flag(flag)?;
+            self.out.store(flags_field(), r::T1);
+        } else {
+            imm_mem(&mut self.out, AND, flags_field(), !(flag as u32));
+        }
+        Some(())
+    }
+
+    /// T1 = RFLAGS without a flag, the status flags of the host unharmed. Uses T2.
+    fn without_flag(&mut self, flag: u64) -> Option<()> {
+        if !self.bmi2 {
+            return None;
+        }
+        self.out.imm64(r::T2, !flag);
+        // PEXT, then PDEP with the same mask.
+        self.out.load(r::T1, flags_field());
+        self.out.vex38_reg(2, 0xf5, r::T1, r::T1, r::T2);
+        self.out.vex38_reg(3, 0xf5, r::T1, r::T1, r::T2);
+        Some(())
+    }
+
+    /// STI with nothing waiting. The next instruction must follow without a look for events: the interrupt shadow.
+    pub(super) fn set_interrupt(&mut self, site: Site) -> Option<()> {
+        if !site.followed {
+            return None;
+        }
+        if !site.live {
+            self.out.op_mem(false, &[0x83], 7, linked!(waiting));
+            self.out.byte(0);
+            self.step_if(cc::NE, site);
+            imm_mem(&mut self.out, OR, flags_field(), rflags::IF as u32);
+            return Some(());
+        }
+        self.without_flag(rflags::IF)?;
+        let out = &mut self.out;
+        out.lea(r::T1, Mem::at(r::T1, rflags::IF as i32));
+        out.mov(r::T2, r::CX);
+        out.load32(r::CX, linked!(waiting));
+        let none = out.short(0xe3);
+        out.mov(r::CX, r::T2);
+        self.exit(thunk::reason::STEP, u32::from(site.offset));
+        let out = &mut self.out;
+        out.bind_short(none);
+        out.mov(r::CX, r::T2);
+        out.store(flags_field(), r::T1);
+        Some(())
+    }
+
+    /// RDTSC: the host's, less the guest's zero.
+    pub(super) fn read_clock(&mut self, site: Site) {
+        if site.live {
+            self.save_flags();
+        }
+        let out = &mut self.out;
+        out.raw(&[0x0f, 0x31]);
+        out.raw(&[0x48, 0xc1, 0xe2, 32, 0x48, 0x09, 0xd0]); // shl rdx, 32; or rax, rdx
+        out.op_mem(true, &[0x03], r::AX, Mem::state(offset_of!(CpuState, tsc_offset)));
+        out.raw(&[0x48, 0x89, 0xc2, 0x48, 0xc1, 0xea, 32, 0x89, 0xc0]); // mov rdx, rax; shr rdx, 32; mov eax, eax
+        if site.live {
+            self.restore_flags();
+        }
+    }
+
+    pub(super) fn swap_base(&mut self) {
+        let gs = Mem::state(offset_of!(CpuState, segments) + seg::GS * size_of::<cpu::Segment>());
+        let kernel = Mem::state(offset_of!(CpuState, msrs) + offset_of!(crate::state::Msrs, kernel_gs_base));
+        self.out.load(r::T1, gs);
+        self.out.load(r::T2, kernel);
+        self.out.store(gs, r::T2);
+        self.out.store(kernel, r::T1);
+    }
+
+    /// BT, BTS, BTR, BTC of a bit string in memory: the register's upper bits move the address.
+    pub(super) fn bit_string(&mut self, instruction: &Instruction, site: Site) -> Option<()> {
+        if !self.bmi2 {
+            return None;
+        }
+        let (opcode, bytes, write) = match instruction.code() {
+            Code::Bt_rm32_r32 => (0xa3, 4, false),
+            Code::Bt_rm64_r64 => (0xa3, 8, false),
+            Code::Bts_rm32_r32 => (0xab, 4, true),
+            Code::Bts_rm64_r64 => (0xab, 8, true),
+            Code::Btr_rm32_r32 => (0xb3, 4, true),
+            Code::Btr_rm64_r64 => (0xb3, 8, true),
+            Code::Btc_rm32_r32 => (0xbb, 4, true),
+            Code::Btc_rm64_r64 => (0xbb, 8, true),
+            _ => return None,
+        };
+        let wide = bytes == 8;
+        let (shift, scale) = if wide { (6, 3) } else { (5, 2) };
+        let offset = instruction.op1_register().number() as u8;
+        let address = self.address(instruction)?;
+        let from = self.operand(offset, r::T1);
+        // T1 = the index of the word, signed.
+        self.out.imm32(r::T2, shift);
+        if wide {
+            self.out.vex38_reg(2, 0xf7, r::T1, r::T2, from); // sarx
+        } else {
+            self.out.op_reg(true, &[0x63], r::T1, from); // movsxd
+            self.out.vex38_reg(2, 0xf7, r::T1, r::T2, r::T1);
+        }
+        self.out.lea(r::ADDR, Mem::base(address).with_index(r::T1, scale));
+        self.check(r::ADDR, Check { size: bytes, write, align: 0 }, site);
+        let from = self.operand(offset, r::T1);
+        self.out.imm32(r::T2, u32::from(bytes) * 8 - 1);
+        self.out.vex38_reg(2, 0xf5, r::T1, from, r::T2); // pext: the bit in the word
+        if instruction.has_lock_prefix() && !self.drop_lock {
+            self.out.byte(0xf0);
+        }
+        self.out.op_mem(wide, &[0x0f, opcode], r::T1, Mem::base(r::ADDR));
+        Some(())
+    }
+}
