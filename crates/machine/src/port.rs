@@ -53,12 +53,10 @@ impl Wake {
         (turn.count, turn.closed)
     }
 
-    /// Waits until the count differs from `seen`, or the machine is gone.
+    /// Waits until the count differs from `seen`, or the machine is gone (or now and then for no reason).
     pub fn wait_change(&self, seen: u64) {
-        let mut turn = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
-        while turn.count == seen && !turn.closed {
-            turn = self.0.1.wait(turn).unwrap_or_else(PoisonError::into_inner);
-        }
+        let now = Instant::now();
+        self.wait(seen, now.checked_add(Duration::from_secs(3600)).unwrap_or(now));
     }
 
     /// Waits until the count differs from `seen`, the machine is gone, or `until`.

@@ -6,6 +6,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
@@ -143,6 +144,60 @@ impl Mapping {
         Some(())
     }
 
+    /// Fills the range from `file` at `position`; what lies beyond the end of the file becomes zero.
+    pub(crate) fn read_file(
+        &self,
+        offset: usize,
+        len: usize,
+        file: BorrowedFd<'_>,
+        position: u64,
+    ) -> io::Result<()> {
+        let mut done = 0;
+        while done < len {
+            let at = self
+                .at(offset.wrapping_add(done), len.wrapping_sub(done))
+                .ok_or(io::ErrorKind::InvalidInput)?;
+            let from = libc::off_t::try_from(position.saturating_add(done as u64))
+                .map_err(|_| io::ErrorKind::InvalidInput)?;
+            // SAFETY: `at` checked that the range is inside the mapping; the kernel writes nothing else.
+            match unsafe { libc::pread(file.as_raw_fd(), at.cast(), len.wrapping_sub(done), from) } {
+                0 => {
+                    self.fill(offset.wrapping_add(done), len.wrapping_sub(done), 0)
+                        .ok_or(io::ErrorKind::InvalidInput)?;
+                    return Ok(());
+                }
+                count @ 1.. => done = done.wrapping_add(count.unsigned_abs()),
+                _ => interrupted_only(io::Error::last_os_error())?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the range to `file` at `position`.
+    pub(crate) fn write_file(
+        &self,
+        offset: usize,
+        len: usize,
+        file: BorrowedFd<'_>,
+        position: u64,
+    ) -> io::Result<()> {
+        let mut done = 0;
+        while done < len {
+            let at = self
+                .at(offset.wrapping_add(done), len.wrapping_sub(done))
+                .ok_or(io::ErrorKind::InvalidInput)?;
+            let to = libc::off_t::try_from(position.saturating_add(done as u64))
+                .map_err(|_| io::ErrorKind::InvalidInput)?;
+            // SAFETY: `at` checked that the range is inside the mapping; the kernel only reads it.
+            match unsafe { libc::pwrite(file.as_raw_fd(), at.cast(), len.wrapping_sub(done), to) } {
+                0 => return Err(io::ErrorKind::WriteZero.into()),
+                count @ 1.. => done = done.wrapping_add(count.unsigned_abs()),
+                _ => interrupted_only(io::Error::last_os_error())?,
+            }
+        }
+        Ok(())
+    }
+
     pub(crate) fn atomic_u16(&self, offset: usize) -> Option<&AtomicU16> {
         let at = self.at(offset, 2)?.cast::<u16>();
         // SAFETY: in range, aligned, and all other access to guest RAM tolerates concurrent atomics.
@@ -173,6 +228,11 @@ impl Mapping {
     pub(crate) fn acquire() {
         std::sync::atomic::fence(Ordering::Acquire);
     }
+}
+
+/// A system call that was interrupted is made again; any other failure stands.
+fn interrupted_only(error: io::Error) -> io::Result<()> {
+    if error.kind() == io::ErrorKind::Interrupted { Ok(()) } else { Err(error) }
 }
 
 impl Drop for Mapping {

@@ -3,6 +3,8 @@
 use crate::mapping::{Backing, Mapping};
 use crate::page::{PageFlags, PageTable};
 use crate::{PAGE_SHIFT, PAGE_SIZE};
+use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64};
 use std::sync::{Arc, OnceLock};
 
@@ -244,7 +246,27 @@ impl GuestMemory {
         Some(page)
     }
 
-    /// Host address range of a whole range of RAM for a scatter-gather transfer by the kernel (`preadv`).
+    /// Fills a range from `file` at `position` without a copy in between; beyond the end of the file there are zeroes.
+    pub fn read_file(&self, address: u64, len: u64, file: BorrowedFd<'_>, position: u64) -> io::Result<()> {
+        let (offset, bytes) = self.file_range(address, len)?;
+        let done = self.0.mapping.read_file(offset, bytes, file, position);
+        self.note_write(address, offset, len);
+        done
+    }
+
+    /// Writes a range to `file` at `position` without a copy in between.
+    pub fn write_file(&self, address: u64, len: u64, file: BorrowedFd<'_>, position: u64) -> io::Result<()> {
+        let (offset, bytes) = self.file_range(address, len)?;
+        self.0.mapping.write_file(offset, bytes, file, position)
+    }
+
+    fn file_range(&self, address: u64, len: u64) -> io::Result<(usize, usize)> {
+        let error = |_| io::Error::from(io::ErrorKind::InvalidInput);
+        let offset = self.offset(address, len).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        Ok((offset, usize::try_from(len).map_err(error)?))
+    }
+
+    /// Host address range of a whole range of RAM, for engines that map it elsewhere.
     /// With `write` the pages are noted as modified; call [`Self::written`] once the bytes are there.
     pub fn host_range(&self, address: u64, len: u64, write: bool) -> Result<*mut u8, AccessError> {
         let offset = self.offset(address, len)?;
@@ -374,6 +396,22 @@ mod test {
         assert_eq!(*heard.0.lock().unwrap(), [(0x2000, 0x10)]);
         assert!(ram.take_modified(0x2000));
         assert!(!ram.take_modified(0x2000));
+    }
+
+    #[test]
+    fn files_are_read_and_written_without_a_copy() {
+        use std::os::fd::AsFd;
+        let ram = ram();
+        let path = std::env::temp_dir().join(format!("yado-memory-test-{}", std::process::id()));
+        let file =
+            std::fs::File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        ram.write(0x2ffe, b"guest").unwrap();
+        ram.write_file(0x2ffe, 5, file.as_fd(), 3).unwrap();
+        ram.fill(0x5000, 0x100, 0xff).unwrap();
+        ram.read_file(0x5000, 12, file.as_fd(), 0).unwrap();
+        assert_eq!(&ram.read_array::<13>(0x5000).unwrap(), b"\0\0\0guest\0\0\0\0\xff");
+        assert!(ram.read_file(0xffff, 2, file.as_fd(), 0).is_err());
     }
 
     #[test]
