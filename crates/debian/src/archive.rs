@@ -152,3 +152,87 @@ fn put_entry(
 fn text(bytes: Vec<u8>) -> Result<String, Error> {
     String::from_utf8(bytes).map_err(|_| Error::Broken("a name is not UTF-8".to_owned()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tree::Tree;
+    use proptest::prelude::*;
+
+    struct Nowhere;
+
+    impl Tree for Nowhere {
+        fn directory(&mut self, _: &str, _: &Metadata) -> io::Result<()> {
+            Ok(())
+        }
+        fn file(&mut self, _: &str, _: &Metadata, size: u64, content: &mut dyn Read) -> io::Result<()> {
+            io::copy(&mut content.take(size), &mut io::sink()).map(drop)
+        }
+        fn symlink(&mut self, _: &str, _: &Metadata, _: &str) -> io::Result<()> {
+            Ok(())
+        }
+        fn hard_link(&mut self, _: &str, _: &str) -> io::Result<()> {
+            Ok(())
+        }
+        fn device(&mut self, _: &str, _: &Metadata, _: Device) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn put(bytes: &[u8]) -> Result<Vec<String>, Error> {
+        let names = ["p".to_owned()];
+        let package = Package { number: 0, name: "p", yields: &[], names: &names, digests: &[] };
+        let mut nowhere = Nowhere;
+        let mut root = Root::new(&mut nowhere, |_| false, 0)?;
+        put_in(&mut root, &package, &mut &*bytes)
+    }
+
+    fn sample() -> Vec<u8> {
+        let mut builder = tar::Builder::new(Vec::new());
+        let header = |kind| {
+            let mut header = tar::Header::new_gnu();
+            header.set_entry_type(kind);
+            header.set_mode(0o644);
+            header.set_uid(0);
+            header.set_gid(0);
+            header.set_mtime(0);
+            header.set_size(0);
+            header
+        };
+        builder.append_data(&mut header(EntryType::Directory), "./", io::empty()).unwrap();
+        let long = format!("usr/{}", "x".repeat(200));
+        builder.append_data(&mut header(EntryType::Regular), &long, io::empty()).unwrap();
+        builder.append_link(&mut header(EntryType::Link), "usr/link", &long).unwrap();
+        builder.append_link(&mut header(EntryType::Symlink), "usr/sym", "/etc/x").unwrap();
+        builder.append_data(&mut header(EntryType::Fifo), "usr/fifo", io::empty()).unwrap();
+        builder.into_inner().unwrap()
+    }
+
+    #[test]
+    fn reads_long_names_and_all_kinds() {
+        let long = format!("/usr/{}", "x".repeat(200));
+        assert_eq!(put(&sample()).unwrap(), ["/.", &long, "/usr/link", "/usr/sym", "/usr/fifo"]);
+    }
+
+    #[test]
+    fn a_name_of_a_gigabyte_is_refused() {
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(EntryType::GNULongName);
+        header.set_size(1 << 30);
+        header.set_cksum();
+        assert!(put(header.as_bytes()).unwrap_err().to_string().contains("too long"));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_survived(cut in 0usize..6000, places in proptest::collection::vec((0usize..6000, any::<u8>()), 0..4)) {
+            let mut bytes = sample();
+            let last = bytes.len() - 1;
+            for (place, value) in places {
+                bytes[place.min(last)] = value;
+            }
+            bytes.truncate(cut.min(last));
+            let _ = put(&bytes);
+        }
+    }
+}

@@ -202,3 +202,101 @@ impl<R: Read> Read for Bounded<R> {
         Ok(count)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::io::Write;
+
+    fn tar_of(name: &str, bytes: &[u8]) -> Vec<u8> {
+        let mut builder = tar::Builder::new(Vec::new());
+        let mut header = tar::Header::new_gnu();
+        header.set_size(bytes.len() as u64);
+        header.set_mode(0o755);
+        builder.append_data(&mut header, name, bytes).unwrap();
+        builder.into_inner().unwrap()
+    }
+
+    fn deb_of(members: &[(&str, &[u8])]) -> Vec<u8> {
+        let mut deb = b"!<arch>\n".to_vec();
+        for (name, bytes) in members {
+            writeln!(deb, "{name:<16}{:<32}{:<10}`", 0, bytes.len()).unwrap();
+            deb.extend(*bytes);
+            deb.resize(deb.len().next_multiple_of(2), b'\n');
+        }
+        deb
+    }
+
+    fn xz(bytes: &[u8]) -> Vec<u8> {
+        let mut writer = lzma_rust2::XzWriter::new(Vec::new(), lzma_rust2::XzOptions::default()).unwrap();
+        writer.write_all(bytes).unwrap();
+        writer.finish().unwrap()
+    }
+
+    fn gzip(bytes: &[u8]) -> Vec<u8> {
+        let mut writer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+        writer.write_all(bytes).unwrap();
+        writer.finish().unwrap()
+    }
+
+    fn small() -> Vec<u8> {
+        let control = gzip(&tar_of("control", b"Package: a\n"));
+        deb_of(&[
+            ("debian-binary", b"2.0\n"),
+            ("_x", b"odd"),
+            ("control.tar.gz", &control),
+            ("data.tar.xz", &xz(&tar_of("a", b"hello"))),
+        ])
+    }
+
+    #[test]
+    fn reads_what_debs_have() {
+        let deb = small();
+        let (control, mut data) = open(deb.as_slice()).unwrap();
+        assert_eq!(
+            control,
+            [ControlFile { name: "control".into(), mode: 0o755, bytes: b"Package: a\n".to_vec() }]
+        );
+        let mut bytes = Vec::new();
+        data.read_to_end(&mut bytes).unwrap();
+        assert_eq!(bytes, tar_of("a", b"hello"));
+    }
+
+    #[test]
+    fn says_what_is_wrong() {
+        let control = tar_of("control", b"Package: a\n");
+        let error = |deb: &[u8]| open(deb).map(drop).unwrap_err().to_string();
+        assert!(error(b"hello, world").contains("no ar archive"));
+        assert!(error(&deb_of(&[("debian-binary", b"2.0\n")])).contains("no data part"));
+        assert!(error(&deb_of(&[("data.tar", b"")])).contains("before the control part"));
+        assert!(error(&deb_of(&[("control.tar.lz", &control)])).contains("compression is not known"));
+        assert!(error(&deb_of(&[("control.tar", &tar_of("x/y", b""))])).contains("strange name"));
+        assert!(error(&deb_of(&[("control.tar", &tar_of("postinst", b""))])).contains("no control file"));
+    }
+
+    #[test]
+    fn bombs_end() {
+        let bomb = xz(&vec![0; 4 << 20]);
+        assert!(bomb.len() < 10_000);
+        assert!(matches!(unxz(bomb.as_slice(), 1 << 20), Err(Error::TooLarge(_))));
+        assert_eq!(unxz(bomb.as_slice(), 4 << 20).unwrap().len(), 4 << 20);
+        let control = gzip(&tar_of("control", &vec![b' '; usize::try_from(CONTROL_BYTES_MAX).unwrap()]));
+        assert!(open(deb_of(&[("control.tar.gz", &control)]).as_slice()).is_err());
+        let mut bounded = Bounded { inner: io::repeat(0), left: 1000 };
+        assert!(io::copy(&mut bounded, &mut io::sink()).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_survived(cut in 0usize..700, place in 0usize..700, value: u8) {
+            let mut deb = small();
+            let last = deb.len() - 1;
+            deb[place.min(last)] = value;
+            deb.truncate(cut.min(last).max(1));
+            if let Ok((_, data)) = open(deb.as_slice()) {
+                let _ = io::copy(&mut data.take(1 << 20), &mut io::sink());
+            }
+        }
+    }
+}

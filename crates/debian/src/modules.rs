@@ -214,7 +214,10 @@ fn device_name(name: &str, module: &Module) -> Option<String> {
     Some(format!("{name} {device} {number}"))
 }
 
-type Keys = BTreeMap<Vec<u8>, Vec<(u32, String)>>;
+/// Keys with their values, each with its priority.
+pub type Keys = BTreeMap<Vec<u8>, Vec<(u32, String)>>;
+/// A key with its values.
+type KeyEntry<'a> = (&'a [u8], &'a [(u32, String)]);
 
 const HAS_PREFIX: u32 = 0x8000_0000;
 const HAS_VALUES: u32 = 0x4000_0000;
@@ -224,9 +227,9 @@ const HAS_CHILDREN: u32 = 0x2000_0000;
 ///
 /// A reference to a node is its place with flags that say which of its parts are there: a prefix ended by zero; the first and the last byte of its
 /// children with a reference for each byte between; a count of values, each a priority and a text ended by zero.
-pub fn trie(keys: &BTreeMap<Vec<u8>, Vec<(u32, String)>>) -> Vec<u8> {
+pub fn trie(keys: &Keys) -> Vec<u8> {
     let mut file = vec![0xb0, 0x07, 0xf4, 0x57, 0, 2, 0, 1, 0, 0, 0, 0];
-    let entries: Vec<(&[u8], &[(u32, String)])> =
+    let entries: Vec<KeyEntry<'_>> =
         keys.iter().map(|(key, values)| (key.as_slice(), values.as_slice())).collect();
     let root = write_node(&entries, 0, &mut file);
     if let Some(place) = file.get_mut(8..12) {
@@ -236,7 +239,7 @@ pub fn trie(keys: &BTreeMap<Vec<u8>, Vec<(u32, String)>>) -> Vec<u8> {
 }
 
 /// Writes the node for sorted keys that agree in their first `depth` bytes, after its children, and returns the reference to it.
-fn write_node(entries: &[(&[u8], &[(u32, String)])], depth: usize, file: &mut Vec<u8>) -> u32 {
+fn write_node(entries: &[KeyEntry<'_>], depth: usize, file: &mut Vec<u8>) -> u32 {
     let tail = |entry: Option<&(&'_ [u8], _)>| {
         entry.map_or(Vec::new(), |(key, _)| key.get(depth..).unwrap_or_default().to_vec())
     };

@@ -91,7 +91,8 @@ const OWN_FILES: [(&str, u16, &str); 7] = [
          ConditionPathExists=!/var/lib/yado/configured\n\
          \n\
          [Service]\n\
-         Type=oneshot\n\
+         # Not oneshot: the boot need not wait for it.\n\
+         Type=exec\n\
          ExecStart=/usr/lib/yado/configure\n\
          Nice=19\n\
          CPUSchedulingPolicy=idle\n\

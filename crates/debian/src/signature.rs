@@ -215,3 +215,33 @@ fn expired(start: Option<SystemTime>, lifetime: Option<pgp::types::Duration>, no
     };
     start.and_then(|start| start.checked_add(lifetime)).is_none_or(|end| end < now)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn embedded_keys_are_those_that_the_readme_names() {
+        let keyring = Keyring::embedded();
+        let readme = include_str!("../keys/README.md").replace(' ', "");
+        assert_eq!(keyring.certificates.len(), EMBEDDED.len());
+        for certificate in &keyring.certificates {
+            let fingerprint = certificate.fingerprint().to_string().to_uppercase();
+            assert!(readme.contains(&fingerprint), "{fingerprint} is not in keys/README.md");
+            assert_eq!(usable_primary(certificate, certificate.primary_key.created_at().into()), Ok(()));
+            let end = SystemTime::UNIX_EPOCH + Duration::from_secs(4_000_000_000);
+            assert!(usable_primary(certificate, end).is_err(), "{fingerprint} never expires");
+        }
+    }
+
+    #[test]
+    fn nonsense_is_no_signature() {
+        for text in ["", "x", "-----BEGIN PGP SIGNED MESSAGE-----\n\nx\n"] {
+            assert!(matches!(
+                Keyring::embedded().verify(text.as_bytes(), SystemTime::now()),
+                Err(Error::Malformed(_))
+            ));
+        }
+        assert!(Keyring::default().add(b"nonsense").is_err());
+    }
+}

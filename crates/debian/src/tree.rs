@@ -384,3 +384,83 @@ impl Read for Digesting<'_> {
         Ok(count)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+
+    /// A tree of names in memory.
+    #[derive(Default)]
+    struct Names(BTreeMap<String, String>);
+
+    impl Tree for Names {
+        fn directory(&mut self, path: &str, meta: &Metadata) -> io::Result<()> {
+            self.0.insert(path.into(), format!("d{:o}", meta.mode));
+            Ok(())
+        }
+        fn file(&mut self, path: &str, _: &Metadata, _: u64, content: &mut dyn Read) -> io::Result<()> {
+            let mut text = String::new();
+            content.read_to_string(&mut text)?;
+            self.0.insert(path.into(), text);
+            Ok(())
+        }
+        fn symlink(&mut self, path: &str, _: &Metadata, target: &str) -> io::Result<()> {
+            self.0.insert(path.into(), format!("-> {target}"));
+            Ok(())
+        }
+        fn hard_link(&mut self, path: &str, existing: &str) -> io::Result<()> {
+            self.0.insert(path.into(), format!("= {existing}"));
+            Ok(())
+        }
+        fn device(&mut self, path: &str, _: &Metadata, device: Device) -> io::Result<()> {
+            self.0.insert(path.into(), format!("{device:?}"));
+            Ok(())
+        }
+    }
+
+    fn package<'a>(
+        number: usize,
+        yields: &'a [usize],
+        names: &'a [String],
+        digests: &'a [String],
+    ) -> Package<'a> {
+        Package { number, name: names[number].as_str(), yields, names, digests }
+    }
+
+    #[test]
+    fn follows_dpkgs_rules() {
+        let names = ["one".to_owned(), "two".to_owned()];
+        let conffiles = ["/etc/c".to_owned()];
+        let meta = Metadata { mode: 0o755, ..Metadata::default() };
+        let mut tree = Names::default();
+        let mut root = Root::new(&mut tree, |path| path == "usr/bin/sh", 0).unwrap();
+        let one = package(0, &[], &names, &conffiles);
+        let two = package(1, &[], &names, &[]);
+        root.directory(&one, "bin", &meta).unwrap();
+        root.directory(&one, "tmp", &Metadata { mode: 0o1777, ..meta }).unwrap();
+        root.directory(&two, "tmp", &meta).unwrap();
+        root.file(&one, "bin/sh", &meta, 2, &mut b"sh".as_slice()).unwrap();
+        root.file(&one, "etc/c", &meta, 0, &mut io::empty()).unwrap();
+        root.hard_link(&one, "lib/sh", &meta, "bin/sh").unwrap();
+        root.symlink(&one, "lib", &meta, "usr/lib").unwrap();
+        assert!(matches!(
+            root.file(&two, "usr/bin/sh", &meta, 0, &mut io::empty()),
+            Err(Error::Conflict { .. })
+        ));
+        root.file(&package(1, &[0], &names, &[]), "usr/bin/sh", &meta, 0, &mut io::empty()).unwrap();
+        assert!(matches!(root.hard_link(&two, "x", &meta, "nothing"), Err(Error::Dangling { .. })));
+        assert!(matches!(root.file(&two, "tmp", &meta, 0, &mut io::empty()), Err(Error::Conflict { .. })));
+        root.symlink(&two, "knot", &meta, "knot").unwrap();
+        assert!(matches!(root.file(&two, "knot/x", &meta, 0, &mut io::empty()), Err(Error::Path(_))));
+        for bad in ["../x", "a/../b", "", "a\0b"] {
+            assert!(root.file(&two, bad, &meta, 0, &mut io::empty()).is_err(), "{bad:?}");
+        }
+        assert_eq!(root.kept["usr/bin/sh"], b"sh");
+        assert_eq!(root.digests["/etc/c"], "d41d8cd98f00b204e9800998ecf8427e");
+        assert_eq!(tree.0["tmp"], "d1777");
+        assert_eq!(tree.0["usr/bin/sh"], "sh");
+        assert_eq!(tree.0["usr/lib/sh"], "= usr/bin/sh");
+        assert_eq!(tree.0["bin"], "-> usr/bin");
+    }
+}
