@@ -56,6 +56,7 @@ fn options() -> Result<Options, String> {
                     "--disk" | "--virtio-disk" => config.disks.push(DiskConfig {
                         path: value.into(),
                         read_only: false,
+                        overlay: None,
                         interface: if name == "--disk" { DiskInterface::Nvme } else { DiskInterface::Virtio },
                     }),
                     _ => return Err(format!("unknown option {name}")),

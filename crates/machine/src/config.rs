@@ -29,6 +29,8 @@ pub struct DiskConfig {
     pub path: PathBuf,
     /// The guest cannot write.
     pub read_only: bool,
+    /// Writes go to a file without a name in this directory and are gone with the machine.
+    pub overlay: Option<PathBuf>,
     /// Where the guest finds it.
     pub interface: DiskInterface,
 }

@@ -22,6 +22,7 @@ mod clock;
 mod config;
 pub mod console;
 pub mod control;
+mod functions;
 mod lifecycle;
 mod machine;
 pub mod port;
@@ -30,5 +31,6 @@ mod timers;
 mod vcpu;
 
 pub use config::{DiskConfig, DiskInterface, EngineKind, MachineConfig};
+pub use functions::Error as FunctionError;
 pub use lifecycle::{Crash, Outcome};
 pub use machine::{CPUS_MAX, Error, Machine};

@@ -9,6 +9,7 @@ use crate::board::{self, Board, Parts};
 use crate::boot::{self, Module, Request};
 use crate::clock::Clock;
 use crate::config::{EngineKind, MachineConfig};
+use crate::functions::{self, Slots, Workers};
 use crate::lifecycle::{Lifecycle, Outcome};
 use crate::port::{Port, Wake};
 use crate::timers::Timers;
@@ -69,6 +70,9 @@ pub enum Error {
     /// Devices that do not fit on the board.
     #[error("too many devices: {0}; use fewer disks")]
     Devices(String),
+    /// A disk or another function that cannot be attached.
+    #[error(transparent)]
+    Function(#[from] functions::Error),
     /// The host has no thread or timer left.
     #[error("the host cannot give a {what}: {source}")]
     Host {
@@ -103,6 +107,7 @@ pub struct Machine {
     serial: Port,
     wakes: Vec<Wake>,
     threads: Mutex<Threads>,
+    workers: Mutex<Workers>,
     engine: Arc<dyn Engine>,
     config: MachineConfig,
     _memory: GuestMemory,
@@ -149,6 +154,9 @@ impl Machine {
             }),
         })
         .map_err(|error| Error::Devices(error.to_string()))?;
+        let mut workers = Workers::default();
+        let slots_on_bus = Slots { pci: &board.pci, msi: &board.msi, memory: &memory };
+        slots_on_bus.disks(&config.disks, &mut workers)?;
         let rsdp = board.finish(&memory).map_err(Error::Devices)?;
         let registers = load_kernel(&config, &memory, rsdp)?;
         let mut vcpus = Vec::with_capacity(cpus);
@@ -181,6 +189,7 @@ impl Machine {
             serial: board.serial,
             wakes: vec![board.serial_wake],
             threads: Mutex::new(Threads { idle: vcpus, ..Threads::default() }),
+            workers: Mutex::new(workers),
             engine,
             config,
             _memory: memory,
@@ -230,6 +239,8 @@ impl Machine {
         let running = self.threads().running.len();
         let outcome = self.common.lifecycle.wait(running, limit);
         if outcome.is_some() {
+            // What the guest wrote is on the images before anybody hears of its end.
+            self.workers.lock().unwrap_or_else(PoisonError::into_inner).end();
             // Whoever reads a console sees its end.
             self.wakes.iter().for_each(Wake::close);
         }
@@ -315,6 +326,7 @@ impl Drop for Machine {
             let _ = timer.join();
         }
         self.wakes.iter().for_each(Wake::close);
+        self.workers.lock().unwrap_or_else(PoisonError::into_inner).end();
     }
 }
 

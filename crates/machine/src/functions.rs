@@ -1,0 +1,150 @@
+//! The PCI functions that a configuration asks for, and the threads that serve them.
+
+use crate::config::{DiskConfig, DiskInterface};
+use crate::port::Wake;
+use crate::storage;
+use chipset::pci::{Host, SharedFunction};
+use device::MsiSink;
+use device::block::{Controller, Geometry};
+use image::format::Raw;
+use image::{Disk, Overlay};
+use memory::GuestMemory;
+use nvme::{Nvme, NvmeConfig};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io;
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+/// Logical block size of disks, in bytes.
+const BLOCK_SIZE: u32 = 512;
+
+/// Why a disk cannot be attached.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The image cannot be used.
+    #[error(transparent)]
+    Image(#[from] image::Error),
+    /// The file for disposable writes cannot be made.
+    #[error("cannot keep the disk's disposable writes in {}: {source}", directory.display())]
+    Overlay {
+        /// Where it should be.
+        directory: std::path::PathBuf,
+        /// The host's reason.
+        source: io::Error,
+    },
+    /// Not even one block.
+    #[error("the disk image {} is empty; create one with a size first", path.display())]
+    Empty {
+        /// The image.
+        path: std::path::PathBuf,
+    },
+    /// No slot is left.
+    #[error("the PCI bus is full: use fewer disks")]
+    BusFull,
+    /// The host has no thread left.
+    #[error("cannot start a disk's thread: {0}")]
+    Thread(io::Error),
+}
+
+/// Threads that serve functions; each ends when its wake is closed.
+#[derive(Default)]
+pub(crate) struct Workers {
+    pub(crate) wakes: Vec<Wake>,
+    pub(crate) threads: Vec<JoinHandle<()>>,
+}
+
+impl Workers {
+    /// Ends all threads, flushing images, and waits for them.
+    pub(crate) fn end(&mut self) {
+        self.wakes.iter().for_each(Wake::close);
+        for thread in self.threads.drain(..) {
+            // A thread that panicked has nothing left to flush.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// What functions are attached to.
+pub(crate) struct Slots<'a> {
+    pub(crate) pci: &'a Host,
+    pub(crate) msi: &'a MsiSink,
+    pub(crate) memory: &'a GuestMemory,
+}
+
+impl Slots<'_> {
+    fn attach(&self, function: SharedFunction) -> Result<(), Error> {
+        self.pci.attach(function).map(|_| ()).ok_or(Error::BusFull)
+    }
+
+    /// Attaches all disks in order and starts their workers.
+    pub(crate) fn disks(&self, disks: &[DiskConfig], workers: &mut Workers) -> Result<(), Error> {
+        for (number, config) in disks.iter().enumerate() {
+            let disk = open(config)?;
+            let capacity = disk.capacity() & !u64::from(BLOCK_SIZE.wrapping_sub(1));
+            if capacity == 0 {
+                return Err(Error::Empty { path: config.path.clone() });
+            }
+            let geometry = Geometry {
+                capacity,
+                block_size: BLOCK_SIZE,
+                read_only: disk.read_only(),
+                discard: !disk.read_only(),
+            };
+            let wake = Wake::default();
+            let controller = self.controller(number, config, geometry, &wake)?;
+            let name = format!("disk{number}");
+            let thread = storage::serve(&name, controller, disk, self.memory.clone(), wake.clone());
+            workers.wakes.push(wake);
+            workers.threads.push(thread.map_err(Error::Thread)?);
+        }
+        Ok(())
+    }
+
+    fn controller(
+        &self,
+        number: usize,
+        config: &DiskConfig,
+        geometry: Geometry,
+        wake: &Wake,
+    ) -> Result<Arc<Mutex<dyn Controller>>, Error> {
+        let serial = format!("yado{number}");
+        match config.interface {
+            DiskInterface::Nvme | DiskInterface::Virtio => {
+                let disk = NvmeConfig { geometry, serial, uuid: uuid(config) };
+                let nvme = Nvme::new(self.memory.clone(), self.msi.clone(), wake.notify(), disk);
+                let nvme = Arc::new(Mutex::new(nvme));
+                self.attach(nvme.clone())?;
+                Ok(nvme)
+            }
+        }
+    }
+}
+
+fn open(config: &DiskConfig) -> Result<Box<dyn Disk>, Error> {
+    let raw = Raw::open(&config.path, config.read_only || config.overlay.is_some())?;
+    Ok(match &config.overlay {
+        None => Box::new(raw),
+        Some(directory) => {
+            let overlay = Overlay::new(raw, directory);
+            Box::new(overlay.map_err(|source| Error::Overlay { directory: directory.clone(), source })?)
+        }
+    })
+}
+
+/// The same image is the same disk in every run (version 8 of RFC 9562: vendor-specific).
+fn uuid(config: &DiskConfig) -> [u8; 16] {
+    let half = |salt: u8| {
+        let mut hasher = DefaultHasher::new();
+        (salt, &config.path).hash(&mut hasher);
+        u128::from(hasher.finish())
+    };
+    let bits = half(0) << 64 | half(1);
+    let version_and_variant = 0xf000_u128 << 64 | 0b11 << 62;
+    (bits & !version_and_variant | 0x8000_u128 << 64 | 0b10 << 62).to_be_bytes()
+}
