@@ -108,9 +108,11 @@ impl Core {
     /// first 4 GiB by 1 GiB pages, tables at 0x1000 and 0x2000 of `memory`; SSE, AVX and x87 enabled.
     pub fn flat64(memory: GuestMemory) -> Result<Self, Error> {
         use cpu::{Segment, attr, cr0, cr4, efer};
-        let mut table = CpuidTable::default();
-        table.set(0x8000_0008, None, cpu::cpuid::Leaf { eax: 48, ..Default::default() });
-        let mut core = Self::new(memory, Arc::new(table), 0, 1_000_000_000)?;
+        let topology = cpu::cpuid::Topology { apic_id: 0, cpus: 1 };
+        let hz = 1_000_000_000;
+        let table = cpu::cpuid::Model::named("host").and_then(|model| model.table(topology, hz));
+        let table = table.map_err(|error| Error::Unsupported { engine: "soft", why: error.to_string() })?;
+        let mut core = Self::new(memory, Arc::new(table), 0, hz)?;
         // A table that does not fit in RAM makes every access fault, which a test sees at once.
         let ram = core.mmu.memory.clone();
         let _ = ram.write(0x1000, &0x2007u64.to_le_bytes());

@@ -26,6 +26,8 @@ mod port;
 mod stack;
 mod string;
 mod syscall;
+#[cfg(test)]
+mod test;
 mod xstate;
 
 /// Executes one instruction.

@@ -160,6 +160,11 @@ fn with_memory(core: &mut Core, prepared: &Prepared, memory: Memory, linear: u64
     }
     let saved = core.state.ymm;
     let gpr = core.state.gpr;
+    let mmx = prepared.unit == Unit::Mmx || prepared.unit == Unit::X87;
+    let x87 = (memory.write && mmx).then(|| {
+        arena::peek_x87(&mut core.state);
+        core.state.x87
+    });
     run(core, prepared, buffer.as_mut_ptr() as u64)?;
     if let Some((at, len)) = prepared.pointers
         && let Some(pointers) = buffer.get_mut(at..at + len)
@@ -177,6 +182,10 @@ fn with_memory(core: &mut Core, prepared: &Prepared, memory: Memory, linear: u64
             // The device write leaves and the instruction runs again: as if it had not.
             core.state.ymm = saved;
             core.state.gpr = gpr;
+            if let Some(x87) = x87 {
+                core.state.x87 = x87;
+                arena::load_x87(&mut core.state);
+            }
         }
         return done;
     }
