@@ -156,7 +156,7 @@ fn text(bytes: Vec<u8>) -> Result<String, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tree::Tree;
+    use crate::tree::{Keep, Tree};
     use proptest::prelude::*;
 
     struct Nowhere;
@@ -183,7 +183,7 @@ mod tests {
         let names = ["p".to_owned()];
         let package = Package { number: 0, name: "p", yields: &[], names: &names, digests: &[] };
         let mut nowhere = Nowhere;
-        let mut root = Root::new(&mut nowhere, |_| false, 0)?;
+        let mut root = Root::new(&mut nowhere, Keep { wants: |_| false, essence: |_, bytes| bytes }, 0)?;
         put_in(&mut root, &package, &mut &*bytes)
     }
 

@@ -524,10 +524,13 @@ fn make_image(
     options.uuid = uuid_of(key);
     options.hash_seed = uuid_of(&key_of([key.as_bytes(), b"hash seed"]));
     options.timestamp = plan.time;
+    let disk = file.try_clone().map_err(io_error)?;
     let mut tree = ImageTree(ext4::Writer::new(file, &options)?);
     let kernel = fill_tree(&mut tree, request, plan, paths, progress, stop)?;
     progress.started(Phase::Finishing, 0);
     tree.0.finish()?;
+    // On stable storage before it gets its name, so that a crash of the host cannot leave a broken image in the cache.
+    disk.sync_data().map_err(io_error)?;
     fs::write(directory.path().join("vmlinuz"), kernel).map_err(io_error)?;
     let place = cache.image(key);
     let image = Image {
@@ -576,7 +579,7 @@ fn fill_tree(
     progress: &mut dyn Progress,
     stop: &AtomicBool,
 ) -> Result<Vec<u8>, Error> {
-    let mut root = Root::new(tree, setup::keep, plan.time)?;
+    let mut root = Root::new(tree, setup::KEEP, plan.time)?;
     let jobs: Vec<Job> = plan
         .names
         .iter()

@@ -38,17 +38,22 @@ pub fn name_of(path: &str) -> String {
     file.split('.').next().unwrap_or(file).replace('-', "_")
 }
 
-/// Reads a module, compressed or not; a file that is none says nothing.
-pub fn read(path: &str, bytes: &[u8]) -> Module {
+/// What [`read`] needs of a module's file: plain ones are large, but say all in a few hundred bytes; compressed ones are kept as they are.
+pub fn essence(path: &str, bytes: Vec<u8>) -> Vec<u8> {
+    if path.ends_with(".xz") { bytes } else { modinfo(&bytes).unwrap_or_default().to_vec() }
+}
+
+/// Reads what a module says about itself from its [`essence`]; a file that is no module says nothing.
+pub fn read(path: &str, essence: &[u8]) -> Module {
     let unpacked;
-    let image = if path.ends_with(".xz") {
-        unpacked = deb::unxz(bytes, MODULE_BYTES_MAX).unwrap_or_default();
-        unpacked.as_slice()
+    let records = if path.ends_with(".xz") {
+        unpacked = deb::unxz(essence, MODULE_BYTES_MAX).unwrap_or_default();
+        modinfo(&unpacked).unwrap_or_default()
     } else {
-        bytes
+        essence
     };
     let mut module = Module { path: path.to_owned(), ..Module::default() };
-    for record in modinfo(image).unwrap_or_default().split(|byte| *byte == 0) {
+    for record in records.split(|byte| *byte == 0) {
         let Some((key, value)) = std::str::from_utf8(record).ok().and_then(|text| text.split_once('='))
         else {
             continue;
@@ -353,7 +358,7 @@ mod tests {
     #[test]
     fn modules_are_found_by_name_and_alias() {
         let bytes = elf(b"alias=virtio:d00000001v*\0alias=char-major-10-229\0alias=devname:x-y\0depends=net-core,b\0softdep=pre: c\0name=a\0");
-        let a = read("kernel/a-mod.ko", &bytes);
+        let a = read("kernel/a-mod.ko", &essence("a.ko", bytes));
         assert_eq!(a.depends, ["net_core", "b"]);
         let b = Module { path: "kernel/b.ko".into(), depends: vec!["net_core".into()], ..Module::default() };
         let core = Module { path: "kernel/net-core.ko".into(), ..Module::default() };
@@ -395,8 +400,8 @@ mod tests {
             let last = image.len() - 1;
             image[place.min(last)] = value;
             image.truncate(cut.min(last));
-            read("x.ko", &image);
             read("x.ko.xz", &image);
+            read("x.ko", &essence("x.ko", image));
         }
     }
 }

@@ -6,7 +6,7 @@
 use crate::accounts::Accounts;
 use crate::dpkg::OwnFile;
 use crate::modules;
-use crate::tree::{self, Metadata, Package, Root};
+use crate::tree::{self, Keep, Metadata, Package, Root};
 use md5::{Digest, Md5};
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -51,8 +51,13 @@ pub struct Settings<'a> {
     pub time: i64,
 }
 
-/// True for package files that [`install`] reads.
-pub fn keep(path: &str) -> bool {
+/// The package files that [`install`] reads.
+pub const KEEP: Keep = Keep {
+    wants,
+    essence: |path, bytes| if modules::is_module(path) { modules::essence(path, bytes) } else { bytes },
+};
+
+fn wants(path: &str) -> bool {
     (path.starts_with("usr/lib/sysusers.d/") && path.ends_with(".conf"))
         || (path.starts_with("usr/share/pam/common-") && !path.ends_with(".md5sums"))
         || path.starts_with("usr/share/base-passwd/")
@@ -63,7 +68,7 @@ pub fn keep(path: &str) -> bool {
 }
 
 /// Files that belong to the package `yado-guest`.
-const OWN_FILES: [(&str, u16, &str); 7] = [
+const OWN_FILES: [(&str, u16, &str); 10] = [
     (
         "usr/lib/yado/configure",
         0o755,
@@ -139,6 +144,37 @@ const OWN_FILES: [(&str, u16, &str); 7] = [
          DHCP=yes\n",
     ),
     (
+        "usr/lib/yado/resolv-conf",
+        0o755,
+        "#!/bin/sh\n\
+         # Tells the C library the name servers that the network daemon learnt; a link belongs to another program.\n\
+         [ -L /etc/resolv.conf ] && exit 0\n\
+         state=/run/systemd/netif/state\n\
+         {\n\
+         \tfor server in $(sed -n 's/^DNS=//p' $state); do echo \"nameserver $server\"; done\n\
+         \tsed -n 's/^DOMAINS=\\(.\\)/search \\1/p' $state\n\
+         } >/etc/resolv.conf.new && mv /etc/resolv.conf.new /etc/resolv.conf\n",
+    ),
+    (
+        "usr/lib/systemd/system/yado-resolv-conf.service",
+        0o644,
+        "[Unit]\n\
+         Description=Name servers of the network\n\
+         \n\
+         [Service]\n\
+         Type=oneshot\n\
+         ExecStart=/usr/lib/yado/resolv-conf\n",
+    ),
+    (
+        "usr/lib/systemd/system/yado-resolv-conf.path",
+        0o644,
+        "[Unit]\n\
+         Description=Changes of the network\n\
+         \n\
+         [Path]\n\
+         PathChanged=/run/systemd/netif/state\n",
+    ),
+    (
         "usr/lib/udev/rules.d/80-yado-network.rules",
         0o644,
         "# The network daemon is started by the first network card, so that a guest without one boots faster.\n\
@@ -171,8 +207,12 @@ const ADMINISTRATOR_FILES: [(&str, u16, &str); 9] = [
 ];
 
 /// Symbolic links: units to enable, generators to leave out.
-const LINKS: [(&str, &str); 4] = [
+const LINKS: [(&str, &str); 5] = [
     ("usr/lib/systemd/system/timers.target.wants/yado-configure.timer", "../yado-configure.timer"),
+    (
+        "usr/lib/systemd/system/systemd-networkd.service.wants/yado-resolv-conf.path",
+        "../yado-resolv-conf.path",
+    ),
     // Generators that only look for what such a guest does not have: partitions, hibernation, and a socket of the host.
     ("etc/systemd/system-generators/systemd-gpt-auto-generator", "/dev/null"),
     ("etc/systemd/system-generators/systemd-hibernate-resume-generator", "/dev/null"),

@@ -94,8 +94,14 @@ struct Entry {
     owner: usize,
 }
 
-/// Says which files to keep a copy of.
-pub type Keep = fn(&str) -> bool;
+/// Which files to keep a copy of.
+#[derive(Clone, Copy, Debug)]
+pub struct Keep {
+    /// True for paths of such files.
+    pub wants: fn(&str) -> bool,
+    /// What to keep of such a file, given its path and contents.
+    pub essence: fn(&str, Vec<u8>) -> Vec<u8>,
+}
 
 /// Largest file of which a copy is kept.
 const KEPT_BYTES_MAX: u64 = 64 << 20;
@@ -226,14 +232,14 @@ impl<'t> Root<'t> {
     ) -> Result<(), Error> {
         let Some(place) = self.free_place(package, path, meta)? else { return Ok(()) };
         let digest = package.digests.iter().find(|wanted| wanted.trim_start_matches('/') == path);
-        if (self.keep)(&place) && size <= KEPT_BYTES_MAX {
+        if (self.keep.wants)(&place) && size <= KEPT_BYTES_MAX {
             let mut bytes = Vec::new();
             content.take(size).read_to_end(&mut bytes).map_err(store(&place))?;
             self.tree.file(&place, meta, size, &mut bytes.as_slice()).map_err(store(&place))?;
             if let Some(name) = digest {
                 self.digests.insert(name.clone(), crate::cache::hex(&Md5::digest(&bytes)));
             }
-            self.kept.insert(place.clone(), bytes);
+            self.kept.insert(place.clone(), (self.keep.essence)(&place, bytes));
         } else if let Some(name) = digest {
             let mut content = Digesting { inner: content, hash: Md5::new() };
             self.tree.file(&place, meta, size, &mut content).map_err(store(&place))?;
@@ -434,7 +440,9 @@ mod tests {
         let conffiles = ["/etc/c".to_owned()];
         let meta = Metadata { mode: 0o755, ..Metadata::default() };
         let mut tree = Names::default();
-        let mut root = Root::new(&mut tree, |path| path == "usr/bin/sh", 0).unwrap();
+        let mut root =
+            Root::new(&mut tree, Keep { wants: |path| path == "usr/bin/sh", essence: |_, bytes| bytes }, 0)
+                .unwrap();
         let one = package(0, &[], &names, &conffiles);
         let two = package(1, &[], &names, &[]);
         root.directory(&one, "bin", &meta).unwrap();
