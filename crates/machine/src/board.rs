@@ -8,6 +8,7 @@ use crate::buses::{Buses, DEVICES_MAX, FUNCTIONS_MAX};
 use crate::clock::Clock;
 use crate::config::MachineConfig;
 use crate::lifecycle::{Lifecycle, Outcome};
+use crate::panic_watch::{PanicWatch, WatchedUart};
 use crate::port::{Port, Wake};
 use crate::timers::Timers;
 use chipset::ioapic::{IoApic, PINS};
@@ -78,7 +79,8 @@ impl Board {
         let msi = msi::sink(&apics);
         let ioapic = IoApic::new(0, PINS, msi.clone());
         let pic = Pic8259::new(lint0(&apics, &parts.wake));
-        let power_sink = power_sink(&parts.lifecycle);
+        let watch = PanicWatch::default();
+        let power_sink = power_sink(&parts.lifecycle, &watch);
         let intx = at::INTX_GSIS.map(|gsi| (gsi, ioapic.line(gsi.into())));
         let pci = Host::new(intx, power_sink.reset_control());
         let mut buses = Buses::new(pci.clone(), parts.timers.clone(), parts.clock, cpus);
@@ -87,6 +89,8 @@ impl Board {
         let serial_wake = Wake::default();
         let uart = Arc::new(Mutex::new(Uart16550::new(isa(at::COM1.irq), serial_wake.notify())));
         let serial = Port::new(uart.clone(), 0, serial_wake.clone());
+        let ending = parts.lifecycle.clone();
+        let uart = shared(WatchedUart::new(uart, watch, move || ending.end(Outcome::GuestPanic)));
         put(&mut buses, uart, &[(Space::Port, at::COM1.port.into(), Uart16550::LEN, 0)])?;
         put(&mut buses, shared(ioapic.clone()), &[(Space::Mmio, at::IOAPIC, IoApic::LEN, 0)])?;
         put(
@@ -188,11 +192,12 @@ fn lint0(apics: &Apics, wake: &Wakes) -> Line {
     })
 }
 
-fn power_sink(lifecycle: &Arc<Lifecycle>) -> PowerSink {
-    let lifecycle = lifecycle.clone();
+fn power_sink(lifecycle: &Arc<Lifecycle>, watch: &PanicWatch) -> PowerSink {
+    let (lifecycle, watch) = (lifecycle.clone(), watch.clone());
     PowerSink::new(move |event| {
         lifecycle.end(match event {
             PowerEvent::Off => Outcome::PoweredOff,
+            PowerEvent::Reset if watch.panicked() => Outcome::GuestPanic,
             PowerEvent::Reset => Outcome::Reset,
         });
     })

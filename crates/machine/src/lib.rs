@@ -25,6 +25,7 @@ pub mod control;
 mod functions;
 mod lifecycle;
 mod machine;
+mod panic_watch;
 pub mod port;
 pub mod storage;
 mod timers;
