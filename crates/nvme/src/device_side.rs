@@ -139,6 +139,9 @@ impl Nvme {
             self.enable();
         } else if !enable && self.state == State::Ready {
             self.disable();
+        } else if !enable && self.state == State::Disabled {
+            // An enable that failed is forgotten.
+            self.csts &= !csts::FATAL;
         }
         if value & cc::SHUTDOWN != 0 && before & cc::SHUTDOWN == 0 {
             self.begin_shutdown();
@@ -200,6 +203,10 @@ impl Nvme {
 
     fn begin_shutdown(&mut self) {
         self.csts = self.csts & !csts::SHUTDOWN | csts::SHUTDOWN_OCCURRING;
+        if self.shutdown.is_some() {
+            // Asked for again before the flush has ended: one is enough.
+            return;
+        }
         if self.state != State::Ready {
             self.csts = self.csts & !csts::SHUTDOWN | csts::SHUTDOWN_COMPLETE;
             return;
@@ -233,18 +240,26 @@ impl Nvme {
         } else if let Some(Some(ring)) = self.completion_queues.get_mut(slot)
             && ring.set_head(value)
         {
+            let was_stuck = ring.is_stuck();
             match ring.post(&self.memory) {
                 Ok(true) => self.interrupt(queue),
                 Ok(false) => {}
                 Err(_) => self.fail(),
             }
             self.update_interrupt();
+            if was_stuck && !self.is_stuck(queue) {
+                // Commands that were left alone for want of room for their completions.
+                if queue == 0 { self.run_admin() } else { self.notify.notify() }
+            }
         }
     }
 
     fn run_admin(&mut self) {
         // At most what the ring can hold: a guest that moves the doorbell meanwhile has to ring it again.
         for _ in 0..4096 {
+            if !self.is_enabled() || self.is_stuck(0) {
+                return;
+            }
             let Some(Some(ring)) = self.submission_queues.first_mut() else { return };
             let command = match ring.pop(&self.memory) {
                 None => return,
@@ -258,6 +273,13 @@ impl Nvme {
                 Answer::Later => {}
             }
         }
+    }
+
+    /// Whether completions wait for room in a queue. Then no more commands are taken that would end there: a guest
+    /// that rings doorbells and never looks at completions must not fill our memory with them.
+    pub(crate) fn is_stuck(&self, completion_queue: u16) -> bool {
+        let ring = self.completion_queues.get(usize::from(completion_queue));
+        matches!(ring, Some(Some(ring)) if ring.is_stuck())
     }
 
     /// Tells the guest that a command has ended.

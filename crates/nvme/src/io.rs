@@ -46,7 +46,12 @@ impl Nvme {
         let count = u16::try_from(self.submission_queues.len()).unwrap_or(u16::MAX);
         for _ in 1..count {
             self.turn = if self.turn.wrapping_add(1) >= count { 1 } else { self.turn.wrapping_add(1) };
-            let Some(Some(queue)) = self.submission_queues.get_mut(usize::from(self.turn)) else { continue };
+            let slot = usize::from(self.turn);
+            match self.submission_queues.get(slot) {
+                Some(Some(queue)) if !self.is_stuck(queue.completion_queue) => {}
+                _ => continue,
+            }
+            let Some(Some(queue)) = self.submission_queues.get_mut(slot) else { continue };
             match queue.pop(&self.memory) {
                 None => {}
                 Some(Ok(command)) => return Some((self.turn, command)),

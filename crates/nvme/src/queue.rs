@@ -136,6 +136,11 @@ impl CompletionQueue {
         Ok(())
     }
 
+    /// Completions wait for room.
+    pub fn is_stuck(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
     /// Entries the guest has not taken yet.
     pub fn has_entries(&self) -> bool {
         self.head != self.tail

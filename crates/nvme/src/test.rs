@@ -133,6 +133,61 @@ fn reads_and_writes_reach_the_worker_with_their_pages() {
 }
 
 #[test]
+fn commands_wait_while_the_guest_leaves_completions_lying() {
+    let mut driver = Driver::new(false);
+    driver.make_queues();
+    let mut submitted = 0;
+    for turn in 0..1000u64 {
+        // An unknown opcode ends at once; the ring is full again every time, and nobody takes completions.
+        let entry = IO_SQ + turn % 8 * 64;
+        driver.memory.write(entry, &[0x55]).unwrap();
+        driver.write(0x1008, 4, (turn + 1) % 8);
+        assert_eq!(driver.nvme.next_request(), None);
+        submitted += 1;
+    }
+    driver.tails[1] = submitted % 8;
+    // Seven were posted, one waits; all others are still in the submission ring.
+    let mut taken = 0;
+    while driver.completion(1).is_some() {
+        assert_eq!(driver.nvme.next_request(), None);
+        taken += 1;
+        assert!(taken < 20);
+    }
+    assert!(taken >= 8, "{taken} completions");
+    // And the queue still works.
+    driver.io(0, [0, 0], 0, 1);
+    let request = driver.nvme.next_request().unwrap();
+    driver.nvme.complete(request.token, Outcome::Ok);
+    assert_eq!(driver.completion(1), Some((0, 0)));
+}
+
+#[test]
+fn asking_for_a_shutdown_again_and_again_flushes_once_at_a_time() {
+    let mut driver = Driver::new(false);
+    for _ in 0..100 {
+        driver.write(0x14, 4, 0x0046_4001);
+        driver.write(0x14, 4, 0x0046_0001);
+    }
+    driver.write(0x14, 4, 0x0046_4001);
+    let requests: Vec<_> = std::iter::from_fn(|| driver.nvme.next_request()).collect();
+    assert_eq!(requests.iter().map(|request| request.operation).collect::<Vec<_>>(), [Operation::Flush]);
+    assert_eq!(driver.nvme.bar_read(0, 0x1c, 4, NOW) >> 2 & 3, 1);
+    driver.nvme.complete(requests[0].token, Outcome::Ok);
+    assert_eq!(driver.nvme.bar_read(0, 0x1c, 4, NOW) >> 2 & 3, 2);
+}
+
+#[test]
+fn a_failed_enable_can_be_taken_back() {
+    let mut driver = Driver::new(false);
+    driver.write(0x14, 4, 0);
+    driver.write(0x24, 4, 0);
+    driver.write(0x14, 4, 0x0046_0001);
+    assert_eq!(driver.nvme.bar_read(0, 0x1c, 4, NOW), 2, "fatal, not ready");
+    driver.write(0x14, 4, 0);
+    assert_eq!(driver.nvme.bar_read(0, 0x1c, 4, NOW), 0);
+}
+
+#[test]
 fn nonsense_gets_a_status() {
     let mut driver = Driver::new(true);
     driver.make_queues();
