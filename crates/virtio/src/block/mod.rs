@@ -1,0 +1,6 @@
+//! virtio-blk (5.2): a disk.
+
+mod device;
+mod spec;
+
+pub use device::{Block, BlockDevice};

@@ -1,0 +1,6 @@
+//! virtio-console (5.3): a console for the guest (`/dev/hvc0`) and named byte streams (`/dev/virtio-ports/NAME`).
+
+mod device;
+mod spec;
+
+pub use device::{CONSOLE_PORT, Console, ConsoleDevice};

@@ -1,0 +1,6 @@
+//! virtio-rng (5.4): random bytes from the host, so that a fresh guest does not wait for entropy.
+
+mod device;
+mod spec;
+
+pub use device::{EntropySource, Rng, RngDevice};
