@@ -6,7 +6,7 @@
 
 /// Copies out of guest RAM. `from` must come from a translation that covers the whole slice.
 pub(crate) fn read(from: *const u8, into: &mut [u8]) {
-    // SAFETY (all arms): callers pass a pointer that the MMU made for a RAM page, and check that the access stays in
+    // SAFETY: in all arms, callers pass a pointer that the MMU made for a RAM page, and check that the access stays in
     // that page; RAM outlives the engine. Volatile keeps the access whole.
     unsafe {
         match into.len() {

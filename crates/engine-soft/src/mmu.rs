@@ -9,6 +9,7 @@
 use crate::state::{CpuState, TLB_ENTRIES, TLB_INVALID, TlbEntry, TlbTable, seg};
 use cpu::{cr0, cr4, efer, rflags};
 use memory::{GuestMemory, PAGE_SIZE, PageFlags};
+use std::sync::atomic::Ordering;
 
 /// Bits of a page-fault error code.
 #[allow(missing_docs)]
@@ -280,6 +281,9 @@ fn index(address: u64) -> usize {
     (address >> 12) as usize & (TLB_ENTRIES - 1)
 }
 
+/// Error code of an entry that another CPU changed before its accessed or dirty bit could be set: never reported.
+const CHANGED: u32 = u32::MAX;
+
 struct Walker<'a> {
     mmu: &'a Mmu,
     state: &'a CpuState,
@@ -300,12 +304,20 @@ struct Rights {
 
 impl Walker<'_> {
     fn run(&self) -> Result<Walk, PageFault> {
-        if self.state.long_mode() {
-            self.long()
-        } else if self.state.cr4_has(cr4::PAE) {
-            self.pae()
-        } else {
-            self.legacy()
+        loop {
+            let found = if self.state.long_mode() {
+                self.long()
+            } else if self.state.cr4_has(cr4::PAE) {
+                self.pae()
+            } else {
+                self.legacy()
+            };
+            // An entry changed under the walk: what was read of it no longer counts. Each turn means that another
+            // CPU has got on.
+            match found {
+                Err(PageFault { code: CHANGED, .. }) => {}
+                found => return found,
+            }
         }
     }
 
@@ -349,11 +361,11 @@ impl Walker<'_> {
             rights.execute &= entry & NX == 0;
             if leaf {
                 self.check(rights)?;
-                self.mark(at, entry, true);
+                self.mark(at, entry, true)?;
                 let base = entry & 0x000f_ffff_ffff_f000 & !((1u64 << shift) - 1);
                 return Ok(self.found(base, shift, entry & G != 0, rights));
             }
-            self.mark(at, entry, false);
+            self.mark(at, entry, false)?;
             table = entry & 0x000f_ffff_ffff_f000;
             shift -= 9;
         }
@@ -378,11 +390,11 @@ impl Walker<'_> {
             rights.execute &= entry & NX == 0;
             if leaf {
                 self.check(rights)?;
-                self.mark(at, entry, true);
+                self.mark(at, entry, true)?;
                 let base = entry & 0x000f_ffff_ffff_f000 & !((1u64 << shift) - 1);
                 return Ok(self.found(base, shift, entry & G != 0, rights));
             }
-            self.mark(at, entry, false);
+            self.mark(at, entry, false)?;
             table = entry & 0x000f_ffff_ffff_f000;
         }
         Err(self.fault(0))
@@ -406,7 +418,7 @@ impl Walker<'_> {
             }
             if shift == 12 || large {
                 self.check(rights)?;
-                self.mark32(at, entry, true);
+                self.mark32(at, entry, true)?;
                 let base = if large {
                     // PSE-36: bits 13 to 20 of the entry are bits 32 to 39 of the address.
                     entry & 0xffc0_0000 | (entry >> 13 & 0xff) << 32
@@ -415,7 +427,7 @@ impl Walker<'_> {
                 };
                 return Ok(self.found(base, shift, entry & G != 0, rights));
             }
-            self.mark32(at, entry, false);
+            self.mark32(at, entry, false)?;
             table = entry & 0xffff_f000;
         }
         Err(self.fault(0))
@@ -449,23 +461,27 @@ impl Walker<'_> {
         self.state.cr4_has(cr4::SMAP) && !explicit
     }
 
-    fn mark(&self, at: u64, entry: u64, leaf: bool) {
+    fn mark(&self, at: u64, entry: u64, leaf: bool) -> Result<(), PageFault> {
         let bits = self.wanted(leaf);
-        if entry & bits != bits {
-            // Fails only if the table is not RAM, and then `entry` was not present.
-            let _ = self.mmu.memory.atomic_u64(at, |cell| {
-                cell.fetch_or(bits, std::sync::atomic::Ordering::AcqRel);
-            });
+        if entry & bits == bits {
+            return Ok(());
         }
+        // Fails only if the table is not RAM, and then `entry` was not present.
+        let set = self.mmu.memory.atomic_u64(at, |cell| {
+            cell.compare_exchange(entry, entry | bits, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+        });
+        if set == Ok(false) { Err(self.fault(CHANGED)) } else { Ok(()) }
     }
 
-    fn mark32(&self, at: u64, entry: u64, leaf: bool) {
-        let bits = self.wanted(leaf);
-        if entry & bits != bits {
-            let _ = self.mmu.memory.atomic_u32(at, |cell| {
-                cell.fetch_or(bits as u32, std::sync::atomic::Ordering::AcqRel);
-            });
+    fn mark32(&self, at: u64, entry: u64, leaf: bool) -> Result<(), PageFault> {
+        let (old, bits) = (entry as u32, self.wanted(leaf) as u32);
+        if old & bits == bits {
+            return Ok(());
         }
+        let set = self.mmu.memory.atomic_u32(at, |cell| {
+            cell.compare_exchange(old, old | bits, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+        });
+        if set == Ok(false) { Err(self.fault(CHANGED)) } else { Ok(()) }
     }
 
     fn wanted(&self, leaf: bool) -> u64 {

@@ -304,3 +304,110 @@ impl Vcpu for SoftVcpu {
         rows
     }
 }
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use crate::SoftEngine;
+    use cpu::{Engine, Space, cr0, cr4, efer, rflags};
+    use memory::Backing;
+    use std::time::{Duration, Instant};
+
+    const CODE: u64 = 0x8000;
+
+    /// A vCPU in flat 64-bit mode with an IDT of one gate, 0x40, to `hlt` at 0x9000.
+    fn vcpu(translate: bool, code: &[u8]) -> (GuestMemory, Box<dyn Vcpu>) {
+        let memory = GuestMemory::new(&[(0, 4 << 20)], Backing::Private).unwrap();
+        memory.write(CODE, code).unwrap();
+        memory.write(0x9000, &[0xf4]).unwrap();
+        memory.write(0x1000, &0x2007u64.to_le_bytes()).unwrap();
+        memory.write(0x2000, &0x87u64.to_le_bytes()).unwrap();
+        memory.write(0x3008, &0x00af_9b00_0000_ffffu64.to_le_bytes()).unwrap();
+        memory.write(0x4400, &0x0000_8e00_0008_9000u64.to_le_bytes()).unwrap();
+        let options = Options { translate, ..Options::default() };
+        let engine = SoftEngine::new(memory.clone(), options).unwrap();
+        let topology = cpu::cpuid::Topology { apic_id: 0, cpus: 1 };
+        let table = cpu::cpuid::default_model().table(topology, engine.tsc_hz()).unwrap();
+        let mut vcpu = engine.create_vcpu(VcpuConfig { index: 0, cpuid: Arc::new(table) }).unwrap();
+        let mut registers = vcpu.registers();
+        registers.cr0 = cr0::PE | cr0::PG | cr0::ET | cr0::NE;
+        registers.cr3 = 0x1000;
+        registers.cr4 = cr4::PAE;
+        registers.efer = efer::LME | efer::LMA;
+        registers.gdtr.base = 0x3000;
+        registers.idtr.base = 0x4000;
+        registers.rip = CODE;
+        registers.gpr[4] = 0x7000;
+        let flat = |selector, attr| cpu::Segment { base: 0, limit: u32::MAX, selector, attr };
+        registers.segments = [flat(0, 0); 6];
+        registers.segments[1] = flat(8, cpu::attr::CODE64);
+        vcpu.set_registers(&registers);
+        (memory, vcpu)
+    }
+
+    #[test]
+    fn a_kick_ends_an_endless_loop() {
+        for translate in [false, true] {
+            let (_memory, mut vcpu) = vcpu(translate, &[0xeb, 0xfe]);
+            let handle = vcpu.kick_handle();
+            let kicker = std::thread::spawn(move || {
+                std::thread::sleep(Duration::from_millis(20));
+                handle.kick();
+            });
+            let start = Instant::now();
+            assert_eq!(vcpu.run().unwrap(), Exit::Interrupted);
+            assert!(start.elapsed() > Duration::from_millis(15));
+            kicker.join().unwrap();
+            let handle = vcpu.kick_handle();
+            drop(vcpu);
+            handle.kick();
+        }
+    }
+
+    #[test]
+    fn an_interrupt_waits_for_its_window() {
+        for translate in [false, true] {
+            // mov al, 1; out 0x80, al; sti; nop; jmp $
+            let (_memory, mut vcpu) = vcpu(translate, &[0xb0, 1, 0xe6, 0x80, 0xfb, 0x90, 0xeb, 0xfe]);
+            let write = Exit::Write { space: Space::Port, address: 0x80, size: 1, value: 1 };
+            assert_eq!(vcpu.run().unwrap(), write);
+            assert!(!vcpu.interruptible());
+            vcpu.request_interrupt_window(true);
+            assert_eq!(vcpu.run().unwrap(), Exit::InterruptWindow);
+            assert!(vcpu.interruptible());
+            assert_eq!(vcpu.registers().rip, CODE + 6);
+            vcpu.inject_interrupt(0x40);
+            assert_eq!(vcpu.run().unwrap(), Exit::Halt);
+            let registers = vcpu.registers();
+            assert_eq!((registers.rip, registers.rflags & rflags::IF), (0x9001, 0));
+            assert_eq!(vcpu.run().unwrap(), Exit::Halt, "nothing has ended the halt");
+        }
+    }
+
+    #[test]
+    fn a_device_that_rewrites_code_is_noticed() {
+        // mov eax, 1; hlt
+        let (memory, mut vcpu) = vcpu(true, &[0xb8, 1, 0, 0, 0, 0xf4]);
+        assert_eq!(vcpu.run().unwrap(), Exit::Halt);
+        let mut registers = vcpu.registers();
+        assert_eq!(registers.gpr[0], 1);
+        memory.write(CODE + 1, &[2]).unwrap();
+        registers.rip = CODE;
+        vcpu.set_registers(&registers);
+        assert_eq!(vcpu.run().unwrap(), Exit::Halt);
+        assert_eq!(vcpu.registers().gpr[0], 2);
+    }
+
+    #[test]
+    fn reset_gives_the_power_up_state() {
+        let (_memory, mut vcpu) = vcpu(true, &[0xf4]);
+        vcpu.set_msr(cpu::msr::LSTAR, 0x1234);
+        vcpu.reset(true);
+        assert_eq!(vcpu.msr(cpu::msr::LSTAR), Some(0x1234));
+        vcpu.reset(false);
+        assert_eq!(vcpu.msr(cpu::msr::LSTAR), Some(0));
+        let registers = vcpu.registers();
+        assert_eq!((registers.segments[1].base, registers.rip), (0xffff_0000, 0xfff0));
+        assert_ne!(registers.gpr[2], 0, "the processor's signature");
+    }
+}

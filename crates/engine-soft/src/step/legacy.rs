@@ -18,7 +18,7 @@ fn set_result_flags(core: &mut Core, result: u8) {
     if result & 0x80 != 0 {
         flags |= rflags::SF;
     }
-    if result.count_ones() % 2 == 0 {
+    if result.count_ones().is_multiple_of(2) {
         flags |= rflags::PF;
     }
     core.state.rflags = flags;

@@ -165,6 +165,19 @@ fn cache_line(core: &mut Core, d: &Decoded) -> Result<(), Trap> {
     core.probe(linear, 1, crate::mmu::Access::Read, core.privilege())
 }
 
+/// CLZERO: the cache line at rAX becomes zero.
+fn clear_line(core: &mut Core, d: &Decoded) -> Result<(), Trap> {
+    let i = &d.instruction;
+    if !i.cpuid_features().iter().all(|&f| feature::supported(f, &core.cpuid)) {
+        return Err(Exception::UD.into());
+    }
+    let width = i.op0_register().size().clamp(2, 8);
+    let offset = core.state.gpr[crate::state::reg::RAX] & operand::mask(width) & !63;
+    let linear = core.linear(seg::DS, offset, 64, true)?;
+    core.check_data_breakpoints(linear, 64, true);
+    core.write(linear, &[0; 64], core.privilege())
+}
+
 fn segment_operand(i: &Instruction, operand: u32) -> bool {
     operand < i.op_count()
         && i.op_kind(operand) == OpKind::Register
@@ -182,7 +195,6 @@ pub(crate) fn classify(i: &Instruction) -> Execute {
         return string::execute;
     }
     match i.mnemonic() {
-        Mnemonic::Push if !segment_operand(i, 0) => stack::push,
         Mnemonic::Push => stack::push,
         Mnemonic::Pop if segment_operand(i, 0) => stack::pop_segment,
         Mnemonic::Pop => stack::pop,
@@ -311,6 +323,7 @@ fn classify_system(i: &Instruction) -> Execute {
         Mnemonic::Arpl => legacy::arpl,
         Mnemonic::Lar | Mnemonic::Lsl => legacy::load_rights,
         Mnemonic::Verr | Mnemonic::Verw => legacy::verify,
+        Mnemonic::Clzero => clear_line,
         _ if masked::masked(i) => masked::execute,
         _ if i.is_privileged() || i.is_stack_instruction() || segment_operand(i, 0) => undefined,
         _ => native::execute,

@@ -279,7 +279,7 @@ fn compare(core: &mut Core, left: u64, right: u64, size: usize) {
     if left < right {
         flags |= rflags::CF;
     }
-    if (result as u8).count_ones() % 2 == 0 {
+    if (result as u8).count_ones().is_multiple_of(2) {
         flags |= rflags::PF;
     }
     if (left ^ right ^ result) & 0x10 != 0 {

@@ -306,6 +306,11 @@ fn build(core: &mut Core, i: &Instruction) -> Result<Prepared, Trap> {
     if i.is_privileged() || !i.cpuid_features().iter().all(|&f| feature::supported(f, &core.cpuid)) {
         return Err(Exception::UD.into());
     }
+    // Only operands that a stub can replace: an implicit address would be the host's.
+    let known = |kind| matches!(kind, OpKind::Register | OpKind::Memory) || is_immediate(kind);
+    if !i.op_kinds().all(known) {
+        return Err(unencodable(core, &format!("{:?} has an implicit memory operand", i.code())));
+    }
     let (unit, vector) = unit_of(i, &mut core.stubs.factory);
     let memory = memory_of(i, &mut core.stubs.factory);
     if memory.is_some_and(|m| m.size == 0 || m.size > BOUNCE) {
@@ -323,6 +328,21 @@ fn build(core: &mut Core, i: &Instruction) -> Result<Prepared, Trap> {
         }
     };
     Ok(Prepared { entry, unit, vector, flags: stub.flags, bit: stub.bit, memory, pointers: pointers_of(i) })
+}
+
+fn is_immediate(kind: OpKind) -> bool {
+    matches!(
+        kind,
+        OpKind::Immediate8
+            | OpKind::Immediate8_2nd
+            | OpKind::Immediate16
+            | OpKind::Immediate32
+            | OpKind::Immediate64
+            | OpKind::Immediate8to16
+            | OpKind::Immediate8to32
+            | OpKind::Immediate8to64
+            | OpKind::Immediate32to64
+    )
 }
 
 /// Where the image that an instruction stores has FIP and FDP.

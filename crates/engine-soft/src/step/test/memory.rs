@@ -133,11 +133,9 @@ fn the_stack_pointer_as_operand() {
 
 #[test]
 fn popf_changes_only_what_the_level_may() {
-    for (user, iopl, expected) in [
-        (false, 0u64, rflags::IF | rflags::IOPL),
-        (true, 0, 0),
-        (true, 3 << 12, rflags::IF | 3 << 12),
-    ] {
+    for (user, iopl, expected) in
+        [(false, 0u64, rflags::IF | rflags::IOPL), (true, 0, 0), (true, 3 << 12, rflags::IF | 3 << 12)]
+    {
         let mut machine = Machine::with_bytes(&[0x9d, 0xf4]);
         machine.core.state.gpr[4] = STACK - 8;
         machine.write_u64(STACK - 8, rflags::IF | rflags::IOPL);

@@ -1,6 +1,7 @@
 //! Small guests, and what they must leave behind.
 
 mod events;
+mod garbage;
 mod io;
 mod memory;
 mod modes;

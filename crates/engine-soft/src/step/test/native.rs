@@ -229,7 +229,7 @@ fn elements_masked_off_do_not_fault() {
     assert_eq!(machine.bytes::<16>(DATA + 0xff0), [7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 0, 0, 0, 0]);
     // Gather: indices -1 and 0 are there, the third faults; the first two stay done.
     machine.core.state.gpr[3] = 0x4000_0ffc;
-    machine.core.state.ymm.0[4] = [0xffff_ffff | 0 << 32, 1, 0, 0];
+    machine.core.state.ymm.0[4] = [0xffff_ffff, 1, 0, 0];
     machine.core.state.ymm.0[5] = [top | top << 32, top, 0, 0];
     machine.write(DATA + 0xff8, &[1, 0, 0, 0, 2, 0, 0, 0]);
     assert_eq!(machine.fault(), 14);
