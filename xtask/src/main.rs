@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use clap::{Parser, Subcommand};
+use xtask::{bench, setup, test, tidy};
 
 #[derive(Parser)]
 #[command(name = "cargo xtask", about = "yado's development commands")]
@@ -14,18 +15,28 @@ struct Arguments {
 enum Task {
     /// Check the laws of the house
     Tidy,
+    /// Everything that must pass: format, lints, laws, unit tests, guest tests
+    Test(test::Options),
+    /// Install the programs that tests and benchmarks compare with (Debian packages; needs root or sudo)
+    Setup,
+    /// Measure yado against native code and QEMU's TCG, in turn in one run
+    #[command(subcommand)]
+    Bench(bench::Area),
 }
 
 fn main() -> anyhow::Result<()> {
     match Arguments::parse().command {
         Task::Tidy => {
-            let breaches = xtask::tidy::check(&xtask::tidy::root())?;
+            let breaches = tidy::check(&tidy::root())?;
             for breach in &breaches {
                 println!("{}", breach.0);
             }
             anyhow::ensure!(breaches.is_empty(), "{} breaches of the laws", breaches.len());
             println!("tidy");
+            Ok(())
         }
+        Task::Test(options) => test::run(&options),
+        Task::Setup => setup::install_missing(),
+        Task::Bench(area) => bench::run(&area),
     }
-    Ok(())
 }

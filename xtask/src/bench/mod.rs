@@ -1,0 +1,85 @@
+//! `cargo xtask bench AREA`: yado and its peers in turn in one run, so that a busy moment of the host hits all alike.
+
+pub mod boot;
+pub mod console;
+pub mod cpu;
+pub mod page;
+pub mod peer;
+pub mod statistics;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// What to measure.
+#[derive(Debug, clap::Subcommand)]
+pub enum Area {
+    /// From start to init, to a finished command, and to a login prompt
+    Boot(boot::Options),
+    /// Programs inside a guest against the same programs on the bare host
+    Cpu(cpu::Options),
+}
+
+/// Measures, prints, and writes the page if asked.
+pub fn run(area: &Area) -> anyhow::Result<()> {
+    match area {
+        Area::Boot(options) => boot::run(options),
+        Area::Cpu(options) => cpu::run(options),
+    }
+}
+
+/// yado's release binary, built now unless one is given.
+pub fn release_yado(given: Option<&Path>) -> anyhow::Result<PathBuf> {
+    if let Some(given) = given {
+        anyhow::ensure!(given.is_file(), "{}: there is no such file", given.display());
+        return Ok(given.to_path_buf());
+    }
+    build(&["build", "--quiet", "--release", "--package", "yado"])?;
+    Ok(target_directory().join("release/yado"))
+}
+
+/// The workloads, linked statically so that they run as the only file of a guest.
+pub fn workloads() -> anyhow::Result<PathBuf> {
+    let line = ["rustc", "--quiet", "--release", "--package", "xtask", "--bin", "workloads", "--"];
+    build(
+        &[line.as_slice(), &["-C", "target-feature=+crt-static", "-C", "relocation-model=static"]].concat(),
+    )?;
+    Ok(target_directory().join("release/workloads"))
+}
+
+fn build(arguments: &[&str]) -> anyhow::Result<()> {
+    let status = Command::new("cargo").args(arguments).current_dir(crate::tidy::root()).status()?;
+    anyhow::ensure!(status.success(), "cargo {} failed ({status})", arguments.join(" "));
+    Ok(())
+}
+
+fn target_directory() -> PathBuf {
+    match std::env::var_os("CARGO_TARGET_DIR") {
+        Some(set) => crate::tidy::root().join(set),
+        None => crate::tidy::root().join("target"),
+    }
+}
+
+/// A file that lives as long as the measurement.
+pub struct Scratch(PathBuf);
+
+impl Scratch {
+    /// A new directory below the system's temporary one.
+    pub fn new(name: &str) -> anyhow::Result<Self> {
+        let path = std::env::temp_dir().join(format!("yado-bench-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&path)?;
+        Ok(Self(path))
+    }
+
+    /// Writes a file and answers its path.
+    pub fn write(&self, name: &str, content: &[u8]) -> anyhow::Result<PathBuf> {
+        let path = self.0.join(name);
+        std::fs::write(&path, content)?;
+        Ok(path)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}

@@ -1,0 +1,99 @@
+//! How the same guest is started on yado and on QEMU.
+
+use std::path::Path;
+use std::process::Command;
+
+/// What runs the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Peer {
+    /// yado's software engine.
+    Yado,
+    /// QEMU's TCG.
+    Tcg,
+}
+
+/// QEMU's options of every measurement.
+pub const QEMU_OPTIONS: &[&str] = &[
+    "-machine",
+    "q35",
+    "-accel",
+    "tcg,thread=multi",
+    "-cpu",
+    "max",
+    "-smp",
+    "1",
+    "-m",
+    "512M",
+    "-nographic",
+    "-nodefaults",
+    "-serial",
+    "stdio",
+    "-no-reboot",
+    "-nic",
+    "none",
+];
+/// yado's options of every measurement.
+pub const YADO_OPTIONS: &[&str] = &["--engine", "soft", "--memory", "512M", "--quiet"];
+
+impl Peer {
+    /// Both, in the order in which they take turns.
+    pub const ALL: [Self; 2] = [Self::Yado, Self::Tcg];
+
+    /// For tables.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Yado => "yado",
+            Self::Tcg => "QEMU TCG",
+        }
+    }
+
+    /// A kernel with an initial RAM disk.
+    pub fn direct(self, yado: &Path, kernel: &Path, initrd: &Path, command_line: &str) -> Command {
+        let mut command = match self {
+            Self::Yado => {
+                let mut command = Command::new(yado);
+                command.arg("run").args(YADO_OPTIONS).arg("--kernel").arg(kernel).arg("--initrd").arg(initrd);
+                command.arg("--cmdline");
+                command
+            }
+            Self::Tcg => {
+                let mut command = qemu();
+                command.arg("-kernel").arg(kernel).arg("-initrd").arg(initrd).arg("-append");
+                command
+            }
+        };
+        command.arg(command_line);
+        command
+    }
+
+    /// A Debian guest with its console on standard output; the disk stays as it is.
+    pub fn debian(self, yado: &Path, image: &crate::guest_files::Image) -> Command {
+        match self {
+            Self::Yado => {
+                let mut command = Command::new(yado);
+                command.arg("run").args(YADO_OPTIONS).arg(format!("debian:{}", image.codename));
+                command
+            }
+            Self::Tcg => {
+                let mut command = qemu();
+                let drive = format!("file={},if=none,id=disk,format=raw,snapshot=on", image.disk.display());
+                command.arg("-kernel").arg(&image.kernel).arg("-append").arg(&image.cmdline);
+                command.args([
+                    "-drive",
+                    &drive,
+                    "-device",
+                    "nvme,drive=disk,serial=1",
+                    "-device",
+                    "virtio-rng-pci",
+                ]);
+                command
+            }
+        }
+    }
+}
+
+fn qemu() -> Command {
+    let mut command = Command::new("qemu-system-x86_64");
+    command.args(QEMU_OPTIONS);
+    command
+}

@@ -1,0 +1,80 @@
+//! The programs of other people that tests and benchmarks compare with. yado itself needs none of them.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+/// Program, and the Debian package that has it.
+const PROGRAMS: &[(&str, &str)] = &[
+    ("busybox", "busybox-static"),
+    ("debugfs", "e2fsprogs"),
+    ("gpgv", "gpgv"),
+    ("iasl", "acpica-tools"),
+    ("mkfs.ext4", "e2fsprogs"),
+    ("qemu-img", "qemu-utils"),
+    ("qemu-system-x86_64", "qemu-system-x86"),
+];
+
+/// Where a program is; the directories of administrators' programs are looked into too.
+pub fn find(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let places = std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]);
+    places.map(|place| place.join(program)).find(|file| file.is_file())
+}
+
+/// Packages whose programs are not here, each once.
+pub fn missing() -> Vec<&'static str> {
+    let mut packages: Vec<_> =
+        PROGRAMS.iter().filter(|(program, _)| find(program).is_none()).map(|(_, package)| *package).collect();
+    packages.sort_unstable();
+    packages.dedup();
+    packages
+}
+
+/// Installs what is missing, with apt-get as root or through sudo.
+pub fn install_missing() -> anyhow::Result<()> {
+    let packages = missing();
+    if packages.is_empty() {
+        println!("setup: all programs that tests compare with are here");
+        return Ok(());
+    }
+    println!("setup: missing: {}", packages.join(" "));
+    let by_hand = format!("install them by hand: apt-get install {}", packages.join(" "));
+    anyhow::ensure!(find("apt-get").is_some(), "no apt-get here; {by_hand}");
+    apt(&["update", "-q"], &by_hand)?;
+    apt(&[&["install", "-q", "-y", "--no-install-recommends"], packages.as_slice()].concat(), &by_hand)
+}
+
+fn apt(arguments: &[&str], by_hand: &str) -> anyhow::Result<()> {
+    let mut line: Vec<&str> = Vec::new();
+    if !is_root() {
+        anyhow::ensure!(find("sudo").is_some(), "neither root nor sudo; {by_hand}");
+        line.extend(["sudo", "-n", "--preserve-env=DEBIAN_FRONTEND"]);
+    }
+    line.extend(["apt-get", "-o", "DPkg::Lock::Timeout=300"]);
+    line.extend(arguments);
+    println!("setup: {}", line.join(" "));
+    let (program, rest) = line.split_first().ok_or_else(|| anyhow::anyhow!("nothing to run"))?;
+    let status = Command::new(program)
+        .args(rest)
+        .env("DEBIAN_FRONTEND", "noninteractive")
+        .stdin(Stdio::null())
+        .status()?;
+    anyhow::ensure!(status.success(), "{} failed ({status}); {by_hand}", line.join(" "));
+    Ok(())
+}
+
+fn is_root() -> bool {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::metadata(Path::new("/proc/self")).is_ok_and(|own| own.uid() == 0)
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn programs_are_found_on_the_path() {
+        assert!(find("sh").is_some());
+        assert!(find("no-such-program-anywhere").is_none());
+    }
+}
