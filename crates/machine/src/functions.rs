@@ -1,7 +1,7 @@
 //! The PCI functions that a configuration asks for, and the threads that serve them.
 
 use crate::config::{DiskConfig, DiskInterface};
-use crate::port::Wake;
+use crate::port::{Port, Wake};
 use crate::storage;
 use chipset::pci::{Host, SharedFunction};
 use device::MsiSink;
@@ -14,6 +14,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use virtio::{Block, CONSOLE_PORT, Console, Rng};
 
 /// Logical block size of disks, in bytes.
 const BLOCK_SIZE: u32 = 512;
@@ -106,6 +107,25 @@ impl Slots<'_> {
         Ok(())
     }
 
+    /// Attaches a virtio console whose ports have these names, after the console itself; answers the console and
+    /// the ports in order.
+    pub(crate) fn console(&self, names: &[String], wake: &Wake) -> Result<Vec<Port>, Error> {
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let console = Console::new(self.memory.clone(), self.msi.clone(), wake.notify(), &names);
+        let console = Arc::new(Mutex::new(console));
+        self.attach(console.clone())?;
+        let first = CONSOLE_PORT.saturating_add(1);
+        let named = (first..).zip(&names).map(|(number, _)| number);
+        let port = |number| Port::new(console.clone(), number, wake.clone());
+        Ok(std::iter::once(CONSOLE_PORT).chain(named).map(port).collect())
+    }
+
+    /// Attaches a source of entropy.
+    pub(crate) fn entropy(&self) -> Result<(), Error> {
+        let source = Box::new(|bytes: &mut [u8]| fill_random(bytes));
+        self.attach(Arc::new(Mutex::new(Rng::new(self.memory.clone(), self.msi.clone(), source))))
+    }
+
     fn controller(
         &self,
         number: usize,
@@ -115,13 +135,31 @@ impl Slots<'_> {
     ) -> Result<Arc<Mutex<dyn Controller>>, Error> {
         let serial = format!("yado{number}");
         match config.interface {
-            DiskInterface::Nvme | DiskInterface::Virtio => {
+            DiskInterface::Nvme => {
                 let disk = NvmeConfig { geometry, serial, uuid: uuid(config) };
                 let nvme = Nvme::new(self.memory.clone(), self.msi.clone(), wake.notify(), disk);
                 let nvme = Arc::new(Mutex::new(nvme));
                 self.attach(nvme.clone())?;
                 Ok(nvme)
             }
+            DiskInterface::Virtio => {
+                let (memory, sink) = (self.memory.clone(), self.msi.clone());
+                let block = Block::new(memory, sink, wake.notify(), geometry, &serial);
+                let block = Arc::new(Mutex::new(block));
+                self.attach(block.clone())?;
+                Ok(block)
+            }
+        }
+    }
+}
+
+/// The host's random bytes. The kernel gives them without fail once it has booted.
+pub(crate) fn fill_random(mut bytes: &mut [u8]) {
+    while !bytes.is_empty() {
+        match rustix::rand::getrandom(&mut *bytes, rustix::rand::GetRandomFlags::empty()) {
+            Ok(done) => bytes = bytes.get_mut(done..).unwrap_or_default(),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(_) => return,
         }
     }
 }

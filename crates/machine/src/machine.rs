@@ -105,6 +105,8 @@ pub struct Machine {
     cpus: usize,
     power: Arc<Mutex<Power>>,
     serial: Port,
+    /// The virtio console, then its named ports.
+    ports: Vec<Port>,
     wakes: Vec<Wake>,
     threads: Mutex<Threads>,
     workers: Mutex<Workers>,
@@ -157,6 +159,16 @@ impl Machine {
         let mut workers = Workers::default();
         let slots_on_bus = Slots { pci: &board.pci, msi: &board.msi, memory: &memory };
         slots_on_bus.disks(&config.disks, &mut workers)?;
+        let mut wakes = vec![board.serial_wake.clone()];
+        let mut ports = Vec::new();
+        if !config.ports.is_empty() {
+            let wake = Wake::default();
+            ports = slots_on_bus.console(&config.ports, &wake)?;
+            wakes.push(wake);
+        }
+        if config.entropy {
+            slots_on_bus.entropy()?;
+        }
         let rsdp = board.finish(&memory).map_err(Error::Devices)?;
         let registers = load_kernel(&config, &memory, rsdp)?;
         let mut vcpus = Vec::with_capacity(cpus);
@@ -187,7 +199,8 @@ impl Machine {
             cpus,
             power: board.power,
             serial: board.serial,
-            wakes: vec![board.serial_wake],
+            ports,
+            wakes,
             threads: Mutex::new(Threads { idle: vcpus, ..Threads::default() }),
             workers: Mutex::new(workers),
             engine,
@@ -284,6 +297,17 @@ impl Machine {
     /// The serial console.
     pub fn serial(&self) -> Port {
         self.serial.clone()
+    }
+
+    /// The guest's `/dev/hvc0`, if there are virtio ports.
+    pub fn virtio_console(&self) -> Option<Port> {
+        self.ports.first().cloned()
+    }
+
+    /// The virtio port called `name` in the configuration: `/dev/virtio-ports/NAME` in the guest.
+    pub fn port(&self, name: &str) -> Option<Port> {
+        let at = self.config.ports.iter().position(|port| port == name)?;
+        self.ports.get(at.checked_add(1)?).cloned()
     }
 
     /// The live tree of the whole machine.
@@ -401,8 +425,7 @@ fn load_kernel(config: &MachineConfig, memory: &GuestMemory, rsdp: u64) -> Resul
     }
     let modules: Vec<_> = files.iter().map(|(name, bytes)| Module { name, bytes }).collect();
     let mut seed = [0; 32];
-    // Without entropy the kernel gathers its own.
-    let _ = rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::NONBLOCK);
+    functions::fill_random(&mut seed);
     let request = Request {
         kernel: &kernel,
         kernel_name: &config.kernel.to_string_lossy(),
