@@ -337,6 +337,28 @@ impl Machine {
     }
 }
 
+impl crate::control::Operations for Machine {
+    fn inspect(&self) -> serde_json::Value {
+        Self::inspect(self)
+    }
+
+    fn power_button(&self) {
+        Self::power_button(self);
+    }
+
+    fn stop(&self) {
+        Self::stop(self);
+    }
+
+    fn pause(&self) {
+        Self::pause(self);
+    }
+
+    fn resume(&self) {
+        Self::resume(self);
+    }
+}
+
 impl Drop for Machine {
     fn drop(&mut self) {
         self.stop();

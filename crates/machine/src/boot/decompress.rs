@@ -59,14 +59,14 @@ pub fn decompress(payload: &[u8], compression: Compression, max: u64) -> Result<
     let failed = |why: String| Error::Payload { compression: compression.name(), why };
     let out = match compression {
         Compression::None => Ok(payload.to_vec()),
-        Compression::Gzip => drain(flate2::read::GzDecoder::new(payload), max),
-        Compression::Xz => drain(lzma_rust2::XzReader::new(payload, false), max),
+        Compression::Gzip => drain(flate2::read::GzDecoder::new(payload), payload, max),
+        Compression::Xz => drain(lzma_rust2::XzReader::new(payload, false), payload, max),
         Compression::Lzma => lzma_rust2::LzmaReader::new_mem_limit(payload, LZMA_MEMORY_KIB_MAX, None)
-            .and_then(|reader| drain(reader, max)),
+            .and_then(|reader| drain(reader, payload, max)),
         Compression::Zstd => {
             ruzstd::decoding::StreamingDecoder::new_with_max_window_size(payload, ZSTD_WINDOW_MAX)
                 .map_err(std::io::Error::other)
-                .and_then(|reader| drain(reader, max))
+                .and_then(|reader| drain(reader, payload, max))
         }
         Compression::Lz4 => return lz4_legacy(payload, max).map_err(|why| failed(why.into())),
         Compression::Other => return Err(failed("yado cannot decompress this format".into())),
@@ -79,11 +79,19 @@ const LZMA_MEMORY_KIB_MAX: u32 = 256 << 10;
 /// What a zstd frame may ask of the host, in bytes: kernels are packed with up to 128 MiB windows.
 const ZSTD_WINDOW_MAX: u64 = 128 << 20;
 
-/// Reads to the end, one byte more than `max` at most.
-fn drain(from: impl Read, max: u64) -> std::io::Result<Vec<u8>> {
-    let mut out = Vec::new();
+/// Reads to the end, one byte more than `max` at most. `payload` may end with the size to expect.
+fn drain(from: impl Read, payload: &[u8], max: u64) -> std::io::Result<Vec<u8>> {
+    let mut out = Vec::with_capacity(expected(payload, max));
     from.take(max.saturating_add(1)).read_to_end(&mut out)?;
     Ok(out)
+}
+
+/// The size that the kernel's build appends, if it is believable: room is made for it at once.
+fn expected(payload: &[u8], max: u64) -> usize {
+    let at = (payload.len() as u64).saturating_sub(4);
+    let size = Bytes(payload).u32(at).map_or(0, u64::from);
+    let believable = size <= max && size <= (payload.len() as u64).saturating_mul(16);
+    if believable { usize::try_from(size).unwrap_or(0) } else { 0 }
 }
 
 /// LZ4's legacy frame: after the magic, blocks of at most 8 MiB, each behind its compressed size.
@@ -91,7 +99,7 @@ fn lz4_legacy(payload: &[u8], max: u64) -> Result<Vec<u8>, &'static str> {
     const BLOCK: usize = 8 << 20;
     let bytes = Bytes(payload);
     let end = u64::try_from(payload.len()).unwrap_or(0);
-    let (mut at, mut out) = (4u64, Vec::new());
+    let (mut at, mut out) = (4u64, Vec::with_capacity(expected(payload, max)));
     let mut block = vec![0; BLOCK];
     while let Some(len) = bytes.u32(at) {
         at = at.saturating_add(4);

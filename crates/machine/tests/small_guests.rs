@@ -1,0 +1,161 @@
+//! Whole machines with guests of a few instructions: how they end, what they print, what they cost.
+
+use machine::{Error, Machine, MachineConfig, Outcome};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+const LOAD: u32 = 0x10_0000;
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A multiboot image of 32-bit code.
+struct Guest {
+    directory: tempfile::TempDir,
+}
+
+impl Guest {
+    fn new(code: &[u8]) -> Self {
+        let flags = 0x1_0000u32;
+        let checksum = 0u32.wrapping_sub(0x1bad_b002).wrapping_sub(flags);
+        let mut image = Vec::new();
+        for word in [0x1bad_b002, flags, checksum, LOAD, LOAD, 0, 0, LOAD + 32] {
+            image.extend_from_slice(&word.to_le_bytes());
+        }
+        image.extend_from_slice(code);
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::write(directory.path().join("kernel"), image).unwrap();
+        Self { directory }
+    }
+
+    fn kernel(&self) -> PathBuf {
+        self.directory.path().join("kernel")
+    }
+
+    fn machine(&self) -> Machine {
+        let config =
+            MachineConfig { memory: 16 << 20, test_devices: true, ..MachineConfig::new(self.kernel()) };
+        Machine::new(config).unwrap()
+    }
+
+    fn run(&self) -> (Machine, Outcome) {
+        let machine = self.machine();
+        machine.start().unwrap();
+        let outcome = machine.wait_timeout(PATIENCE).expect("the guest should have ended");
+        (machine, outcome)
+    }
+}
+
+/// `mov dx, port`.
+fn port(port: u16) -> Vec<u8> {
+    [&[0x66, 0xba][..], &port.to_le_bytes()].concat()
+}
+
+/// Prints through the serial port: `mov al, c; out dx, al` for each character.
+fn print(text: &str) -> Vec<u8> {
+    let mut code = port(0x3f8);
+    text.bytes().for_each(|byte| code.extend([0xb0, byte, 0xee]));
+    code
+}
+
+/// SLP_EN and the sleep type of S5 into PM1a control: `mov ax, 0x3400; out dx, ax`, then a loop.
+fn power_off() -> Vec<u8> {
+    [port(0x604), vec![0x66, 0xb8, 0x00, 0x34, 0x66, 0xef, 0xeb, 0xfe]].concat()
+}
+
+const HALT_FOR_EVER: [u8; 4] = [0xfa, 0xf4, 0xeb, 0xfc];
+
+#[test]
+fn the_debug_exit_says_twice_the_value_and_one() {
+    let (_, outcome) = Guest::new(&[0xb0, 7, 0xe6, 0xf4, 0xeb, 0xfe]).run();
+    assert_eq!(outcome, Outcome::DebugExit(15));
+}
+
+#[test]
+fn what_was_printed_before_the_power_went_is_read_to_the_end() {
+    let (machine, outcome) = Guest::new(&[print("last words"), power_off()].concat()).run();
+    assert_eq!(outcome, Outcome::PoweredOff);
+    let (serial, mut bytes) = (machine.serial(), Vec::new());
+    while serial.receive(&mut bytes, PATIENCE) {}
+    assert_eq!(bytes, b"last words");
+}
+
+#[test]
+fn a_triple_fault_is_the_guests_own_and_shows_where() {
+    let (_, outcome) = Guest::new(&[0x90, 0x0f, 0x0b]).run();
+    let Outcome::Crashed(crash) = outcome else { panic!("{outcome:?}") };
+    assert!(crash.guest && crash.why.contains("triple fault"), "{crash}");
+    assert_eq!(crash.registers.rip, u64::from(LOAD) + 33);
+    assert!(crash.to_string().contains("rip 0000000000100021"), "{crash}");
+}
+
+#[test]
+fn a_reset_through_the_keyboard_controller_is_a_reset() {
+    let (_, outcome) = Guest::new(&[0xb0, 0xfe, 0xe6, 0x64, 0xeb, 0xfe]).run();
+    assert_eq!(outcome, Outcome::Reset);
+}
+
+#[test]
+fn a_panic_that_restarts_is_a_panic_and_one_that_hangs_ends() {
+    let panic = "[    1.0] Kernel panic - not syncing: test\n";
+    let reset = vec![0xb0, 0xfe, 0xe6, 0x64, 0xeb, 0xfe];
+    let (_, outcome) = Guest::new(&[print(panic), reset].concat()).run();
+    assert_eq!(outcome, Outcome::GuestPanic);
+    let end = "[    1.0] ---[ end Kernel panic - not syncing: test ]---\r\n";
+    let (_, outcome) = Guest::new(&[print(panic), print(end), HALT_FOR_EVER.to_vec()].concat()).run();
+    assert_eq!(outcome, Outcome::GuestPanic);
+    // pvpanic needs no console.
+    let (_, outcome) = Guest::new(&[port(0x505), vec![0xb0, 1, 0xee, 0xeb, 0xfe]].concat()).run();
+    assert_eq!(outcome, Outcome::GuestPanic);
+}
+
+#[test]
+fn a_halted_guest_stands_still_and_stops_at_once() {
+    let guest = Guest::new(&HALT_FOR_EVER);
+    let machine = guest.machine();
+    machine.start().unwrap();
+    assert_eq!(machine.wait_timeout(Duration::from_millis(100)), None);
+    assert!(machine.pause());
+    let at = machine.inspect()["vm_time_ns"].clone();
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!(machine.inspect()["vm_time_ns"], at, "VM time passes while the machine is paused");
+    machine.resume();
+    std::thread::sleep(Duration::from_millis(20));
+    assert_ne!(machine.inspect()["vm_time_ns"], at);
+    let asked = Instant::now();
+    machine.stop();
+    assert_eq!(machine.wait_timeout(PATIENCE), Some(Outcome::Stopped));
+    drop(machine);
+    assert!(asked.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
+fn a_guest_that_never_leaves_its_loop_is_stopped_and_paused() {
+    let machine = Guest::new(&[0xeb, 0xfe]).machine();
+    machine.start().unwrap();
+    for _ in 0..20 {
+        assert!(machine.pause());
+        machine.resume();
+    }
+    machine.stop();
+    assert_eq!(machine.wait_timeout(PATIENCE), Some(Outcome::Stopped));
+}
+
+#[test]
+fn what_cannot_be_made_is_refused_with_the_cure() {
+    let guest = Guest::new(&[]);
+    let refused = |change: &dyn Fn(&mut MachineConfig)| {
+        let mut config = MachineConfig { memory: 16 << 20, ..MachineConfig::new(guest.kernel()) };
+        change(&mut config);
+        Machine::new(config).err().expect("must be refused")
+    };
+    assert!(matches!(refused(&|config| config.cpus = 0), Error::Cpus(0)));
+    assert!(refused(&|config| config.memory = 1 << 60).to_string().contains("smaller --memory"));
+    assert!(refused(&|config| config.kernel = "nowhere".into()).to_string().contains("nowhere"));
+    assert!(matches!(refused(&|config| config.cpu_model = Some("z80".into())), Error::Model(_)));
+    let disk = machine::DiskConfig {
+        path: guest.directory.path().join("missing.img"),
+        read_only: false,
+        overlay: None,
+        interface: machine::DiskInterface::Nvme,
+    };
+    assert!(refused(&|config| config.disks = vec![disk.clone()]).to_string().contains("missing.img"));
+}
