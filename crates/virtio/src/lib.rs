@@ -24,10 +24,15 @@
 
 mod block;
 mod console;
+#[cfg(test)]
+mod driver;
+mod fuzz;
 pub mod queue;
 mod rng;
 pub mod transport;
 
 pub use block::{Block, BlockDevice};
 pub use console::{CONSOLE_PORT, Console, ConsoleDevice};
+#[doc(hidden)]
+pub use fuzz::{fuzz_block, fuzz_console, fuzz_rng};
 pub use rng::{EntropySource, Rng, RngDevice};

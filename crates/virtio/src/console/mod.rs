@@ -2,5 +2,7 @@
 
 mod device;
 mod spec;
+#[cfg(test)]
+mod test;
 
 pub use device::{CONSOLE_PORT, Console, ConsoleDevice};

@@ -8,6 +8,8 @@
 //! a full fence stands between storing an index and loading the other side's wish to be told about it (2.7.7, 2.7.10).
 
 mod chain;
+#[cfg(test)]
+mod test;
 
 pub use chain::{Chain, Piece};
 

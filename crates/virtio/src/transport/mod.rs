@@ -2,6 +2,8 @@
 
 mod pci;
 mod registers;
+#[cfg(test)]
+mod test;
 
 pub use pci::Pci;
 

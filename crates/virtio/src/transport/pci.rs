@@ -31,7 +31,8 @@ const NOTIFY: u64 = 0x3000;
 const MSIX_TABLE: u32 = 0x4000;
 const MSIX_PENDING: u32 = 0x6000;
 /// Bytes between the notification addresses of two queues.
-const NOTIFY_STEP: u32 = 4;
+const NOTIFY_STEP: u32 = 1 << NOTIFY_SHIFT;
+const NOTIFY_SHIFT: u32 = 2;
 
 /// Structure types of the vendor capabilities (4.1.4).
 mod structure {
@@ -355,7 +356,7 @@ impl<D: Device> Function for Pci<D> {
                 let bytes = value.to_le_bytes();
                 self.device.config_written(within, bytes.get(..usize::from(size)).unwrap_or(&bytes));
             }
-            NOTIFY => self.notify(u16::try_from(within / u64::from(NOTIFY_STEP)).unwrap_or(u16::MAX)),
+            NOTIFY => self.notify(u16::try_from(within >> NOTIFY_SHIFT).unwrap_or(u16::MAX)),
             _ => {}
         }
     }

@@ -1,0 +1,222 @@
+//! Entry points for fuzzers: a device, driven by bytes.
+//!
+//! The bytes become a list of actions of five bytes each: register and configuration accesses, writes to guest RAM where
+//! the rings are, and calls from the outside. Most of the time the device was brought up properly first, so that bytes
+//! reach the rings.
+
+use crate::{Block, Console, Rng};
+use chipset::pci::{Function, command};
+use device::block::{Controller, Geometry, Outcome};
+use device::serial::Endpoint;
+use device::{MsiSink, Notify, VmTime};
+use memory::{Backing, GuestMemory};
+
+const RAM: u64 = 1 << 18;
+/// Rings of queue `i` are in the `i`-th of pages this size, and so close together that bytes hit them.
+const RING_STEP: u64 = 0x400;
+const QUEUE_SIZE: u16 = 8;
+const NOW: VmTime = VmTime(0);
+
+/// Places that are worth reading and writing: common configuration, ISR, device configuration, notifications, MSI-X.
+const PLACES: [u64; 6] = [0, 0x1000, 0x2000, 0x3000, 0x4000, 0x6000];
+
+/// Sets the device up as a driver does, agreeing to those of `features` that it offers.
+fn bring_up(function: &mut dyn Function, memory: &GuestMemory, features: u64) {
+    let mut offered = 0;
+    for select in [1, 0] {
+        function.bar_write(0, 0, 4, select, NOW);
+        offered = offered << 32 | function.bar_read(0, 4, 4, NOW);
+    }
+    let features = features & offered;
+    let mut write = |offset, size, value| function.bar_write(0, offset, size, value, NOW);
+    write(20, 1, 3);
+    for (select, half) in [(0, features & 0xffff_ffff), (1, features >> 32)] {
+        write(8, 4, select);
+        write(12, 4, half);
+    }
+    write(20, 1, 11);
+    for queue in 0..8u16 {
+        let base = u64::from(queue).wrapping_mul(RING_STEP);
+        write(22, 2, queue.into());
+        write(24, 2, QUEUE_SIZE.into());
+        for (register, at) in [(32, 0), (40, 0x100), (48, 0x200)] {
+            write(register, 8, base.wrapping_add(at));
+        }
+        write(28, 2, 1);
+        for index in 0..u64::from(QUEUE_SIZE) {
+            // Half of the descriptors are writable; each has a buffer of its own beyond the rings.
+            let buffer = base.wrapping_add(0x8000).wrapping_add(index.wrapping_mul(64));
+            let raw =
+                u128::from(buffer) | 64 << 64 | u128::from(index & 1) << 97 | u128::from(index ^ 1) << 112;
+            let at = base.wrapping_add(index.wrapping_mul(16));
+            let _ = memory.write(at, &raw.to_le_bytes());
+        }
+    }
+    write(20, 1, 15);
+}
+
+/// Plays `data` on a device; `outside` gets what is left for calls that do not come from the guest.
+fn play<F: Function>(
+    data: &[u8],
+    make: impl FnOnce(GuestMemory) -> F,
+    mut outside: impl FnMut(&mut F, u8, u16),
+) {
+    let Ok(memory) = GuestMemory::new(&[(0, RAM)], Backing::Private) else { return };
+    let mut function = make(memory.clone());
+    let Some((&first, rest)) = data.split_first() else { return };
+    function.config_mut().write(4, 2, u32::from(command::BUS_MASTER | command::MEMORY));
+    if first & 3 != 0 {
+        bring_up(&mut function, &memory, if first & 4 != 0 { u64::MAX } else { 1 << 32 | 1 << 9 });
+    }
+    for action in rest.chunks_exact(5) {
+        let &[kind, a, b, c, d] = action else { continue };
+        let value = u32::from_le_bytes([a, b, c, d]);
+        let size = 1u8 << (kind >> 6);
+        let place = PLACES.get(usize::from(a >> 4)).copied().unwrap_or(0);
+        let offset = place.wrapping_add(u64::from(a & 15 | (b & 3) << 4));
+        match kind & 15 {
+            0 | 1 => function.bar_write(0, offset, size, u64::from(c) | u64::from(d) << 8, NOW),
+            2 => {
+                function.bar_read(0, offset, size, NOW);
+            }
+            3..=6 => {
+                let _ = memory.write(u64::from(a) << 2 | u64::from(b & 7) << 10, &[c, d]);
+            }
+            7..=10 => function.bar_write(0, 0x3000u64.wrapping_add(u64::from(a & 7) << 2), 2, 0, NOW),
+            11 => {
+                let offset = 0x40u16.wrapping_add(a.into()) & 0xfc;
+                function.config_mut().write(offset, 4, u32::from(b) | u32::from(c) << 8 | u32::from(d) << 24);
+                function.config_written(offset);
+                function.config_reading(offset);
+            }
+            12 if function.deadline().is_some() => function.tick(NOW),
+            _ => outside(&mut function, kind >> 4, value as u16),
+        }
+    }
+    function.inspect();
+    function.reset();
+}
+
+/// A console.
+pub fn fuzz_console(data: &[u8]) {
+    let make = |memory| {
+        Console::new(memory, MsiSink::unconnected(), Notify::unconnected(), &["org.yado.agent.0", "second"])
+    };
+    play(data, make, |console, kind, value| {
+        let port = u32::from(value & 3);
+        let len = usize::from(value >> 2);
+        match kind & 3 {
+            0 => {
+                let bytes = vec![0x55; len];
+                assert!(console.offer(port, &bytes) <= len, "more was taken than offered");
+            }
+            1 | 2 => {
+                let mut bytes = Vec::new();
+                console.take(port, &mut bytes, len);
+                assert!(bytes.len() <= len, "more was given than asked for");
+            }
+            _ if value & 4 != 0 => console.resize(value, value >> 8),
+            _ => console.connect(port, value & 8 != 0),
+        }
+    });
+}
+
+/// A disk.
+pub fn fuzz_block(data: &[u8]) {
+    let geometry = Geometry { capacity: 1 << 16, block_size: 512, read_only: false, discard: true };
+    let make = |memory| Block::new(memory, MsiSink::unconnected(), Notify::unconnected(), geometry, "fuzz");
+    let mut tokens = Vec::new();
+    play(data, make, move |block, kind, value| {
+        if kind & 1 == 0 {
+            if let Some(request) = block.next_request() {
+                let end = request.offset.checked_add(request.len);
+                assert!(end.is_some_and(|end| end <= geometry.capacity), "a request beyond the disk");
+                let segments = request.segments.iter().map(|segment| u64::from(segment.len)).sum::<u64>();
+                assert!(segments == request.len || request.segments.is_empty(), "segments and length differ");
+                tokens.push(request.token);
+            }
+        } else if !tokens.is_empty() {
+            let outcomes = [Outcome::Ok, Outcome::IoError, Outcome::Unsupported, Outcome::BadAddress];
+            let outcome = outcomes.get(usize::from(kind >> 1 & 3)).copied().unwrap_or(Outcome::Ok);
+            let token = tokens.swap_remove(usize::from(value).checked_rem(tokens.len()).unwrap_or(0));
+            block.complete(token, outcome);
+        }
+    });
+}
+
+/// An entropy device.
+pub fn fuzz_rng(data: &[u8]) {
+    let make = |memory| Rng::new(memory, MsiSink::unconnected(), Box::new(|bytes| bytes.fill(0xaa)));
+    play(data, make, |_, _, _| {});
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use crate::Rng;
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(400))]
+
+        #[test]
+        fn bytes_never_break_a_device(data in prop::collection::vec(any::<u8>(), 0..1500)) {
+            fuzz_console(&data);
+            fuzz_block(&data);
+            fuzz_rng(&data);
+        }
+
+        /// What no writable descriptor and no used ring names stays as it was.
+        #[test]
+        fn a_device_writes_only_what_the_rings_name(
+            descriptors in prop::collection::vec((0x8000u64..RAM, 0u32..200, 0u16..4, 0u16..QUEUE_SIZE), 8),
+            heads in prop::collection::vec(0u16..QUEUE_SIZE, 8),
+        ) {
+            let memory = GuestMemory::new(&[(0, RAM)], Backing::Private).unwrap();
+            memory.fill(0x8000, RAM - 0x8000, 0x11).unwrap();
+            let source = Box::new(|bytes: &mut [u8]| bytes.fill(0xaa));
+            let mut rng = Rng::new(memory.clone(), MsiSink::unconnected(), source);
+            rng.config_mut().write(4, 2, u32::from(command::BUS_MASTER));
+            bring_up(&mut rng, &memory, 1 << 32);
+            let mut named = vec![false; RAM as usize];
+            for (i, &(address, len, flags, next)) in (0u64..).zip(&descriptors) {
+                let raw = u128::from(address)
+                    | u128::from(len) << 64
+                    | u128::from(flags) << 96
+                    | u128::from(next) << 112;
+                memory.write(i * 16, &raw.to_le_bytes()).unwrap();
+                if flags & 2 != 0 {
+                    named[address as usize..].iter_mut().take(len as usize).for_each(|byte| *byte = true);
+                }
+            }
+            for (i, head) in (0u64..).zip(&heads) {
+                memory.write(0x104 + i * 2, &head.to_le_bytes()).unwrap();
+            }
+            memory.write(0x102, &8u16.to_le_bytes()).unwrap();
+            let mut before = vec![0; RAM as usize];
+            memory.read(0, &mut before).unwrap();
+            rng.bar_write(0, 0x3000, 2, 0, NOW);
+            let mut after = vec![0; RAM as usize];
+            memory.read(0, &mut after).unwrap();
+            let used_ring = 0x200..0x200 + 6 + 8 * usize::from(QUEUE_SIZE);
+            for (at, (before, after)) in before.iter().zip(&after).enumerate() {
+                prop_assert!(before == after || named[at] || used_ring.contains(&at), "byte {at:#x}");
+            }
+        }
+    }
+
+    /// The fuzzers are of use only if bytes reach what is behind the rings.
+    #[test]
+    fn bytes_reach_the_rings() {
+        let memory = GuestMemory::new(&[(0, RAM)], Backing::Private).unwrap();
+        let source = Box::new(|bytes: &mut [u8]| bytes.fill(0xaa));
+        let mut rng = Rng::new(memory.clone(), MsiSink::unconnected(), source);
+        rng.config_mut().write(4, 2, u32::from(command::BUS_MASTER));
+        bring_up(&mut rng, &memory, 1 << 32);
+        memory.write(0x104, &[1, 0]).unwrap();
+        memory.write(0x102, &[1, 0]).unwrap();
+        rng.bar_write(0, 0x3000, 2, 0, NOW);
+        assert_eq!(memory.read_array::<2>(0x202).unwrap(), [1, 0], "{}", rng.inspect());
+        assert_eq!(memory.read_array::<1>(0x8040).unwrap(), [0xaa]);
+    }
+}
