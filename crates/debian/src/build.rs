@@ -449,15 +449,16 @@ impl Plan {
                 sha256: location.sha256,
             });
         }
+        let replaces: Vec<Vec<&str>> =
+            order.iter().map(|place| replaces.get(*place).cloned().unwrap_or_default()).collect();
         let related = |left: usize, right: usize| {
-            let (Some(left), Some(right)) = (packages.get(left), packages.get(right)) else { return false };
-            left.relations("Replaces").into_iter().flatten().any(|atom| atom.name == right.name)
+            let name = packages.get(right).map(|package| package.name);
+            name.is_some_and(|name| replaces.get(left).is_some_and(|names| names.contains(&name)))
         };
         let all = 0..packages.len();
-        let yields = all
-            .clone()
-            .map(|one| all.clone().filter(|other| related(one, *other) || related(*other, one)).collect())
-            .collect();
+        let related_to =
+            |one: usize| all.clone().filter(|other| related(one, *other) || related(*other, one)).collect();
+        let yields = all.clone().map(related_to).collect();
         let main = suites.first();
         Ok(Plan {
             names: packages.iter().map(|package| package.name.to_owned()).collect(),

@@ -42,6 +42,8 @@ struct Solver<'c, 'a> {
     selected: BTreeMap<&'a str, usize>,
     /// Names provided by selected packages.
     provided: HashSet<&'a str>,
+    /// What selected packages cannot be together with.
+    enemies: Vec<(&'a str, Atom<'a>)>,
     direct: VecDeque<Need<'a>>,
     choices: VecDeque<Need<'a>>,
 }
@@ -55,6 +57,7 @@ pub fn resolve(catalogue: &Catalogue<'_>, wanted: &[String], given: &[&str]) -> 
         given,
         selected: BTreeMap::new(),
         provided: HashSet::new(),
+        enemies: Vec::new(),
         direct: VecDeque::new(),
         choices: VecDeque::new(),
     };
@@ -87,6 +90,7 @@ impl<'a> Solver<'_, 'a> {
             return Err(Error::Conflict(package.name.to_owned(), other.to_owned()));
         }
         self.selected.insert(package.name, place);
+        self.enemies.extend(enemies(package).into_iter().map(|atom| (package.name, atom)));
         for provided in package.relations("Provides").into_iter().flatten() {
             self.provided.insert(provided.name);
         }
@@ -153,20 +157,20 @@ impl<'a> Solver<'_, 'a> {
 
     /// The selected package that cannot stand beside `package`.
     fn conflicting(&self, package: &Package<'a>) -> Option<&'a str> {
-        let clash = |left: &Package<'_>, right: &Package<'_>| {
-            left.name != right.name
-                && ["Conflicts", "Breaks"]
-                    .into_iter()
-                    .flat_map(|field| left.relations(field))
-                    .flatten()
-                    .any(|atom| right.satisfies(&atom))
-        };
-        self.selected
-            .values()
-            .filter_map(|place| self.catalogue.get(*place))
-            .find(|other| clash(package, other) || clash(other, package))
-            .map(|other| other.name)
+        let own = enemies(package);
+        let selected = self.selected.values().filter_map(|place| self.catalogue.get(*place));
+        let by_own = selected
+            .filter(|other| other.name != package.name)
+            .find(|other| own.iter().any(|atom| other.satisfies(atom)));
+        let by_theirs =
+            self.enemies.iter().find(|(other, atom)| *other != package.name && package.satisfies(atom));
+        by_own.map(|other| other.name).or(by_theirs.map(|(other, _)| *other))
     }
+}
+
+/// What a package cannot be together with.
+fn enemies<'a>(package: &Package<'a>) -> Vec<Atom<'a>> {
+    ["Conflicts", "Breaks"].into_iter().flat_map(|field| package.relations(field)).flatten().collect()
 }
 
 #[cfg(test)]
