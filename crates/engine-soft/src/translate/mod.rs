@@ -91,6 +91,8 @@ pub struct Translator {
     info: InstructionInfoFactory,
     generator: Generator,
     plan: Plan,
+    /// The page that is being translated.
+    bytes: Box<[u8; 4096]>,
     store: Store,
     /// What the salts were made for: MMU generations and modes, by privilege class.
     generations: [u64; 2],
@@ -101,6 +103,7 @@ pub struct Translator {
     identity: u64,
     /// Leave after every block.
     single: bool,
+    single_cpu: bool,
     statistics: Statistics,
 }
 
@@ -121,6 +124,7 @@ impl Translator {
             info: InstructionInfoFactory::new(),
             generator: Generator::new(thunks, bmi2, config.single_cpu),
             plan: Plan::default(),
+            bytes: Box::new([0; 4096]),
             store: Store::default(),
             generations: [u64::MAX; 2],
             modes: [Mode::default(); 2],
@@ -128,6 +132,7 @@ impl Translator {
             random: thunk::random_seed(),
             identity: IDENTITY.fetch_add(1, Ordering::Relaxed),
             single: false,
+            single_cpu: config.single_cpu,
             statistics: Statistics::default(),
         })
     }
@@ -167,8 +172,10 @@ impl Translator {
 
     /// Forgets all translations.
     pub fn flush(&mut self, core: &mut Core) {
-        for page in self.store.pages() {
-            core.mmu.memory.unmark_code(page);
+        if self.single_cpu {
+            for page in self.store.pages() {
+                core.mmu.memory.unmark_code(page);
+            }
         }
         self.store.clear();
         self.cache.flush();
@@ -203,7 +210,8 @@ impl Translator {
     fn kill(&mut self, core: &mut Core, address: u64, len: u64) {
         let (killed, empty) = self.store.invalidate(&mut self.cache, &self.thunks, address, len);
         self.statistics.blocks_killed += killed as u64;
-        if empty {
+        // The mark is the VM's: with more vCPUs another's translator may still need it.
+        if empty && self.single_cpu {
             core.mmu.memory.unmark_code(address);
         }
     }
@@ -275,14 +283,18 @@ impl Translator {
 
     fn blocks(&mut self, core: &mut Core, mode: Mode) -> Outcome {
         let class = usize::from(mode.user);
+        let mut first = true;
         loop {
             if core.state.kick.load(Ordering::Relaxed) != 0 {
                 return Outcome::Kicked;
             }
-            let Some(number) = self.find(core, mode) else { return Outcome::Step };
-            let Some(found) = self.store.get(number).filter(|b| !b.step) else { return Outcome::Step };
-            core.state.linkage.page_base = core.state.rip & !0xfff;
-            core.state.linkage.enter = self.cache.address(found.direct);
+            // Only at first: what translated code did not find must be looked up properly.
+            if !std::mem::take(&mut first) || !self.recall(&mut core.state, class) {
+                let Some(number) = self.find(core, mode) else { return Outcome::Step };
+                let Some(found) = self.store.get(number).filter(|b| !b.step) else { return Outcome::Step };
+                core.state.linkage.page_base = core.state.rip & !0xfff;
+                core.state.linkage.enter = self.cache.address(found.direct);
+            }
             let outcome = loop {
                 self.statistics.entries += 1;
                 self.thunks.run(&self.cache, &mut core.state);
@@ -356,9 +368,24 @@ impl Translator {
         Some(number)
     }
 
+    /// Looks RIP up in the jump cache, as translated code does; if it is there, prepares to enter the block.
+    fn recall(&self, state: &mut CpuState, class: usize) -> bool {
+        let link = &mut state.linkage;
+        let Some(&salt) = link.salt.get(class) else { return false };
+        let key = state.rip.wrapping_add(salt);
+        let at = (key >> 1) as usize & (linkage::JUMP_ENTRIES - 1);
+        match link.jumps.get(at) {
+            Some(entry) if entry.negative_key.wrapping_add(key) == 0 && !self.single => {
+                (link.enter, link.payload[1]) = (entry.host, key);
+                true
+            }
+            _ => false,
+        }
+    }
+
     /// Enters a block into the jump cache.
     fn remember(&mut self, state: &mut CpuState, rip: u64, number: u32, class: usize) {
-        let Some(block) = self.store.get(number) else { return };
+        let Some(block) = self.store.get(number).filter(|block| !block.step) else { return };
         let Some(&salt) = state.linkage.salt.get(class) else { return };
         let key = rip.wrapping_add(salt);
         let at = (key >> 1) as usize & (linkage::JUMP_ENTRIES - 1);
@@ -430,15 +457,15 @@ impl Translator {
         let (page, start) = (physical & !0xfff, (physical & 0xfff) as u16);
         // Before the bytes are read: no write may pass unseen from here on.
         core.mmu.protect_code(&mut core.state, page);
-        let bytes = core.mmu.memory.read_array::<4096>(page).ok()?;
-        block::plan(&mut self.plan, &bytes, start, mode, &mut self.templates);
+        core.mmu.memory.read(page, self.bytes.as_mut_slice()).ok()?;
+        block::plan(&mut self.plan, &self.bytes, start, mode, &mut self.templates);
         let first_link = self.store.links.len() as u32;
         self.generator.start(self.cache.next(), first_link, usize::from(mode.user));
         let mut block = Store::new_block(page, start, mode.bits(), self.plan.ranges);
         block.entry = self.cache.next();
         self.generator.entry(start);
         block.direct = self.cache.next() + self.generator.out.pos();
-        block.step = self.generate(&bytes, start) == 0;
+        block.step = self.generate(start) == 0;
         let code = &self.generator.out.bytes;
         if !self.cache.append(code) {
             return None;
@@ -464,7 +491,7 @@ impl Translator {
     }
 
     /// Generates code for the plan; answers how many instructions it covers.
-    fn generate(&mut self, page: &[u8; 4096], start: u16) -> usize {
+    fn generate(&mut self, start: u16) -> usize {
         let (mut done, mut end) = (0, start);
         let mut step = self.plan.step;
         let count = self.plan.items.len();
@@ -476,7 +503,7 @@ impl Translator {
                 live_after: item.live_after != 0,
                 followed: place + 1 < count || self.plan.step,
             };
-            let bytes = page.get(usize::from(item.offset)..usize::from(item.next)).unwrap_or_default();
+            let bytes = self.bytes.get(usize::from(item.offset)..usize::from(item.next)).unwrap_or_default();
             let mark = self.generator.mark();
             if self
                 .generator
