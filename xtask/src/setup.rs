@@ -21,10 +21,31 @@ pub fn find(program: &str) -> Option<PathBuf> {
     places.map(|place| place.join(program)).find(|file| file.is_file())
 }
 
+/// The busybox that can be a guest's only program: the one that is linked statically.
+pub fn static_busybox() -> Option<PathBuf> {
+    find("busybox").filter(|path| std::fs::read(path).is_ok_and(|bytes| !has_interpreter(&bytes)))
+}
+
+/// Whether an ELF program wants a dynamic linker: one of its program headers is PT_INTERP.
+fn has_interpreter(elf: &[u8]) -> bool {
+    const PT_INTERP: u32 = 3;
+    let number = |at: usize, length: usize| {
+        let bytes = elf.get(at..at.checked_add(length)?)?;
+        Some(bytes.iter().rev().fold(0usize, |sum, byte| sum << 8 | usize::from(*byte)))
+    };
+    let headers = || Some((number(0x20, 8)?, number(0x36, 2)?, number(0x38, 2)?));
+    let Some((table, size, count)) = headers() else { return false };
+    (0..count).any(|index| number(table.wrapping_add(index * size), 4) == Some(PT_INTERP as usize))
+}
+
 /// Packages whose programs are not here, each once.
 pub fn missing() -> Vec<&'static str> {
+    let lacks = |program: &str| match program {
+        "busybox" => static_busybox().is_none(),
+        _ => find(program).is_none(),
+    };
     let mut packages: Vec<_> =
-        PROGRAMS.iter().filter(|(program, _)| find(program).is_none()).map(|(_, package)| *package).collect();
+        PROGRAMS.iter().filter(|(program, _)| lacks(program)).map(|(_, package)| *package).collect();
     packages.sort_unstable();
     packages.dedup();
     packages
@@ -76,5 +97,12 @@ mod test {
     fn programs_are_found_on_the_path() {
         assert!(find("sh").is_some());
         assert!(find("no-such-program-anywhere").is_none());
+    }
+
+    #[test]
+    fn programs_with_a_dynamic_linker_are_told_apart() {
+        // The test's own program is linked dynamically.
+        assert!(has_interpreter(&std::fs::read("/proc/self/exe").unwrap()));
+        assert!(!has_interpreter(b"\x7fELF"));
     }
 }
