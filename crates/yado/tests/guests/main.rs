@@ -1,0 +1,9 @@
+//! Stories with real guests: Debian as users run it, its kernels with a small root of the test's own, and what goes wrong
+//! while they run. `cargo xtask test` runs them one at a time with a release build.
+
+mod accidents;
+mod commands;
+mod kernels;
+mod stays;
+#[path = "../story/mod.rs"]
+mod story;

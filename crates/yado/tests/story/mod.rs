@@ -1,0 +1,249 @@
+//! What the stories about the command are told with: a home of its own for each test, and the built `yado` as users run it.
+#![allow(dead_code, reason = "each test binary takes what it needs")]
+
+use std::io::{Read, Write};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+/// Nothing in a story takes longer, on a slow and busy host.
+pub const LIMIT: Duration = Duration::from_secs(240);
+
+/// A user's home: state and sockets of its own, the cache shared by all tests of one build.
+pub struct Home {
+    directory: tempfile::TempDir,
+    cache: PathBuf,
+}
+
+/// How a command ended.
+pub struct Finished {
+    pub status: ExitStatus,
+    pub stdout: Vec<u8>,
+    pub stderr: String,
+    pub took: Duration,
+}
+
+impl Home {
+    /// With the cache that keeps downloads and images between tests.
+    pub fn new() -> Self {
+        Self::with_cache(&Path::new(env!("CARGO_TARGET_TMPDIR")).join("cache"))
+    }
+
+    /// With nothing in its cache.
+    pub fn fresh() -> Self {
+        let mut home = Self::new();
+        home.cache = home.path().join("cache");
+        std::fs::create_dir(&home.cache).unwrap();
+        home
+    }
+
+    /// With this cache.
+    pub fn with_cache(cache: &Path) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        for part in ["state", "run", "tmp"] {
+            std::fs::create_dir(directory.path().join(part)).unwrap();
+        }
+        std::fs::create_dir_all(cache).unwrap();
+        Self { directory, cache: cache.to_owned() }
+    }
+
+    pub fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    pub fn cache(&self) -> &Path {
+        &self.cache
+    }
+
+    /// Writes a file into the home.
+    pub fn file(&self, name: &str, content: &[u8]) -> PathBuf {
+        let path = self.path().join(name);
+        std::fs::write(&path, content).unwrap();
+        path
+    }
+
+    /// Makes `command` one of this home's.
+    pub fn adopt(&self, command: &mut Command) {
+        command.env("XDG_STATE_HOME", self.path().join("state"));
+        command.env("XDG_RUNTIME_DIR", self.path().join("run"));
+        command.env("XDG_CACHE_HOME", &self.cache);
+        command.env("TMPDIR", self.path().join("tmp"));
+        command.env_remove("RUST_BACKTRACE");
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    }
+
+    /// `yado` with arguments, not yet started.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_yado"));
+        command.args(arguments);
+        self.adopt(&mut command);
+        command
+    }
+
+    /// `yado` with arguments, to its end.
+    pub fn yado(&self, arguments: &[&str]) -> Finished {
+        finish(self.command(arguments).spawn().unwrap(), &[])
+    }
+
+    /// The same, given `input` on standard input.
+    pub fn yado_with_input(&self, arguments: &[&str], input: &[u8]) -> Finished {
+        finish(self.command(arguments).stdin(Stdio::piped()).spawn().unwrap(), input)
+    }
+
+    /// Runs a shell command in the current Debian guest; answers what it printed, without the last newline.
+    pub fn in_guest(&self, name: &str, script: &str) -> String {
+        let finished = self.yado(&["exec", name, "--", "sh", "-c", script]);
+        assert!(finished.status.success(), "{script:?} failed: {}", finished.all());
+        String::from_utf8(finished.stdout).unwrap().trim_end().to_owned()
+    }
+
+    /// Neither guests, sockets, half-written files nor processes of this home are left.
+    pub fn assert_nothing_left(&self) {
+        for place in ["state/yado/vms", "run/yado", "tmp"] {
+            let left = names_in(&self.path().join(place));
+            assert!(left.is_empty(), "left in {place}: {left:?}");
+        }
+        let left = names_in(&self.cache.join("yado/debian/partial"));
+        assert!(left.is_empty(), "left half written in the cache: {left:?}");
+        let until = Instant::now() + Duration::from_secs(5);
+        while !self.processes().is_empty() {
+            assert!(Instant::now() < until, "processes that still run: {:?}", self.processes());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Processes that were started for this home.
+    pub fn processes(&self) -> Vec<u32> {
+        let mark = format!("XDG_STATE_HOME={}", self.path().join("state").display()).into_bytes();
+        let ids = std::fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| {
+            let id = entry.file_name().to_str()?.parse().ok()?;
+            let variables = std::fs::read(entry.path().join("environ")).ok()?;
+            variables.split(|byte| *byte == 0).any(|variable| variable == mark).then_some(id)
+        });
+        ids.collect()
+    }
+}
+
+impl Drop for Home {
+    fn drop(&mut self) {
+        // A test that failed leaves no guest behind.
+        for id in self.processes() {
+            signal(id, "KILL");
+        }
+    }
+}
+
+impl Finished {
+    /// The exit code; 128 + n if signal n ended yado itself.
+    pub fn code(&self) -> i32 {
+        self.status.code().or(self.status.signal().map(|number| 128 + number)).unwrap()
+    }
+
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.stdout).into_owned()
+    }
+
+    /// For messages of failed tests.
+    pub fn all(&self) -> String {
+        let out = String::from_utf8_lossy(&self.stdout);
+        let tail: Vec<&str> = out.lines().rev().take(30).collect();
+        let tail: Vec<&str> = tail.into_iter().rev().collect();
+        format!(
+            "{} after {:?}\n--- stderr\n{}--- end of stdout\n{}",
+            self.status,
+            self.took,
+            self.stderr,
+            tail.join("\n")
+        )
+    }
+
+    /// It failed with this code and exactly one line on standard error, which says `what`.
+    pub fn assert_refused(&self, code: i32, what: &str) {
+        assert_eq!(self.code(), code, "{}", self.all());
+        let lines: Vec<&str> = self.stderr.lines().collect();
+        assert!(lines.len() == 1 && lines[0].starts_with("yado: "), "one sentence is wanted: {}", self.all());
+        assert!(lines[0].contains(what), "{what:?} is not in: {}", lines[0]);
+        assert!(lines[0].len() < 400 && !lines[0].contains("panicked"), "{}", lines[0]);
+    }
+
+    /// It ended well.
+    pub fn assert_success(&self) {
+        assert!(self.status.success(), "{}", self.all());
+    }
+}
+
+/// Feeds a process and waits for it.
+pub fn finish(mut child: Child, input: &[u8]) -> Finished {
+    let began = Instant::now();
+    let id = child.id();
+    let stdin = child.stdin.take();
+    let (out, err) = (child.stdout.take(), child.stderr.take());
+    std::thread::scope(|scope| {
+        let feeder = scope.spawn(move || {
+            // The other side may well leave before it has read all.
+            let _ = stdin.map(|mut stdin| stdin.write_all(input));
+        });
+        let out = scope.spawn(move || read_all(out));
+        let err = scope.spawn(move || read_all(err));
+        let status = loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                break status;
+            }
+            if began.elapsed() > LIMIT {
+                child.kill().unwrap();
+                break child.wait().unwrap();
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        let took = began.elapsed();
+        let (stdout, stderr) = (out.join().unwrap(), err.join().unwrap());
+        feeder.join().unwrap();
+        let finished =
+            Finished { status, stdout, stderr: String::from_utf8_lossy(&stderr).into_owned(), took };
+        assert!(took <= LIMIT, "process {id} did not end in time: {}", finished.all());
+        finished
+    })
+}
+
+fn read_all(stream: Option<impl Read>) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    if let Some(mut stream) = stream {
+        let _ = stream.read_to_end(&mut bytes);
+    }
+    bytes
+}
+
+fn names_in(directory: &Path) -> Vec<String> {
+    let Ok(entries) = std::fs::read_dir(directory) else { return Vec::new() };
+    entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+}
+
+/// Sends a signal by name.
+pub fn signal(process: u32, name: &str) {
+    let _ =
+        Command::new("kill").arg(format!("-{name}")).arg(process.to_string()).stderr(Stdio::null()).status();
+}
+
+/// Waits until `condition` holds.
+pub fn until(what: &str, limit: Duration, mut condition: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !condition() {
+        assert!(began.elapsed() < limit, "waited {limit:?} for {what}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Bytes that look random and are the same each time.
+pub fn noise(length: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut bytes = Vec::with_capacity(length + 8);
+    while bytes.len() < length {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend_from_slice(&state.to_le_bytes());
+    }
+    bytes.truncate(length);
+    bytes
+}
