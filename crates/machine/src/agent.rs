@@ -66,6 +66,8 @@ impl Agent {
             .map_or(0, |t| t.as_nanos() as u64);
         let shared =
             Shared { client: Client::new(nonce), commands: HashMap::new(), incompatible: None, gone: false };
+        // Linux lets nobody in the guest write to a virtio port before the host has opened its end.
+        port.connect(true);
         let inner = Arc::new(Inner { port, shared: Mutex::new(shared), changed: Condvar::new() });
         let weak = Arc::downgrade(&inner);
         thread::Builder::new().name("agent".into()).spawn(move || serve(&weak))?;
