@@ -1,0 +1,329 @@
+//! The command line: every command and option, in one place, so that completions and man pages come from it.
+
+use crate::size::Size;
+use clap::builder::ValueHint;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+use std::str::FromStr;
+
+/// yado runs virtual machines: a real Debian guest on any x86-64 Linux host
+#[derive(Debug, Parser)]
+#[command(name = "yado", version, propagate_version = true, max_term_width = 110)]
+#[command(after_help = "Exit codes: the guest command's own; 0 guest powered off, 2 bad usage, 3 guest panicked, \
+4 guest crashed, 125 yado failed, 126 command not executable, 127 command not found, 128+N killed by signal N.")]
+pub struct Arguments {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Boot a guest; with COMMAND, run it inside and leave with its exit code
+    Run(Box<Run>),
+    /// List guests
+    #[command(visible_alias = "ls")]
+    Ps(Ps),
+    /// Attach to a guest's serial console (Ctrl-] leaves)
+    Console(Named),
+    /// Run a command in a running guest
+    Exec(Exec),
+    /// Power a guest off
+    Stop(Stop),
+    /// Make a guest stand still
+    Pause(Named),
+    /// Let a paused guest go on
+    Resume(Named),
+    /// Show what a guest's console printed
+    Logs(Logs),
+    /// Show a guest's live state as JSON
+    Inspect(Named),
+    /// Remove stopped guests with their disks
+    Rm(Rm),
+    /// Tell what this host offers, what is missing, and what to do about it
+    Doctor(Doctor),
+    /// Print a completion script for a shell
+    Completion {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the man pages into a directory
+    #[command(hide = true)]
+    Man {
+        /// Where to
+        #[arg(value_hint = ValueHint::DirPath)]
+        directory: PathBuf,
+    },
+}
+
+/// What to boot and how.
+#[derive(Debug, Args)]
+pub struct Run {
+    /// `debian` (current stable), `debian:SUITE`, or a raw disk image
+    #[arg(value_name = "GUEST", required_unless_present = "kernel")]
+    pub guest: Option<String>,
+
+    /// Command to run in the guest, after `--`
+    #[arg(last = true, value_name = "COMMAND")]
+    pub argv: Vec<std::ffi::OsString>,
+
+    /// Boot this kernel directly: a bzImage, an ELF or a multiboot image
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Boot")]
+    pub kernel: Option<PathBuf>,
+
+    /// Initial RAM disk for --kernel (for multiboot: modules, FILE[ ARGS][,FILE...])
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, requires = "kernel", help_heading = "Boot")]
+    pub initrd: Option<String>,
+
+    /// Kernel command line; with a Debian guest it is added to the default one
+    #[arg(long, value_name = "STRING", help_heading = "Boot")]
+    pub cmdline: Option<String>,
+
+    /// Number of virtual CPUs
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub cpus: u32,
+
+    /// Guest RAM
+    #[arg(long, short = 'm', value_name = "SIZE", default_value = "512M")]
+    pub memory: Size,
+
+    /// CPU model: a versioned name such as x86-64-v3.1, or `host` (`yado doctor` lists them)
+    #[arg(long, value_name = "MODEL")]
+    pub cpu: Option<String>,
+
+    /// CPU engine; auto takes KVM if it really runs kernels here, else soft, and says why
+    #[arg(long, value_enum, default_value_t = Engine::Auto)]
+    pub engine: Engine,
+
+    /// Another disk: FILE[,readonly][,bus=nvme|virtio]
+    #[arg(long, value_name = "FILE[,OPTION...]", value_hint = ValueHint::FilePath)]
+    pub disk: Vec<Disk>,
+
+    /// Size of a new Debian guest's disk (sparse)
+    #[arg(long, value_name = "SIZE", default_value = "8G")]
+    pub disk_size: Size,
+
+    /// Keep the guest and its disk under this name; a second run goes on with it
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+
+    /// Run in the background and print the guest's name
+    #[arg(long, short = 'd')]
+    pub detach: bool,
+
+    /// Give the command a terminal (default: when stdin and stdout are terminals)
+    #[arg(long, short = 't', help_heading = "Command", conflicts_with = "no_tty")]
+    pub tty: bool,
+
+    /// Give the command no terminal
+    #[arg(long, help_heading = "Command")]
+    pub no_tty: bool,
+
+    /// Set an environment variable for the command
+    #[arg(long, short = 'e', value_name = "NAME=VALUE", help_heading = "Command")]
+    pub env: Vec<String>,
+
+    /// Working directory of the command
+    #[arg(long, short = 'w', value_name = "DIR", default_value = "", hide_default_value = true, help_heading = "Command")]
+    pub workdir: String,
+
+    /// User of the command: USER or USER:GROUP
+    #[arg(long, short = 'u', value_name = "USER", default_value = "", hide_default_value = true, help_heading = "Command")]
+    pub user: String,
+
+    /// Give up when the guest does not take commands after this many seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 300, help_heading = "Command")]
+    pub boot_timeout: u64,
+
+    /// Packages' source: the URL of a Debian archive (default: this host's APT sources)
+    #[arg(long, value_name = "URL", value_hint = ValueHint::Url, help_heading = "Debian")]
+    pub mirror: Vec<String>,
+
+    /// Install this package too (with what it depends on)
+    #[arg(long, value_name = "NAME", help_heading = "Debian")]
+    pub package: Vec<String>,
+
+    /// Flavour of the Debian kernel
+    #[arg(long, value_enum, default_value_t = Flavour::Cloud, help_heading = "Debian")]
+    pub flavour: Flavour,
+
+    /// Ask the archive for newer packages now, not once a day
+    #[arg(long, help_heading = "Debian")]
+    pub refresh: bool,
+
+    /// Add the test devices of bare test kernels: isa-debug-exit at port 0xf4, pc-testdev
+    #[arg(long, help_heading = "Boot")]
+    pub test_devices: bool,
+
+    /// Say nothing but errors
+    #[arg(long, short = 'q')]
+    pub quiet: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Engine {
+    Auto,
+    Kvm,
+    Soft,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Flavour {
+    Cloud,
+    Generic,
+    Rt,
+}
+
+/// On which bus a disk is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DiskBus {
+    Nvme,
+    Virtio,
+}
+
+/// `--disk`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Disk {
+    pub file: PathBuf,
+    pub read_only: bool,
+    pub bus: DiskBus,
+}
+
+impl FromStr for Disk {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut parts = text.split(',');
+        let file = parts.next().filter(|file| !file.is_empty()).ok_or("a disk begins with a file name")?;
+        let mut disk = Self { file: file.into(), read_only: false, bus: DiskBus::Virtio };
+        for option in parts {
+            match option.split_once('=').unwrap_or((option, "")) {
+                ("readonly", "" | "on") => disk.read_only = true,
+                ("readonly", "off") => disk.read_only = false,
+                ("bus", "nvme") => disk.bus = DiskBus::Nvme,
+                ("bus", "virtio") => disk.bus = DiskBus::Virtio,
+                ("bus", other) => return Err(format!("bus={other}: nvme or virtio")),
+                ("format", "raw") => {}
+                ("format", other) => return Err(format!("format={other}: only raw is here yet; convert the image to raw")),
+                (other, _) => return Err(format!("{other:?} is no disk option; there are readonly, bus=, format=raw")),
+            }
+        }
+        Ok(disk)
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct Ps {
+    /// Stopped guests too
+    #[arg(long, short = 'a')]
+    pub all: bool,
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Names only
+    #[arg(long, short = 'q', conflicts_with = "json")]
+    pub quiet: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Named {
+    /// Name of the guest (`yado ps`)
+    pub name: String,
+}
+
+#[derive(Debug, Args)]
+pub struct Exec {
+    /// Name of the guest (`yado ps`)
+    pub name: String,
+    /// Command and arguments, after `--`
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    pub argv: Vec<std::ffi::OsString>,
+    /// Give the command a terminal (default: when stdin and stdout are terminals)
+    #[arg(long, short = 't', conflicts_with = "no_tty")]
+    pub tty: bool,
+    /// Give the command no terminal
+    #[arg(long)]
+    pub no_tty: bool,
+    /// Set an environment variable
+    #[arg(long, short = 'e', value_name = "NAME=VALUE")]
+    pub env: Vec<String>,
+    /// Working directory
+    #[arg(long, short = 'w', value_name = "DIR", default_value = "", hide_default_value = true)]
+    pub workdir: String,
+    /// USER or USER:GROUP
+    #[arg(long, short = 'u', value_name = "USER", default_value = "", hide_default_value = true)]
+    pub user: String,
+    /// Wait this many seconds for the guest to take commands
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    pub timeout: u64,
+}
+
+#[derive(Debug, Args)]
+pub struct Stop {
+    /// Names of the guests
+    #[arg(required = true)]
+    pub names: Vec<String>,
+    /// At once, as if the power failed
+    #[arg(long, short = 'f')]
+    pub force: bool,
+    /// Seconds to wait for the guest before it is stopped by force
+    #[arg(long, short = 't', value_name = "SECONDS", default_value_t = 60)]
+    pub timeout: u64,
+}
+
+#[derive(Debug, Args)]
+pub struct Logs {
+    /// Name of the guest
+    pub name: String,
+    /// Go on as the guest prints
+    #[arg(long, short = 'f')]
+    pub follow: bool,
+    /// Only the last N lines
+    #[arg(long, short = 'n', value_name = "N")]
+    pub lines: Option<usize>,
+}
+
+#[derive(Debug, Args)]
+pub struct Rm {
+    /// Names of the guests
+    #[arg(required = true)]
+    pub names: Vec<String>,
+    /// Stop running guests first, at once
+    #[arg(long, short = 'f')]
+    pub force: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Doctor {
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn disks_are_read_and_nonsense_refused() {
+        let disk: Disk = "a.img,readonly,bus=nvme".parse().unwrap();
+        assert_eq!(disk, Disk { file: "a.img".into(), read_only: true, bus: DiskBus::Nvme });
+        assert!("".parse::<Disk>().is_err());
+        assert!("a,bus=ide".parse::<Disk>().is_err());
+        assert!("a,colour=red".parse::<Disk>().is_err());
+    }
+
+    #[test]
+    fn a_command_follows_two_dashes() {
+        let arguments = Arguments::parse_from(["yado", "run", "debian", "-m", "1G", "--", "ls", "-l"]);
+        let Command::Run(run) = arguments.command else { panic!() };
+        assert_eq!(run.argv, ["ls", "-l"]);
+        assert_eq!(run.memory.0, 1 << 30);
+        assert!(Arguments::try_parse_from(["yado", "run"]).is_err());
+    }
+}

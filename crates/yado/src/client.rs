@@ -1,0 +1,169 @@
+//! The command line's side of a guest's control socket.
+
+use crate::exit::{self, with_code};
+use crate::{registry, signals, terminal};
+use anyhow::{Context, bail};
+use machine::control::protocol::{Ended, ExecRequest, Kind, Reply, Request, read, write, write_json};
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread;
+
+/// Ctrl-], which leaves a console.
+const LEAVE: u8 = 0x1d;
+/// How many frames of standard input may be on their way.
+const INPUT_FRAMES_MAX: u32 = 8;
+const SIGPIPE: u8 = 13;
+
+/// Connects to the guest and asks; a refusal is an error.
+pub fn ask(name: &str, request: &Request) -> anyhow::Result<(UnixStream, serde_json::Value)> {
+    let path = registry::socket(name)?;
+    let mut stream = UnixStream::connect(&path).with_context(|| {
+        format!("the guest {name} does not answer at {}: it may be starting or stopping; try again", path.display())
+    })?;
+    write_json(&mut stream, Kind::Request, request).context("the guest's process is gone")?;
+    match read(&mut stream).context("the guest's process is gone")? {
+        Some((Kind::Reply, payload)) => match serde_json::from_slice(&payload)? {
+            Reply::Ok(value) => Ok((stream, value)),
+            Reply::Refused(why) => bail!("{why}"),
+        },
+        Some(_) => bail!("the guest's process does not speak this yado's language: was yado updated while it ran?"),
+        None => bail!("the guest's process went away"),
+    }
+}
+
+/// How a look at the console ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ConsoleEnd {
+    /// The user typed Ctrl-].
+    Left,
+    /// The machine is off.
+    Off,
+}
+
+/// Joins the terminal and the guest's console.
+pub fn console(name: &str) -> anyhow::Result<ConsoleEnd> {
+    let (stream, _) = ask(name, &Request::Console)?;
+    let mut output = stream.try_clone()?;
+    let raw = terminal::Raw::enter();
+    let is_raw = raw.is_some();
+    let mut input = stream;
+    thread::Builder::new().name("stdin".into()).spawn(move || {
+        let mut bytes = [0; 4096];
+        while let Ok(count @ 1..) = io::stdin().lock().read(&mut bytes) {
+            let typed = bytes.get(..count).unwrap_or_default();
+            let leave = typed.iter().position(|byte| *byte == LEAVE).filter(|_| is_raw);
+            let typed = typed.get(..leave.unwrap_or(count)).unwrap_or_default();
+            if write(&mut input, Kind::Input, typed).is_err() {
+                return;
+            }
+            if leave.is_some() {
+                let _ = input.shutdown(std::net::Shutdown::Both);
+                return;
+            }
+        }
+    })?;
+    loop {
+        match read(&mut output) {
+            Ok(Some((Kind::Output, bytes))) => {
+                let mut out = io::stdout().lock();
+                out.write_all(&bytes).and_then(|()| out.flush()).context("cannot write to standard output")?;
+            }
+            Ok(Some((Kind::Ended, _))) => {
+                drop(raw);
+                return Ok(ConsoleEnd::Off);
+            }
+            Ok(Some(_)) => {}
+            Ok(None) | Err(_) => {
+                drop(raw);
+                return Ok(ConsoleEnd::Left);
+            }
+        }
+    }
+}
+
+/// Runs a command in the guest with this process's standard streams; answers its exit code.
+pub fn exec(name: &str, request: ExecRequest) -> anyhow::Result<u8> {
+    let tty = request.terminal.is_some();
+    let program = String::from_utf8_lossy(request.argv.first().map_or(&[], Vec::as_slice)).into_owned();
+    let (stream, _) = ask(name, &Request::Exec(request))?;
+    let mut output = stream.try_clone()?;
+    let input = Arc::new(Mutex::new(stream));
+    let _forwarding = signals::forward(input.clone(), tty);
+    let raw = tty.then(terminal::Raw::enter).flatten();
+    let window = Arc::new((Mutex::new(0u32), Condvar::new()));
+    let (sender, taken) = (input.clone(), window.clone());
+    thread::Builder::new().name("stdin".into()).spawn(move || send_stdin(&sender, &taken))?;
+    let ended = receive(&mut output, &input, &window);
+    drop(raw);
+    match ended? {
+        Ended::Exited(code) => Ok(code),
+        Ended::Failed(code, why) => {
+            let doing = match code {
+                127 => "is not in the guest",
+                126 => "cannot be executed in the guest",
+                _ => "could not be started in the guest",
+            };
+            Err(with_code(code, format!("{program}: {doing} ({why})")))
+        }
+        Ended::Lost(why) => Err(with_code(exit::YADO_FAILED, format!("the command was lost: {why}"))),
+    }
+}
+
+fn send_stdin(stream: &Mutex<UnixStream>, window: &(Mutex<u32>, Condvar)) {
+    let mut bytes = vec![0; 64 * 1024];
+    loop {
+        let count = match io::stdin().lock().read(&mut bytes) {
+            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+            // Standard input that cannot be read is empty.
+            Err(_) => 0,
+            Ok(count) => count,
+        };
+        if count > 0 {
+            let mut outstanding = window.0.lock().unwrap_or_else(PoisonError::into_inner);
+            while *outstanding >= INPUT_FRAMES_MAX {
+                outstanding = window.1.wait(outstanding).unwrap_or_else(PoisonError::into_inner);
+            }
+            *outstanding += 1;
+        }
+        let mut stream = stream.lock().unwrap_or_else(PoisonError::into_inner);
+        let sent = write(&mut *stream, Kind::Input, bytes.get(..count).unwrap_or_default());
+        if count == 0 || sent.is_err() {
+            return;
+        }
+    }
+}
+
+fn receive(
+    output: &mut UnixStream,
+    input: &Mutex<UnixStream>,
+    window: &(Mutex<u32>, Condvar),
+) -> anyhow::Result<Ended> {
+    loop {
+        let (kind, payload) = match read(output) {
+            Ok(Some(frame)) => frame,
+            Ok(None) | Err(_) => return Ok(Ended::Lost("the guest's process is gone".into())),
+        };
+        let written = match kind {
+            Kind::Output => put(&mut io::stdout().lock(), &payload),
+            Kind::Error => put(&mut io::stderr().lock(), &payload),
+            Kind::Ended => return Ok(serde_json::from_slice(&payload)?),
+            Kind::Taken => {
+                let mut outstanding = window.0.lock().unwrap_or_else(PoisonError::into_inner);
+                *outstanding = outstanding.saturating_sub(1);
+                window.1.notify_one();
+                Ok(())
+            }
+            _ => Ok(()),
+        };
+        if written.is_err() {
+            // Nobody reads any more: the command hears it as it would from a pipe.
+            let _ = write(&mut *input.lock().unwrap_or_else(PoisonError::into_inner), Kind::Signal, &[SIGPIPE]);
+        }
+    }
+}
+
+fn put(to: &mut impl Write, bytes: &[u8]) -> io::Result<()> {
+    to.write_all(bytes)?;
+    to.flush()
+}

@@ -1,0 +1,181 @@
+//! `yado doctor`: what this host offers, what is missing, and what to do about it.
+
+use crate::arguments::Doctor;
+use crate::registry;
+use crate::size::Size;
+use cpu::cpuid::{MODELS, default_model};
+use engine_kvm::Verdict;
+use serde::Serialize;
+use std::fs;
+use std::path::Path;
+
+/// One line of the report.
+#[derive(Debug, Serialize)]
+struct Finding {
+    what: &'static str,
+    state: State,
+    /// What was found, and what it means for guests.
+    found: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cure: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum State {
+    Good,
+    /// Guests run, but something is lost.
+    Lacking,
+    /// Guests do not run.
+    Bad,
+}
+
+fn finding(what: &'static str, state: State, found: impl Into<String>, cure: Option<String>) -> Finding {
+    Finding { what, state, found: found.into(), cure }
+}
+
+/// Looks, and prints.
+pub fn doctor(options: &Doctor) -> anyhow::Result<()> {
+    let findings = [cpu(), kvm(), soft(), memory(), huge_pages(), cache(), sources(), io_uring()];
+    if options.json {
+        let models: Vec<_> = MODELS
+            .iter()
+            .map(|model| {
+                let missing: Vec<_> = model.missing().iter().map(|feature| feature.0).collect();
+                serde_json::json!({ "name": model.name, "about": model.about, "missing": missing })
+            })
+            .collect();
+        let report = serde_json::json!({ "findings": findings, "cpu_models": models, "default_cpu": default_model().name });
+        println!("{}", serde_json::to_string_pretty(&report)?);
+        return Ok(());
+    }
+    for Finding { what, state, found, cure } in &findings {
+        let mark = match state {
+            State::Good => "ok  ",
+            State::Lacking => "less",
+            State::Bad => "BAD ",
+        };
+        println!("{mark}  {what:12} {found}");
+        if let Some(cure) = cure {
+            println!("      {:12} -> {cure}", "");
+        }
+    }
+    println!("\nCPU models (--cpu):");
+    for model in MODELS {
+        let missing: Vec<_> = model.missing().iter().map(|feature| feature.0).collect();
+        let note = match missing.as_slice() {
+            [] if model.name == default_model().name => " (default here)".to_owned(),
+            [] => String::new(),
+            missing => format!(" (not here: no {})", missing.join(", ")),
+        };
+        println!("      {:12} {}{note}", model.name, model.about);
+    }
+    Ok(())
+}
+
+fn field(path: &str, key: &str) -> Option<String> {
+    let text = fs::read_to_string(path).ok()?;
+    let line = text.lines().find(|line| line.starts_with(key))?;
+    Some(line.split_once(':')?.1.trim().to_owned())
+}
+
+fn cpu() -> Finding {
+    let name = field("/proc/cpuinfo", "model name").unwrap_or_else(|| "unknown".into());
+    let count = std::thread::available_parallelism().map_or(1, usize::from);
+    finding("CPU", State::Good, format!("{name}, {count} usable"), None)
+}
+
+fn kvm() -> Finding {
+    match engine_kvm::probe() {
+        Verdict::Usable { loop_tenth_ns } => finding(
+            "KVM",
+            State::Lacking,
+            format!(
+                "/dev/kvm runs kernels ({}.{} ns per loop of our test guest); yado's engine for it is not here yet",
+                loop_tenth_ns / 10,
+                loop_tenth_ns % 10
+            ),
+            None,
+        ),
+        Verdict::Unusable { why, cure } => finding("KVM", State::Lacking, format!("/dev/kvm {why}: guests run on the software engine"), cure),
+    }
+}
+
+fn soft() -> Finding {
+    let model = default_model();
+    let bmi2 = cpu::cpuid::host(7, 0).ebx & 1 << 8 != 0;
+    if bmi2 {
+        finding("soft engine", State::Good, format!("guests see a CPU of model {}", model.name), None)
+    } else {
+        finding("soft engine", State::Lacking, format!("no BMI2: slower; guests see {}", model.name), None)
+    }
+}
+
+fn memory() -> Finding {
+    let available = field("/proc/meminfo", "MemAvailable")
+        .and_then(|value| value.split_whitespace().next().and_then(|kib| kib.parse::<u64>().ok()))
+        .map_or(0, |kib| kib << 10);
+    let (state, cure) = if available < 1 << 30 {
+        (State::Lacking, Some("use a smaller --memory, or free some".to_owned()))
+    } else {
+        (State::Good, None)
+    };
+    finding("memory", state, format!("{} available", Size(available)), cure)
+}
+
+fn huge_pages() -> Finding {
+    let text = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").unwrap_or_default();
+    if text.contains("[always]") || text.contains("[madvise]") {
+        finding("huge pages", State::Good, "transparent huge pages back guest RAM", None)
+    } else {
+        let cure = "echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled".to_owned();
+        finding("huge pages", State::Lacking, "none: guests touch new memory more slowly", Some(cure))
+    }
+}
+
+fn cache() -> Finding {
+    let looked = registry::cache_directory().and_then(|path| {
+        fs::create_dir_all(&path)?;
+        let stat = rustix::fs::statvfs(&path)?;
+        Ok((path, stat.f_bavail.saturating_mul(stat.f_frsize)))
+    });
+    match looked {
+        Ok((path, free)) if free < 2 << 30 => finding(
+            "cache",
+            State::Lacking,
+            format!("{} has {} free; a Debian image needs about 1 GiB", path.display(), Size(free)),
+            Some("free some space, or set XDG_CACHE_HOME to a larger file system".into()),
+        ),
+        Ok((path, free)) => finding("cache", State::Good, format!("{}, {} free", path.display(), Size(free)), None),
+        Err(error) => finding(
+            "cache",
+            State::Bad,
+            format!("no place for images: {error:#}"),
+            Some("set XDG_CACHE_HOME to a directory you may write".into()),
+        ),
+    }
+}
+
+fn sources() -> Finding {
+    let found = Path::new("/etc/apt/sources.list").exists()
+        || fs::read_dir("/etc/apt/sources.list.d").is_ok_and(|mut entries| entries.next().is_some());
+    if found {
+        finding("packages", State::Good, "this host's APT sources are used for Debian guests", None)
+    } else {
+        let cure = "give a Debian archive with `yado run debian --mirror URL`".to_owned();
+        finding("packages", State::Lacking, "this host has no APT sources", Some(cure))
+    }
+}
+
+fn io_uring() -> Finding {
+    match fs::read_to_string("/proc/sys/kernel/io_uring_disabled").unwrap_or_default().trim() {
+        "0" => finding("io_uring", State::Good, "allowed", None),
+        "" => finding("io_uring", State::Lacking, "not in this kernel: disks use ordinary reads and writes", None),
+        _ => finding(
+            "io_uring",
+            State::Lacking,
+            "forbidden on this host: disks use ordinary reads and writes",
+            Some("sudo sysctl kernel.io_uring_disabled=0".into()),
+        ),
+    }
+}

@@ -1,0 +1,276 @@
+//! Where guests are kept, and which of them run.
+//!
+//! Each guest has a directory `vms/NAME` under yado's state directory: `guest.json` (what it is), `disk.raw` (named
+//! Debian guests), `console.log`, `vmm.log`, and `lock`, on which the process that runs it holds an exclusive lock
+//! for as long as it lives. Its control socket is `NAME.sock` in the runtime directory. Nothing needs a daemon.
+
+use anyhow::{Context, bail, ensure};
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+use std::fs::{self, DirBuilder, File};
+use std::io::ErrorKind;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// The longest name, so that a socket's path fits.
+const NAME_MAX: usize = 48;
+
+/// What is remembered of a guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// Its name.
+    pub name: String,
+    /// What it was made from, for people: `debian:trixie`.
+    pub source: String,
+    /// Forgotten with its directory when it stops.
+    pub ephemeral: bool,
+    /// Seconds since 1970 of its last start.
+    pub started: u64,
+    /// Process that ran it last.
+    pub pid: u32,
+    /// Number of vCPUs.
+    pub cpus: u32,
+    /// Bytes of RAM.
+    pub memory: u64,
+    /// `soft` or `kvm`.
+    pub engine: String,
+    /// How a kept Debian guest boots again.
+    #[serde(default)]
+    pub boot: Option<Boot>,
+}
+
+/// A kept guest's way to boot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Boot {
+    /// Kernel image.
+    pub kernel: PathBuf,
+    /// Initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line.
+    pub cmdline: String,
+}
+
+/// A guest's place; the running process holds the lock in it.
+#[derive(Debug)]
+pub struct Place {
+    pub name: String,
+    pub directory: PathBuf,
+    lock: Option<File>,
+}
+
+fn directory_from(variable: &str, home: &str) -> anyhow::Result<PathBuf> {
+    if let Some(set) = std::env::var_os(variable).filter(|value| Path::new(value).is_absolute()) {
+        return Ok(PathBuf::from(set).join("yado"));
+    }
+    let user = std::env::var_os("HOME").filter(|home| !home.is_empty());
+    let user = user.with_context(|| format!("neither {variable} nor HOME is set: set one, so that guests have a place"))?;
+    Ok(PathBuf::from(user).join(home).join("yado"))
+}
+
+/// Where guests' records and disks are.
+pub fn state_directory() -> anyhow::Result<PathBuf> {
+    directory_from("XDG_STATE_HOME", ".local/state")
+}
+
+/// Where downloads and built images are.
+pub fn cache_directory() -> anyhow::Result<PathBuf> {
+    directory_from("XDG_CACHE_HOME", ".cache")
+}
+
+/// Where sockets are: private to the user.
+pub fn runtime_directory() -> anyhow::Result<PathBuf> {
+    let uid = rustix::process::getuid().as_raw();
+    let base = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|path| path.is_dir());
+    let path = match base {
+        Some(base) => base.join("yado"),
+        None => std::env::temp_dir().join(format!("yado-{uid}")),
+    };
+    make_private(&path)?;
+    let owner = fs::symlink_metadata(&path)?;
+    ensure!(
+        owner.is_dir() && owner.uid() == uid && owner.mode() & 0o077 == 0,
+        "{} is not a private directory of this user: remove it, or set XDG_RUNTIME_DIR",
+        path.display()
+    );
+    Ok(path)
+}
+
+fn make_private(path: &Path) -> anyhow::Result<()> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .with_context(|| format!("cannot make the directory {}", path.display()))
+}
+
+/// The control socket of a guest.
+pub fn socket(name: &str) -> anyhow::Result<PathBuf> {
+    Ok(runtime_directory()?.join(format!("{name}.sock")))
+}
+
+/// Refuses names that are no file names or do not read well in a table.
+pub fn check_name(name: &str) -> anyhow::Result<()> {
+    let sound = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    ensure!(
+        !name.is_empty() && name.len() <= NAME_MAX && name.chars().all(sound) && !name.starts_with(['.', '-']),
+        "{name:?} cannot be a guest's name: use up to {NAME_MAX} letters, digits, '-', '_' and '.'"
+    );
+    Ok(())
+}
+
+impl Place {
+    fn at(name: &str) -> anyhow::Result<Self> {
+        check_name(name)?;
+        Ok(Self { name: name.to_owned(), directory: state_directory()?.join("vms").join(name), lock: None })
+    }
+
+    /// Takes the place `name`, making it if need be; fails if the guest runs.
+    pub fn take(name: &str) -> anyhow::Result<Self> {
+        let mut place = Self::at(name)?;
+        make_private(&place.directory)?;
+        let path = place.directory.join("lock");
+        let file = File::options().create(true).append(true).open(&path).with_context(|| format!("cannot open {}", path.display()))?;
+        if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+            bail!("the guest {name} is running: attach with `yado console {name}`, or stop it with `yado stop {name}`");
+        }
+        place.lock = Some(file);
+        Ok(place)
+    }
+
+    /// Takes a place for a guest without a name.
+    pub fn take_new(stem: &str) -> anyhow::Result<Self> {
+        let seed = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_nanos() as u64);
+        for attempt in 0..1000u64 {
+            let number = (seed ^ u64::from(std::process::id()) << 20).wrapping_add(attempt.wrapping_mul(0x9e37_79b9)) & 0xffff;
+            let name = format!("{stem}-{number:04x}");
+            if !Self::at(&name)?.directory.exists() {
+                return Self::take(&name);
+            }
+        }
+        bail!("all names for new guests are taken: remove some with `yado rm`")
+    }
+
+    /// The record, if the guest was ever started.
+    pub fn record(&self) -> anyhow::Result<Option<Record>> {
+        let path = self.directory.join("guest.json");
+        match fs::read(&path) {
+            Ok(bytes) => Ok(Some(
+                serde_json::from_slice(&bytes).with_context(|| format!("{} is damaged: remove the guest", path.display()))?,
+            )),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),
+        }
+    }
+
+    /// Writes the record.
+    pub fn set_record(&self, record: &Record) -> anyhow::Result<()> {
+        let path = self.directory.join("guest.json");
+        let temporary = self.directory.join("guest.json.new");
+        fs::write(&temporary, serde_json::to_vec_pretty(record)?)
+            .and_then(|()| fs::rename(&temporary, &path))
+            .with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    /// Removes the guest with all it has.
+    pub fn remove(self) -> anyhow::Result<()> {
+        let _ = fs::remove_file(socket(&self.name)?);
+        fs::remove_dir_all(&self.directory).with_context(|| format!("cannot remove {}", self.directory.display()))
+    }
+}
+
+/// A guest as others see it.
+#[derive(Debug, Clone, Serialize)]
+pub struct Listed {
+    #[serde(flatten)]
+    pub record: Record,
+    /// Its process holds the lock.
+    pub running: bool,
+}
+
+/// All guests, by name. Places that dead processes left of guests without a name are cleaned up on the way.
+pub fn list() -> anyhow::Result<Vec<Listed>> {
+    let path = state_directory()?.join("vms");
+    let entries = match fs::read_dir(&path) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
+    };
+    let mut guests = Vec::new();
+    for entry in entries {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        let Ok(mut place) = Place::at(&name) else { continue };
+        // A record that cannot be read must not hide the others.
+        let Ok(Some(record)) = place.record() else { continue };
+        let running = is_running(&mut place);
+        if record.ephemeral && !running {
+            let _ = place.remove();
+        } else {
+            guests.push(Listed { record, running });
+        }
+    }
+    guests.sort_by(|a, b| a.record.name.cmp(&b.record.name));
+    Ok(guests)
+}
+
+/// Whether a process holds the place; if not, `place` holds it now.
+fn is_running(place: &mut Place) -> bool {
+    let Ok(file) = File::options().append(true).open(place.directory.join("lock")) else { return false };
+    let running = flock(&file, FlockOperation::NonBlockingLockExclusive).is_err();
+    if !running {
+        place.lock = Some(file);
+    }
+    running
+}
+
+/// The guest called `name`.
+pub fn find(name: &str) -> anyhow::Result<Listed> {
+    check_name(name)?;
+    let guests = list()?;
+    let Some(found) = guests.iter().find(|guest| guest.record.name == name) else {
+        let near = guests.iter().map(|guest| guest.record.name.as_str()).filter(|other| other.contains(name) || name.contains(other));
+        let near: Vec<&str> = near.collect();
+        match near.as_slice() {
+            [] => bail!("there is no guest called {name}; `yado ps --all` lists them"),
+            near => bail!("there is no guest called {name}; did you mean {}?", near.join(" or ")),
+        }
+    };
+    Ok(found.clone())
+}
+
+/// The running guest called `name`.
+pub fn find_running(name: &str) -> anyhow::Result<Listed> {
+    let guest = find(name)?;
+    ensure!(guest.running, "the guest {name} is not running: start it with `yado run --name {name}`");
+    Ok(guest)
+}
+
+/// Waits until `name` no longer runs; `false` if it still does after `timeout`.
+pub fn wait_stopped(name: &str, timeout: Duration) -> anyhow::Result<bool> {
+    let until = Instant::now() + timeout;
+    loop {
+        let mut place = Place::at(name)?;
+        if !place.directory.exists() || !is_running(&mut place) {
+            return Ok(true);
+        }
+        if Instant::now() >= until {
+            return Ok(false);
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn names_are_file_names() {
+        for good in ["a", "debian-1f", "My_guest.2"] {
+            check_name(good).unwrap();
+        }
+        for bad in ["", ".", "..", "-f", "a/b", "a b", "é", &"x".repeat(NAME_MAX + 1)] {
+            assert!(check_name(bad).is_err(), "{bad}");
+        }
+    }
+}

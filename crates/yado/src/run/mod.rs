@@ -1,0 +1,302 @@
+//! `yado run`: from a word to a running guest, and its end.
+
+mod background;
+mod source;
+
+use crate::arguments::{DiskBus, Run};
+use crate::exit::{self, with_code};
+use crate::progress::Phases;
+use crate::registry::{self, Place, Record};
+use crate::{client, engine, guests, signals, terminal};
+use anyhow::Context;
+use guest::Poweroff;
+use machine::agent::Agent;
+use machine::console::Console;
+use machine::control::Server;
+use machine::{DiskConfig, DiskInterface, Machine, MachineConfig, Outcome};
+use source::{Root, Source};
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// How long a guest may take to power off when its console is left or its command has ended.
+const POWER_OFF_TIMEOUT: Duration = Duration::from_secs(30);
+/// How often waiting looks for the user's Ctrl-C.
+const TURN: Duration = Duration::from_millis(50);
+/// Lines of the console that an error shows.
+const CONSOLE_LINES: usize = 20;
+
+/// Runs a guest; answers the exit code.
+pub fn run(options: Run) -> anyhow::Result<u8> {
+    source::check_memory(options.memory)?;
+    if options.detach && !background::is_background() {
+        println!("{}", background::start(&options)?);
+        return Ok(0);
+    }
+    signals::install()?;
+    let mut phases = Phases::new(options.quiet);
+    let place = match &options.name {
+        Some(name) => Place::take(name)?,
+        None => Place::take_new(source::stem(&options))?,
+    };
+    let ephemeral = options.name.is_none();
+    let had_record = place.record()?.is_some();
+    let result = run_at(&options, &place, &mut phases);
+    // A guest that never started leaves nothing behind.
+    if ephemeral || (result.is_err() && !had_record && !place.directory.join("guest.json").exists()) {
+        let _ = place.remove();
+    }
+    result
+}
+
+fn run_at(options: &Run, place: &Place, phases: &mut Phases) -> anyhow::Result<u8> {
+    let choice = engine::choose(options.engine)?;
+    let source = source::find(options, place, phases)?;
+    phases.say(&format!(
+        "machine: {}, {}, engine {} ({})",
+        count(options.cpus, "CPU"),
+        options.memory,
+        choice.name,
+        choice.why
+    ));
+    place.set_record(&Record {
+        name: place.name.clone(),
+        source: source.label.clone(),
+        ephemeral: options.name.is_none(),
+        started: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs()),
+        pid: std::process::id(),
+        cpus: options.cpus,
+        memory: options.memory.0,
+        engine: choice.name.to_owned(),
+        boot: source.keeps.then(|| stored_boot(&source, options)),
+    })?;
+    let guest = Guest::start(options, place, &source)?;
+    if background::is_background() {
+        background::ready(&place.name)?;
+    }
+    let code = guest.attend(options, phases);
+    guest.finish();
+    code
+}
+
+fn count(number: u32, what: &str) -> String {
+    if number == 1 { format!("1 {what}") } else { format!("{number} {what}s") }
+}
+
+/// The way to boot as it was before this run's own `--cmdline`.
+fn stored_boot(source: &Source, options: &Run) -> registry::Boot {
+    let mut boot = source.boot.clone();
+    if let Some(more) = &options.cmdline
+        && let Some(stem) = boot.cmdline.strip_suffix(more.as_str())
+    {
+        boot.cmdline = stem.trim_end().to_owned();
+    }
+    boot
+}
+
+/// A running guest in this process.
+struct Guest {
+    machine: Arc<Machine>,
+    console: Console,
+    agent: Option<Agent>,
+    name: String,
+    keeps: bool,
+    server: Option<Server>,
+}
+
+impl Guest {
+    fn start(options: &Run, place: &Place, source: &Source) -> anyhow::Result<Self> {
+        let machine = Arc::new(Machine::new(configuration(options, place, source))?);
+        let path = place.directory.join("console.log");
+        let log = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
+        let console = Console::new(machine.serial(), Some(log))?;
+        let agent = match machine.port(guest::PORT_NAME) {
+            Some(port) => Some(Agent::new(port)?),
+            None => None,
+        };
+        let socket = registry::socket(&place.name)?;
+        let server = Server::new(&socket, machine.clone(), console.clone(), agent.clone())
+            .with_context(|| format!("cannot listen at {}", socket.display()))?;
+        machine.start()?;
+        Ok(Self { machine, console, agent, name: place.name.clone(), keeps: source.keeps, server: Some(server) })
+    }
+
+    /// Stays with the guest until it, or what the user wants of it, has ended.
+    fn attend(&self, options: &Run, phases: &mut Phases) -> anyhow::Result<u8> {
+        if !options.argv.is_empty() {
+            return self.command(options, phases);
+        }
+        if background::is_background() {
+            return self.outcome_code(self.wait());
+        }
+        if terminal::is_interactive() {
+            phases.say(&format!("console of {}; Ctrl-] leaves and powers off", self.name));
+        }
+        phases.finish();
+        if client::console(&self.name)? == client::ConsoleEnd::Left && self.machine.outcome().is_none() {
+            eprintln!("\nyado: powering off");
+            self.power_off();
+            return Ok(0);
+        }
+        self.outcome_code(self.wait())
+    }
+
+    /// Waits for the end, or for Ctrl-C.
+    fn wait(&self) -> Outcome {
+        loop {
+            if let Some(outcome) = self.machine.wait_timeout(TURN * 10) {
+                return outcome;
+            }
+            if signals::cancelled() {
+                self.power_off();
+                return Outcome::Stopped;
+            }
+        }
+    }
+
+    fn command(&self, options: &Run, phases: &mut Phases) -> anyhow::Result<u8> {
+        phases.begin("booting", None);
+        self.wait_for_agent(Duration::from_secs(options.boot_timeout))?;
+        phases.finish();
+        let wait = Duration::from_secs(5);
+        let tty = (options.tty, options.no_tty);
+        let request =
+            guests::exec_request(options.argv.clone(), &options.env, &options.workdir, &options.user, tty, wait)?;
+        let result = client::exec(&self.name, request);
+        match (&result, self.machine.wait_timeout(Duration::ZERO)) {
+            // The guest went down under the command: how, says more than that the command was lost.
+            (Err(error), Some(outcome)) if exit::code_of(error) == exit::YADO_FAILED => {
+                match self.outcome_code(outcome)? {
+                    0 => Err(with_code(exit::YADO_FAILED, "the guest powered off before the command had ended")),
+                    code => Ok(code),
+                }
+            }
+            (_, Some(_)) => result,
+            (_, None) => {
+                self.end_after_command();
+                result
+            }
+        }
+    }
+
+    fn wait_for_agent(&self, timeout: Duration) -> anyhow::Result<()> {
+        let agent = self.agent.as_ref().context("this guest has no agent: leave out the command and use the console")?;
+        let begin = Instant::now();
+        while !agent.wait_ready(TURN) {
+            if signals::cancelled() {
+                return Err(with_code(signals::cancelled_code(), "cancelled while the guest booted"));
+            }
+            if let Some(outcome) = self.machine.outcome() {
+                let code = self.outcome_code(outcome)?;
+                return Err(with_code(code.max(1), "the guest powered off before it could run the command"));
+            }
+            if let Some(version) = agent.incompatible() {
+                anyhow::bail!("the agent in the guest speaks version {version} of its protocol, this yado another one");
+            }
+            if begin.elapsed() > timeout {
+                self.show_console();
+                anyhow::bail!(
+                    "the guest did not take commands within {} s: the last lines of its console are above; \
+                     a longer --boot-timeout may help",
+                    timeout.as_secs()
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// The command has ended and with it the guest's purpose.
+    fn end_after_command(&self) {
+        if self.keeps {
+            self.power_off();
+        } else {
+            // Nothing of it is kept, so nothing has to be put in order.
+            self.machine.stop();
+        }
+    }
+
+    /// Asks the guest to power off, and insists in the end.
+    fn power_off(&self) {
+        let asked = self.agent.as_ref().is_some_and(|agent| agent.poweroff(Poweroff::Orderly).is_ok());
+        if !asked {
+            self.machine.power_button();
+        }
+        let until = Instant::now() + POWER_OFF_TIMEOUT;
+        signals::CANCELLED.store(false, std::sync::atomic::Ordering::Release);
+        while self.machine.wait_timeout(TURN).is_none() {
+            if Instant::now() > until || signals::cancelled() {
+                eprintln!("yado: the guest does not power off; stopping it by force");
+                self.machine.stop();
+                return;
+            }
+        }
+    }
+
+    fn show_console(&self) {
+        for line in self.console.last_lines(CONSOLE_LINES) {
+            eprintln!("  | {line}");
+        }
+    }
+
+    /// What an end means for yado's own exit.
+    fn outcome_code(&self, outcome: Outcome) -> anyhow::Result<u8> {
+        match outcome {
+            Outcome::PoweredOff | Outcome::Reset | Outcome::Stopped => Ok(0),
+            Outcome::DebugExit(code) => Ok(code),
+            Outcome::GuestPanic => {
+                self.show_console();
+                Err(with_code(exit::GUEST_PANICKED, "the guest panicked: the last lines of its console are above"))
+            }
+            Outcome::Crashed(crash) => {
+                self.show_console();
+                let whose = if crash.guest { "the guest crashed" } else { "the CPU engine cannot go on" };
+                Err(with_code(exit::GUEST_CRASHED, format!("{whose}: {crash}")))
+            }
+        }
+    }
+
+    fn finish(mut self) {
+        self.machine.stop();
+        self.machine.wait();
+        self.server.take();
+    }
+}
+
+fn configuration(options: &Run, place: &Place, source: &Source) -> MachineConfig {
+    let mut config = MachineConfig::new(&source.boot.kernel);
+    config.cpus = options.cpus;
+    config.memory = options.memory.0;
+    config.cpu_model.clone_from(&options.cpu);
+    config.initrd.clone_from(&source.boot.initrd);
+    config.command_line.clone_from(&source.boot.cmdline);
+    config.test_devices = options.test_devices;
+    let root = |path: &Path, overlay| DiskConfig {
+        path: path.to_owned(),
+        read_only: false,
+        interface: DiskInterface::Nvme,
+        overlay,
+    };
+    match &source.root {
+        Root::None => {}
+        Root::Disposable(path) => config.disks.push(root(path, Some(place.directory.clone()))),
+        Root::Own(path) => config.disks.push(root(path, None)),
+    }
+    for disk in &options.disk {
+        let interface = match disk.bus {
+            DiskBus::Nvme => DiskInterface::Nvme,
+            DiskBus::Virtio => DiskInterface::Virtio,
+        };
+        config.disks.push(DiskConfig {
+            path: disk.file.clone(),
+            read_only: disk.read_only,
+            interface,
+            overlay: None,
+        });
+    }
+    if source.agent {
+        config.ports = vec![guest::PORT_NAME.to_owned()];
+    }
+    config
+}
+

@@ -1,0 +1,211 @@
+//! What a guest boots from: a Debian image built or found in the cache, a kept guest's own disk, or given files.
+
+use crate::arguments::{Flavour, Run};
+use crate::exit::with_code;
+use crate::progress::Phases;
+use crate::registry::{self, Boot, Place};
+use crate::signals;
+use crate::size::Size;
+use anyhow::Context;
+use debian::{Content, GuestFile, KernelFlavour, Phase};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// The root disk of a guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Root {
+    /// No disk.
+    None,
+    /// An image that must not change: writes go to a private file that vanishes with the guest.
+    Disposable(PathBuf),
+    /// The guest's own disk.
+    Own(PathBuf),
+}
+
+/// Everything the machine needs to boot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Source {
+    /// For people: `debian:trixie`.
+    pub label: String,
+    pub boot: Boot,
+    pub root: Root,
+    /// The guest has yado's agent.
+    pub agent: bool,
+    /// A Debian guest that `yado run --name` can go on with.
+    pub keeps: bool,
+}
+
+/// The first part of the names of guests without a name.
+pub fn stem(options: &Run) -> &'static str {
+    match options.guest.as_deref() {
+        Some(guest) if guest == "debian" || guest.starts_with("debian:") => "debian",
+        Some(_) => "disk",
+        None => "kernel",
+    }
+}
+
+/// Finds or builds what `options` names.
+pub fn find(options: &Run, place: &Place, phases: &mut Phases) -> anyhow::Result<Source> {
+    let disk = place.directory.join("disk.raw");
+    if options.name.is_some()
+        && let Some(record) = place.record()?
+        && let Some(boot) = record.boot
+        && disk.exists()
+    {
+        phases.say(&format!("{} goes on with its disk ({})", place.name, record.source));
+        let boot = Boot { cmdline: command_line(&boot.cmdline, options), ..boot };
+        return Ok(Source { label: record.source, boot, root: Root::Own(disk), agent: true, keeps: true });
+    }
+    let Some(guest) = options.guest.as_deref() else { return direct(options, Root::None) };
+    match guest.split_once(':').unwrap_or((guest, "")) {
+        ("debian", suite) => build_debian(suite, options, place, phases),
+        _ => {
+            let path = PathBuf::from(guest);
+            let found = std::fs::metadata(&path);
+            found.with_context(|| format!("{guest} is neither `debian`, `debian:SUITE` nor a disk image that can be read"))?;
+            anyhow::ensure!(
+                options.kernel.is_some(),
+                with_code(
+                    2,
+                    format!("{guest}: to boot from a disk's own boot loader needs firmware, which yado has not yet: give --kernel")
+                )
+            );
+            direct(options, Root::Own(path))
+        }
+    }
+}
+
+fn direct(options: &Run, root: Root) -> anyhow::Result<Source> {
+    let kernel = options.kernel.clone().context("no kernel: give --kernel FILE")?;
+    let label = kernel.file_name().map_or_else(|| "kernel".into(), |name| name.to_string_lossy().into_owned());
+    let boot = Boot {
+        kernel,
+        initrd: options.initrd.clone().map(PathBuf::from),
+        cmdline: options.cmdline.clone().unwrap_or_default(),
+    };
+    // An initramfs may have brought the agent; commands are tried where the user asks for one.
+    Ok(Source { label, boot, root, agent: !options.argv.is_empty(), keeps: false })
+}
+
+fn command_line(default: &str, options: &Run) -> String {
+    match &options.cmdline {
+        Some(more) => format!("{default} {more}"),
+        None => default.to_owned(),
+    }
+}
+
+fn build_debian(suite: &str, options: &Run, place: &Place, phases: &mut Phases) -> anyhow::Result<Source> {
+    let mut request = debian::Request::new(registry::cache_directory()?.join("debian"));
+    request.suite = (!suite.is_empty()).then(|| suite.to_owned());
+    request.mirrors.clone_from(&options.mirror);
+    request.disk_size = options.disk_size.0;
+    request.extra_packages.clone_from(&options.package);
+    request.kernel_flavour = match options.flavour {
+        Flavour::Cloud => KernelFlavour::Cloud,
+        Flavour::Generic => KernelFlavour::Generic,
+        Flavour::Rt => KernelFlavour::RealTime,
+    };
+    if options.refresh {
+        request.index_age_max = Duration::ZERO;
+    }
+    request.files = agent_files();
+    let image = match debian::build(&request, &mut Shown(phases), &signals::CANCELLED) {
+        Ok(image) => image,
+        Err(error) if error.is_stopped() => return Err(with_code(signals::cancelled_code(), "cancelled; nothing was changed")),
+        Err(error) => return Err(error.into()),
+    };
+    phases.say(&format!(
+        "image: Debian {} ({}), {} packages, {}{}",
+        image.version,
+        image.codename,
+        image.packages,
+        if image.cached { "cached" } else { "built" },
+        if image.offline { "; the mirror cannot be reached, so it may be out of date" } else { "" }
+    ));
+    let keeps = options.name.is_some();
+    let root = if keeps {
+        let disk = place.directory.join("disk.raw");
+        copy(&image.disk, &disk, phases)?;
+        Root::Own(disk)
+    } else {
+        Root::Disposable(image.disk)
+    };
+    let kernel = options.kernel.clone().unwrap_or(image.kernel);
+    let boot = Boot {
+        kernel,
+        initrd: options.initrd.clone().map(PathBuf::from).or(image.initrd),
+        cmdline: command_line(&image.cmdline, options),
+    };
+    Ok(Source { label: format!("debian:{}", image.codename), boot, root, agent: true, keeps })
+}
+
+/// The guest's own disk: a copy that shares blocks with the cache where the file system can.
+fn copy(from: &std::path::Path, to: &std::path::Path, phases: &mut Phases) -> anyhow::Result<()> {
+    let partial = to.with_extension("partial");
+    phases.begin("copying the disk", Some(std::fs::metadata(from)?.len()));
+    let copied = image::clone_file(from, &partial, &mut |bytes| {
+        phases.advance(bytes);
+        !signals::cancelled()
+    });
+    phases.finish();
+    let kept = copied.map_err(anyhow::Error::from).and_then(|()| Ok(std::fs::rename(&partial, to)?));
+    kept.inspect_err(|_| {
+        let _ = std::fs::remove_file(&partial);
+    })
+    .with_context(|| format!("cannot make the guest's disk {}", to.display()))
+}
+
+/// What yado adds to a guest: its agent, and the unit that starts it.
+fn agent_files() -> Vec<GuestFile> {
+    let file = |path: &str, content| GuestFile { path: path.to_owned(), content };
+    vec![
+        file(guest::AGENT_PATH, Content::File(0o755, guest::AGENT.into())),
+        file(guest::UNIT_PATH, Content::File(0o644, guest::UNIT.as_bytes().into())),
+        file(guest::UNIT_WANT_PATH, Content::Link(guest::UNIT_PATH.to_owned())),
+    ]
+}
+
+/// Shows a build's phases.
+struct Shown<'a>(&'a mut Phases);
+
+impl debian::Progress for Shown<'_> {
+    fn started(&mut self, phase: Phase, total: u64) {
+        let name = match phase {
+            Phase::Waiting => "waiting for another yado that builds an image",
+            Phase::Indexing => "looking for packages",
+            Phase::Downloading => "downloading packages",
+            Phase::Unpacking => "unpacking packages",
+            Phase::Finishing => "finishing the disk",
+        };
+        self.0.begin(name, (total > 0).then_some(total));
+    }
+
+    fn advanced(&mut self, bytes: u64) {
+        self.0.advance(bytes);
+    }
+
+    fn finished(&mut self) {
+        self.0.finish();
+    }
+}
+
+/// Refuses memory that the host cannot give, before anything is built.
+pub fn check_memory(wanted: Size) -> anyhow::Result<()> {
+    const LEAST: u64 = 2 << 20;
+    anyhow::ensure!(
+        wanted.0 >= LEAST,
+        with_code(2, format!("--memory {wanted}: a guest needs at least {}; the default is 512M", Size(LEAST)))
+    );
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let total = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:")?.split_whitespace().next()?.parse::<u64>().ok())
+        .map(|kib| kib << 10);
+    match total {
+        Some(total) if wanted.0 > total => Err(with_code(
+            2,
+            format!("--memory {wanted}: this host has only {} of RAM; choose less", Size(total)),
+        )),
+        _ => Ok(()),
+    }
+}
