@@ -283,6 +283,7 @@ pub(crate) fn mov_dr(core: &mut Core, d: &Decoded) -> Result<(), Trap> {
     let (to, from) = (i.op0_register(), i.op1_register());
     let (register, load) = if from.is_dr() { (from, false) } else { (to, true) };
     let mut number = (register as u32).wrapping_sub(Register::DR0 as u32);
+    require_cpl0(core)?;
     if number == 4 || number == 5 {
         if core.state.cr4_has(cr4::DE) {
             return Err(Exception::UD.into());
@@ -292,7 +293,6 @@ pub(crate) fn mov_dr(core: &mut Core, d: &Decoded) -> Result<(), Trap> {
     if number > 7 {
         return Err(Exception::UD.into());
     }
-    require_cpl0(core)?;
     if core.state.dr7 & DR7_GD != 0 {
         return Err(Exception::debug(DR6_BD).into());
     }

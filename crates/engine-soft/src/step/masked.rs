@@ -73,9 +73,14 @@ pub(crate) fn execute(core: &mut Core, d: &Decoded) -> Result<(), Trap> {
             store_bytes(core, i, &data, &chosen)
         }
         Mnemonic::Maskmovq => {
-            let data = native::mmx(core, number(i.op1_register()) & 7).to_le_bytes();
-            let chosen = native::mmx(core, number(i.op2_register()) & 7).to_le_bytes();
-            store_bytes(core, i, &data, &chosen)
+            native::pending_x87()?;
+            let top = native::mmx_top(core);
+            let data = native::mmx(core, (number(i.op1_register()) + 8 - top) & 7).to_le_bytes();
+            let chosen = native::mmx(core, (number(i.op2_register()) + 8 - top) & 7).to_le_bytes();
+            let done = store_bytes(core, i, &data, &chosen);
+            // Faults that the store meets come after that.
+            native::mmx_used();
+            done
         }
         Mnemonic::Vmaskmovpd | Mnemonic::Vpmaskmovq => masked_move(core, i, 8),
         _ => masked_move(core, i, 4),

@@ -122,7 +122,16 @@ impl Core {
         if state.cr0 & cr0::AM == 0 || state.rflags & rflags::AC == 0 || state.cpl() != 3 {
             return Ok(());
         }
-        if len.is_power_of_two() && len <= 8 && linear & (len as u64 - 1) != 0 {
+        // AMD APM 2, table 8-7; x87 environments by their word size, vectors by 16 bytes.
+        let unit: u64 = match len {
+            1 => 1,
+            2 | 14 | 94 => 2,
+            4 | 28 | 108 => 4,
+            8 | 10 => 8,
+            16 | 32 => 16,
+            _ => 1,
+        };
+        if linear & (unit - 1) != 0 {
             return Err(Exception::AC.into());
         }
         Ok(())

@@ -151,8 +151,8 @@ impl Run {
         match self.operation {
             Operation::Movs => {
                 let from = self.source(core)?;
-                let to = self.destination(core, true)?;
                 let value = core.read_uint(from, size, privilege)?;
+                let to = self.destination(core, true)?;
                 core.write_uint(to, value, size, privilege)?;
             }
             Operation::Stos => {
@@ -171,8 +171,8 @@ impl Run {
             }
             Operation::Cmps => {
                 let from = self.source(core)?;
-                let to = self.destination(core, false)?;
                 let left = core.read_uint(from, size, privilege)?;
+                let to = self.destination(core, false)?;
                 let right = core.read_uint(to, size, privilege)?;
                 compare(core, left, right, size);
             }
@@ -223,12 +223,14 @@ impl Run {
         let size = self.size;
         let user = core.state.cpl() == 3;
         let rdi = core.state.gpr[reg::RDI] & mask(self.width);
-        let to = core.linear(seg::ES, rdi, size, true)?;
+        // Faults come from the element loop, in its order.
+        let Ok(to) = core.linear(seg::ES, rdi, size, true) else { return Ok(0) };
         let mut count = (room_in_page(to) / size).min(left.try_into().unwrap_or(usize::MAX));
         let mut from = 0;
         if movs {
             let rsi = core.state.gpr[reg::RSI] & mask(self.width);
-            from = core.linear(self.source, rsi, size, false)?;
+            let Ok(source) = core.linear(self.source, rsi, size, false) else { return Ok(0) };
+            from = source;
             count = count.min(room_in_page(from) / size);
         }
         // Segment limits and address wrap-around inside the run: leave those to the element loop.
@@ -248,9 +250,10 @@ impl Run {
         if core.check_alignment(to, size).is_err() || core.check_alignment(from, size).is_err() {
             return Ok(0);
         }
+        let source = if movs { plain(core, from, len, false, user)? } else { None };
         let Some(target) = plain(core, to, len, true, user)? else { return Ok(0) };
         if movs {
-            let Some(source) = plain(core, from, len, false, user)? else { return Ok(0) };
+            let Some(source) = source else { return Ok(0) };
             host::copy_up(source, target, len, size);
             self.advance(core, reg::RSI, count as u64);
         } else {

@@ -67,12 +67,19 @@ pub(super) struct Plan {
     pub ranges: [Range; 3],
 }
 
-/// Decodes the block at `start` of the page.
-pub(super) fn plan(into: &mut Plan, page: &[u8; PAGE], start: u16, mode: Mode, templates: &mut Templates) {
+/// Decodes the block at an offset of the page, with the decoder's options for the vendor's CPUs: an operand-size prefix
+/// of a near branch means something to AMD's only.
+pub(super) fn plan(
+    into: &mut Plan,
+    page: &[u8; PAGE],
+    (start, options): (u16, u32),
+    mode: Mode,
+    templates: &mut Templates,
+) {
     into.items.clear();
     (into.controlled, into.step) = (false, false);
     let bytes = page.get(usize::from(start)..).unwrap_or_default();
-    let mut decoder = Decoder::with_ip(64, bytes, u64::from(start), DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(64, bytes, u64::from(start), options);
     while into.items.len() < INSTRUCTIONS_MAX && decoder.can_decode() {
         let mut instruction = Instruction::default();
         decoder.decode_out(&mut instruction);

@@ -1,7 +1,7 @@
 //! Templates of the instructions that are not copied: stack, control flow, addresses.
 
 use super::emit::{Mem, cc, r};
-use super::generate::{Check, Generator, Site, host};
+use super::generate::{Check, Generator, Origin, Site, host};
 use super::template::{Kind, Template};
 use super::thunk::{linked, spill};
 use iced_x86::{Code, Instruction, InstructionInfoFactory, OpKind, Register};
@@ -67,7 +67,7 @@ impl Generator {
                 self.out.load(r::ADDR, Mem::base(r::ADDR));
                 let extra = if instruction.op_count() > 0 { i32::from(instruction.immediate16()) } else { 0 };
                 self.move_stack(8 + extra);
-                self.jump_found();
+                self.jump_found(Origin::new(site.offset, -8 - i64::from(extra)));
             }
             Kind::Jump => self.jump_direct(instruction, site),
             Kind::JumpIf => self.jump_conditional(instruction, site),
@@ -78,14 +78,14 @@ impl Generator {
             }
             Kind::JumpIndirect => {
                 self.load_operand(instruction, site)?;
-                self.jump_found();
+                self.jump_found(Origin::new(site.offset, 0));
             }
             Kind::CallIndirect => {
                 self.load_operand(instruction, site)?;
                 self.out.store(kept(), r::ADDR);
                 self.push_return(site);
                 self.out.load(r::ADDR, kept());
-                self.jump_found();
+                self.jump_found(Origin::new(site.offset, 8));
             }
         }
         Some(())

@@ -123,6 +123,28 @@ pub(super) fn host(guest: u8) -> Option<u8> {
     }
 }
 
+/// The indirect jump that leads to a lookup, to be undone if its target is no address: the page offset in bits 0 to 11,
+/// then what must be added to RSP. All ones: not known, and not undone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Origin(pub u64);
+
+impl Default for Origin {
+    fn default() -> Self {
+        Self(u64::MAX)
+    }
+}
+
+impl Origin {
+    pub(super) fn new(offset: u16, undo: i64) -> Self {
+        Self((undo << 12) as u64 | u64::from(offset & 0xfff))
+    }
+
+    /// Page offset, and what to add to RSP.
+    pub(super) fn undo(self) -> Option<(u64, u64)> {
+        (self != Self::default()).then_some((self.0 & 0xfff, (self.0 as i64 >> 12) as u64))
+    }
+}
+
 impl Generator {
     pub(super) fn new(thunks: Thunks, bmi2: bool, drop_lock: bool) -> Self {
         let (out, links, cold) = (Emitter::default(), Vec::new(), Vec::new());
@@ -385,11 +407,11 @@ impl Generator {
                 self.out.lea(r::ADDR, Mem::base(r::ADDR).with_index(r::T1, 0));
             }
         }
-        self.jump_found();
+        self.jump_found(Origin::default());
     }
 
     /// Jumps to the linear address in ADDR through the jump cache, keeping the flags. A waiting kick is a miss.
-    pub(super) fn jump_found(&mut self) {
+    pub(super) fn jump_found(&mut self, origin: Origin) {
         let salt = Mem::state(LINKAGE + offset_of!(Linkage, salt) + self.class * 8);
         let jumps = LINKAGE + offset_of!(Linkage, jumps);
         self.out.load(r::T1, salt);
@@ -414,6 +436,7 @@ impl Generator {
         out.lea(r::CX, Mem::base(r::CX).with_index(r::T2, 3));
         let found = out.short(0xe3);
         out.load(r::CX, linked!(slots));
+        out.imm64(r::T1, origin.0);
         out.jump_to(self.thunks.exit(reason::LOOKUP));
         out.bind_short(found);
         out.load(r::CX, linked!(slots));

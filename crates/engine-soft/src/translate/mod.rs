@@ -28,11 +28,13 @@ use crate::state::{CpuState, Shadow};
 use block::{Mode, Plan};
 use cache::CodeCache;
 use cpu::{Error, cr0, cr4, rflags};
-use generate::{Descriptor, Generator};
+use generate::{Descriptor, Generator, Origin};
 use iced_x86::InstructionInfoFactory;
 use std::sync::atomic::{AtomicU64, Ordering};
 use store::{Link, Store, Write};
 use template::Templates;
+
+pub(crate) use template::must_align;
 use thunk::{Thunks, reason};
 
 /// Why [`Translator::run`] came back.
@@ -317,6 +319,14 @@ impl Translator {
                     reason::LOOKUP => {
                         self.statistics.exits_lookup += 1;
                         core.state.rip = link.payload[1].wrapping_sub(link.salt[class]);
+                        if !Mmu::canonical(core.state.rip)
+                            && let Some((offset, stack)) = Origin(link.payload[0]).undo()
+                        {
+                            // The jump itself faults, and has done nothing.
+                            core.state.rip = link.page_base.wrapping_add(offset);
+                            core.state.gpr[4] = core.state.gpr[4].wrapping_add(stack);
+                            break Some(Outcome::Step);
+                        }
                         break None;
                     }
                     why => {
@@ -458,7 +468,8 @@ impl Translator {
         // Before the bytes are read: no write may pass unseen from here on.
         core.mmu.protect_code(&mut core.state, page);
         core.mmu.memory.read(page, self.bytes.as_mut_slice()).ok()?;
-        block::plan(&mut self.plan, &self.bytes, start, mode, &mut self.templates);
+        let options = Core::decoder_options(core.amd);
+        block::plan(&mut self.plan, &self.bytes, (start, options), mode, &mut self.templates);
         let first_link = self.store.links.len() as u32;
         self.generator.start(self.cache.next(), first_link, usize::from(mode.user));
         let mut block = Store::new_block(page, start, mode.bits(), self.plan.ranges);

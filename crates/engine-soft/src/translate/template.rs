@@ -447,6 +447,11 @@ fn vector_step(mnemonic: Mnemonic) -> bool {
     )
 }
 
+/// As [`domain_aligned`], for any instruction.
+pub(crate) fn must_align(code: Code) -> bool {
+    domain(code, true).is_some_and(|domain| domain_aligned(code, domain))
+}
+
 /// Whether a memory operand that is not aligned to its size faults: SSE's 16-byte ones but for the explicitly
 /// unaligned, VEX's only where the name says so, CMPXCHG16B.
 fn domain_aligned(code: Code, domain: Domain) -> bool {
@@ -461,6 +466,8 @@ fn domain_aligned(code: Code, domain: Domain) -> bool {
                         | M::Movdqu
                         | M::Lddqu
                         | M::Pcmpestri
+                        | M::Pcmpestri64
+                        | M::Pcmpestrm64
                         | M::Pcmpestrm
                         | M::Pcmpistri
                         | M::Pcmpistrm

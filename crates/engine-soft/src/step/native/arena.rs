@@ -249,6 +249,20 @@ pub(crate) fn load_x87(state: &mut CpuState) {
     }
 }
 
+/// What every MMX instruction does besides its work: all tags become valid, and the top of the stack zero.
+pub(crate) fn touch_mmx() {
+    // SAFETY: changes only x87 state, which is the guest's here.
+    unsafe { std::arch::asm!("movd {:e}, mm0", out(reg) _, options(nomem, nostack, preserves_flags)) };
+}
+
+/// An x87 exception is pending that the next waiting instruction must raise.
+pub(crate) fn x87_pending() -> bool {
+    let status: u16;
+    // SAFETY: reads x87 state only.
+    unsafe { std::arch::asm!("fnstsw ax", out("ax") status, options(nomem, nostack, preserves_flags)) };
+    status & 0x80 != 0
+}
+
 /// Copies the host's x87 registers, leaving them as they are.
 pub(crate) fn peek_x87(state: &mut CpuState) {
     let image = state.x87.0.as_mut_ptr();

@@ -55,6 +55,10 @@ struct Prepared {
     flags: bool,
     bit: bool,
     memory: Option<Memory>,
+    /// Address bits that must be zero, else #GP: before any page fault.
+    align: u64,
+    /// Raises pending x87 exceptions first.
+    waits: bool,
     /// Pointers of the last x87 instruction in the image it stores: (offset, length).
     pointers: Option<(usize, usize)>,
 }
@@ -105,6 +109,10 @@ pub(crate) fn execute(core: &mut Core, decoded: &Decoded) -> Result<(), Trap> {
     let Some(memory) = prepared.memory else {
         return run(core, &prepared, 0);
     };
+    if prepared.waits {
+        // Before anything that the operand may meet; the stub would say so too late.
+        pending_x87()?;
+    }
     let segment = segment_index(i.memory_segment());
     let mut offset = core.effective(i);
     if prepared.bit {
@@ -116,6 +124,10 @@ pub(crate) fn execute(core: &mut Core, decoded: &Decoded) -> Result<(), Trap> {
         core.state.scratch[BIT] = index & (bits - 1);
     }
     let linear = core.linear(segment, offset, memory.size, memory.write)?;
+    // MXCSR.MM lifts SSE's alignment rules (AMD APM 1, 4.2.2).
+    if linear & prepared.align != 0 && core.state.mxcsr & 1 << 17 == 0 {
+        return Err(Exception::GP.into());
+    }
     core.check_alignment(linear, memory.size)?;
     core.check_data_breakpoints(linear, memory.size, memory.write);
     with_memory(core, &prepared, memory, linear)
@@ -201,12 +213,28 @@ pub(crate) fn check(core: &mut Core, i: &Instruction) -> Result<(), Trap> {
     check_unit(core, unit)
 }
 
-/// The value of an MMX register.
+/// Number of the register at the top of the x87 stack.
+pub(crate) fn mmx_top(core: &mut Core) -> usize {
+    arena::peek_x87(&mut core.state);
+    usize::from(core.state.x87.0[3] >> 3 & 7)
+}
+
+/// Bits 0 to 63 of ST(`number`), as MMX registers are with the top of the stack at 0.
 pub(crate) fn mmx(core: &mut Core, number: usize) -> u64 {
     arena::peek_x87(&mut core.state);
     let mut bytes = [0; 8];
     bytes.copy_from_slice(&core.state.x87.0[32 + 16 * number..40 + 16 * number]);
     u64::from_le_bytes(bytes)
+}
+
+/// What MMX instructions check before their operands.
+pub(crate) fn pending_x87() -> Result<(), Trap> {
+    if arena::x87_pending() { Err(Exception::plain(vector::MF).into()) } else { Ok(()) }
+}
+
+/// MASKMOVQ leaves x87 state as every MMX instruction does.
+pub(crate) fn mmx_used() {
+    arena::touch_mmx();
 }
 
 /// Saves the live state as XSAVE or XSAVEC does.
@@ -327,7 +355,18 @@ fn build(core: &mut Core, i: &Instruction) -> Result<Prepared, Trap> {
             core.stubs.arena.store(&stub.code).ok_or_else(|| unencodable(core, "its stub is too large"))?
         }
     };
-    Ok(Prepared { entry, unit, vector, flags: stub.flags, bit: stub.bit, memory, pointers: pointers_of(i) })
+    // SHA's operands are aligned on some CPUs only: the host knows.
+    let aligned = matches!(memory, Some(Memory { size: 512, .. }))
+        || crate::translate::must_align(i.code()) && !i.cpuid_features().contains(&CpuidFeature::SHA);
+    let align = memory.filter(|_| aligned).map_or(0, |m| m.size.clamp(1, 32) as u64 - 1);
+    let align = if i.encoding() == EncodingKind::Legacy { align & 15 } else { align };
+    let silent =
+        matches!(i.mnemonic(), Mnemonic::Fnstcw | Mnemonic::Fnstsw | Mnemonic::Fnstenv | Mnemonic::Fnsave);
+    let mmx = (0..i.op_count()).any(|op| i.op_register(op).is_mm());
+    let x87 = matches!(unit, Unit::X87) && !i.cpuid_features().contains(&CpuidFeature::FXSR);
+    let waits = (x87 || mmx) && !silent;
+    let pointers = pointers_of(i);
+    Ok(Prepared { entry, unit, vector, flags: stub.flags, bit: stub.bit, memory, align, waits, pointers })
 }
 
 fn is_immediate(kind: OpKind) -> bool {
@@ -393,7 +432,23 @@ fn unit_of(i: &Instruction, factory: &mut InstructionInfoFactory) -> (Unit, bool
         i.mnemonic(),
         Mnemonic::Ldmxcsr | Mnemonic::Stmxcsr | Mnemonic::Vldmxcsr | Mnemonic::Vstmxcsr
     );
-    vector |= mxcsr || matches!(i.mnemonic(), Mnemonic::Vzeroupper | Mnemonic::Vzeroall);
+    // These may have no vector register, but the control bits of MXCSR apply to them, and they set its flags.
+    let converts = matches!(
+        i.mnemonic(),
+        Mnemonic::Cvtss2si
+            | Mnemonic::Cvttss2si
+            | Mnemonic::Cvtsd2si
+            | Mnemonic::Cvttsd2si
+            | Mnemonic::Vcvtss2si
+            | Mnemonic::Vcvttss2si
+            | Mnemonic::Vcvtsd2si
+            | Mnemonic::Vcvttsd2si
+            | Mnemonic::Cvtps2pi
+            | Mnemonic::Cvttps2pi
+            | Mnemonic::Cvtpd2pi
+            | Mnemonic::Cvttpd2pi
+    );
+    vector |= converts || mxcsr || matches!(i.mnemonic(), Mnemonic::Vzeroupper | Mnemonic::Vzeroall);
     match i.encoding() {
         EncodingKind::VEX | EncodingKind::XOP if vector => (Unit::Avx, true),
         EncodingKind::VEX | EncodingKind::XOP => (Unit::VexInteger, false),

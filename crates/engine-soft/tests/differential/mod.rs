@@ -1,0 +1,270 @@
+//! Random instruction sequences on the bare CPU and on both tiers of the software engine, compared in all that a
+//! program can see. A case is made from a seed and a number alone; a failing one is reduced and shown.
+
+mod case;
+mod codes;
+mod generate;
+mod guest;
+mod native;
+mod random;
+
+use case::{Case, Ending, Outcome, PAGE, WRITABLE};
+use generate::Generator;
+use guest::{Guest, Tier};
+use iced_x86::Instruction;
+use native::Native;
+use random::Random;
+use std::fmt::Write;
+
+/// What to run.
+#[derive(Debug, Clone)]
+pub struct Options {
+    pub seed: u64,
+    /// Number of the first case.
+    pub first: u64,
+    pub cases: u64,
+    /// Stop after so many failures.
+    pub failures: usize,
+}
+
+/// What came of it.
+#[derive(Debug, Default)]
+pub struct Report {
+    pub cases: u64,
+    pub instructions: u64,
+    pub codes: usize,
+    /// Cases that ended in an exception, by vector.
+    pub exceptions: [u64; 32],
+    /// Cases that killed the native child, which are not compared.
+    pub died: u64,
+    /// A text for each difference.
+    pub failures: Vec<String>,
+}
+
+struct Bench {
+    native: Native,
+    tiers: [(Tier, Guest); 2],
+    data: Vec<u8>,
+}
+
+/// Data that is interesting as integers and as numbers.
+fn data(random: &mut Random, len: usize) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(len + 16);
+    while bytes.len() < len {
+        match random.below(8) {
+            0 => bytes.extend(random.extended()),
+            1 => bytes.extend([0; 16]),
+            _ => bytes.extend(random.lane().to_le_bytes()),
+        }
+    }
+    bytes.truncate(len);
+    bytes
+}
+
+impl Bench {
+    fn new(seed: u64) -> Self {
+        let constant = data(&mut Random::of(seed, u64::MAX), PAGE as usize);
+        let native = Native::new(&constant);
+        let tiers = [Tier::Step, Tier::Template].map(|tier| (tier, Guest::new(tier, &constant)));
+        Self { native, tiers, data: vec![0; WRITABLE] }
+    }
+
+    /// Runs one case all ways; the differences, if any.
+    fn compare(&mut self, case: &Case) -> Option<String> {
+        self.native.start(std::slice::from_ref(case), &self.data);
+        self.native.finish();
+        let (native, native_data) = self.native.outcome(0);
+        let mut text = String::new();
+        for (tier, guest) in &mut self.tiers {
+            let mut outcome = guest.run(case, &self.data);
+            let mut left = guest.data().to_vec();
+            if unequal(native, &outcome, native_data, &left) {
+                forgive(case, *tier, native, &mut outcome, native_data, &mut left);
+                for line in case::differences(native, &outcome, native_data, &left) {
+                    let _ = writeln!(text, "  {tier:?} tier: {line}");
+                }
+            }
+        }
+        (!text.is_empty()).then_some(text)
+    }
+
+    /// Leaves out instructions as long as a difference stays.
+    fn minimise(&mut self, case: &Case) -> (Case, String) {
+        let mut best = case.clone();
+        let mut text = self.compare(case).unwrap_or_else(|| "  (not when run alone)\n".into());
+        'again: loop {
+            let instructions = best.instructions();
+            if instructions.len() < 2 {
+                break;
+            }
+            for out in instructions.iter().rev() {
+                let at = (out.ip() - best.start) as usize;
+                let mut smaller = best.clone();
+                // In place, so that addresses stay: one-byte NOPs.
+                smaller.code[at..at + out.len()].fill(0x90);
+                if smaller.code != best.code
+                    && let Some(difference) = self.compare(&smaller)
+                {
+                    (best, text) = (smaller, difference);
+                    continue 'again;
+                }
+            }
+            break;
+        }
+        (best, text)
+    }
+}
+
+/// What the manuals leave open, and what the template tier does not do to the letter.
+fn forgive(
+    case: &Case,
+    tier: Tier,
+    native: &Outcome,
+    other: &mut Outcome,
+    native_data: &[u8],
+    data: &mut [u8],
+) {
+    if case.instructions().iter().any(|i| codes::unsteady(i.code())) {
+        other.state.rflags = other.state.rflags & !0x800 | native.state.rflags & 0x800;
+    }
+    several_faults(case, native, other, native_data, data);
+    if tier == Tier::Template {
+        dead_flags(case, native, other);
+        refused_call(native, other, native_data, data);
+    }
+}
+
+/// A CALL to what is no address has stored its return address, below the stack pointer.
+fn refused_call(native: &Outcome, other: &Outcome, native_data: &[u8], data: &mut [u8]) {
+    if native.ending.kind == 14 && native.ending == other.ending {
+        let below = native.state.gpr[4].wrapping_sub(8).wrapping_sub(case::DATA) as usize;
+        if let (Some(from), Some(to)) =
+            (native_data.get(below..below.saturating_add(8)), data.get_mut(below..below.saturating_add(8)))
+        {
+            to.copy_from_slice(from);
+        }
+    }
+}
+
+/// Where an instruction with several accesses meets several faults, CPUs differ in which they report, even between
+/// CMPS and REP CMPS of one CPU.
+fn several_faults(case: &Case, native: &Outcome, other: &mut Outcome, native_data: &[u8], data: &mut [u8]) {
+    use iced_x86::Mnemonic as M;
+    let (a, b) = (native.ending, other.ending);
+    let memory = |kind: u32| matches!(kind, 13..=15 | 18);
+    let instructions = case.instructions();
+    // MASKMOV may report faults of bytes that its mask leaves out.
+    let masked = |i: &Instruction| matches!(i.mnemonic(), M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu);
+    if memory(a.kind) && instructions.iter().any(|i| masked(i) && i.ip() == native.state.rip) {
+        *other = *native;
+        data.copy_from_slice(native_data);
+        return;
+    }
+    if a == b || !memory(a.kind) || !memory(b.kind) || native.state.rip != other.state.rip {
+        return;
+    }
+    let Some(i) = instructions.iter().find(|i| i.ip() == native.state.rip) else { return };
+    let several = i.is_string_instruction()
+        || matches!(
+            i.mnemonic(),
+            M::Call
+                | M::Push
+                | M::Pop
+                | M::Vmaskmovps
+                | M::Vmaskmovpd
+                | M::Vpmaskmovd
+                | M::Vpmaskmovq
+                | M::Enter
+        );
+    // Vectors: alignment before the address; and prefixes of segments without a base are ignored.
+    let vector = (0..i.op_count()).any(|op| i.op_register(op).is_vector_register());
+    if matches!((a.kind, b.kind), (13, 14) | (14, 13)) && (vector || i.has_segment_prefix()) {
+        other.ending = a;
+    }
+    let same_page = a.kind == 15 && a.kind == b.kind && a.cr2 >> 12 == b.cr2 >> 12 && a.error == b.error;
+    let environment = matches!(i.mnemonic(), M::Frstor | M::Fldenv | M::Fxrstor | M::Fxrstor64);
+    if several || environment && (same_page || a.kind == 18 && b.kind == 14) {
+        other.ending = a;
+    }
+}
+
+/// The template tier does not keep flags that nobody will read, though the handler of a fault can see them.
+fn dead_flags(case: &Case, native: &Outcome, other: &mut Outcome) {
+    if native.ending.kind != 0 && native.ending == other.ending && native.state.rip == other.state.rip {
+        let dead = case.dead_flags(native.state.rip);
+        other.state.rflags = other.state.rflags & !dead | native.state.rflags & dead;
+    }
+}
+
+fn unequal(native: &Outcome, other: &Outcome, native_data: &[u8], other_data: &[u8]) -> bool {
+    native.ending.kind != Ending::DIED
+        && !case::same(native, other, native_data, other_data)
+        && !case::differences(native, other, native_data, other_data).is_empty()
+}
+
+/// A case, for people.
+#[allow(dead_code, reason = "the test does not ask")]
+pub fn listing(seed: u64, number: u64) -> String {
+    Generator::new().case(seed, number).listing()
+}
+
+/// Runs cases until there are enough, or enough failures.
+pub fn run(options: &Options, mut progress: impl FnMut(&Report)) -> Report {
+    let generator = Generator::new();
+    let mut bench = Bench::new(options.seed);
+    let mut report = Report { codes: generator.len(), ..Report::default() };
+    let mut number = options.first;
+    let end = options.first.saturating_add(options.cases);
+    while number < end && report.failures.len() < options.failures {
+        // Batches start at fixed numbers, so that a case's data depends on its number alone.
+        let batch = number / native::BATCH as u64;
+        let last = end.min((batch + 1) * native::BATCH as u64);
+        bench.data = data(&mut Random::of(!options.seed, batch), WRITABLE);
+        let cases: Vec<Case> = (number..last).map(|n| generator.case(options.seed, n)).collect();
+        bench.native.start(&cases, &bench.data);
+        let mut outcomes = Vec::with_capacity(cases.len());
+        for case in &cases {
+            for (_, guest) in &mut bench.tiers {
+                outcomes.push((guest.run(case, &bench.data), guest.data().to_vec()));
+            }
+        }
+        bench.native.finish();
+        let mut failed = vec![];
+        for (i, case) in cases.iter().enumerate() {
+            let (native, native_data) = bench.native.outcome(i);
+            report.cases += 1;
+            report.instructions += case.instructions().len() as u64;
+            match native.ending.kind {
+                0 => {}
+                Ending::DIED => report.died += 1,
+                kind => report.exceptions[(kind as usize - 1) & 31] += 1,
+            }
+            for (at, (outcome, data)) in outcomes[i * 2..i * 2 + 2].iter_mut().enumerate() {
+                if !unequal(native, outcome, native_data, data) {
+                    continue;
+                }
+                forgive(case, bench.tiers[at].0, native, outcome, native_data, data);
+                if unequal(native, outcome, native_data, data) {
+                    let text: String = case::differences(native, outcome, native_data, data)
+                        .iter()
+                        .map(|line| format!("  {:?} tier: {line}\n", bench.tiers[at].0))
+                        .collect();
+                    failed.push((number + i as u64, case, text));
+                    break;
+                }
+            }
+        }
+        for (number, case, first) in failed {
+            let (reduced, text) = bench.minimise(case);
+            report.failures.push(format!(
+                "seed {} case {number}:\n{}{first}reduced to:\n{}{text}",
+                options.seed,
+                case.listing(),
+                reduced.listing(),
+            ));
+        }
+        number = last;
+        progress(&report);
+    }
+    report
+}
