@@ -134,12 +134,17 @@ impl Guest {
             phases.say(&format!("console of {}; Ctrl-] leaves and powers off", self.name));
         }
         phases.finish();
-        if client::console(&self.name)? == client::ConsoleEnd::Left && self.machine.outcome().is_none() {
-            eprintln!("\nyado: powering off");
-            self.power_off();
-            return Ok(0);
-        }
-        self.outcome_code(self.wait())
+        std::thread::scope(|scope| {
+            // A machine that ends is noticed by who waits for it: its console closes then. So is Ctrl-C.
+            let end = scope.spawn(|| self.wait());
+            let left = client::console(&self.name).inspect_err(|_| self.machine.stop())?;
+            if left == client::ConsoleEnd::Left && self.machine.outcome().is_none() {
+                eprintln!("\nyado: powering off");
+                self.power_off();
+                return Ok(0);
+            }
+            self.outcome_code(end.join().unwrap_or(Outcome::Stopped))
+        })
     }
 
     /// Waits for the end, or for Ctrl-C.
