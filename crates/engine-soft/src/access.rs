@@ -45,6 +45,7 @@ impl Core {
             && let Some(host) =
                 Mmu::lookup(&self.state, linear, from.len() as u64, true, privilege == Privilege::User)
         {
+            self.note_write(host, from.len());
             host::write(host, from);
             return Ok(());
         }
@@ -130,6 +131,7 @@ impl Core {
     /// Writes within one page.
     pub(crate) fn write_target(&mut self, target: Target, from: &[u8]) -> Result<(), Trap> {
         if let Some(host) = target.host {
+            self.note_write(host, from.len());
             host::write(host, from);
             if target.code {
                 self.notify_code_write(target.physical, from.len() as u64);
@@ -148,6 +150,13 @@ impl Core {
             rest = later;
         }
         Ok(())
+    }
+
+    /// RAM is about to be written.
+    pub(crate) fn note_write(&mut self, host: *mut u8, len: usize) {
+        if let Some(log) = &mut self.writes {
+            log.note(host, len);
+        }
     }
 
     /// Bytes of a page that holds translated code were written.

@@ -78,6 +78,8 @@ pub struct Core {
     pub(crate) mtrrs: Mtrrs,
     pub(crate) before: Checkpoint,
     pub(crate) amd: bool,
+    /// Writes to RAM of the single-step tier are noted here, for lock-step.
+    pub(crate) writes: Option<crate::verify::WriteLog>,
 }
 
 impl Core {
@@ -101,6 +103,7 @@ impl Core {
             mtrrs: Mtrrs::default(),
             before: Checkpoint::default(),
             amd,
+            writes: None,
         })
     }
 

@@ -19,11 +19,13 @@ pub struct Options {
     pub code_cache_bytes: usize,
     /// There will be one vCPU only, so atomic instructions need no bus lock.
     pub single_cpu: bool,
+    /// Compare every translated block with the single-step tier and fail where they differ (very slow, one vCPU).
+    pub verify: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { translate: true, code_cache_bytes: 64 << 20, single_cpu: false }
+        Self { translate: true, code_cache_bytes: 64 << 20, single_cpu: false, verify: false }
     }
 }
 

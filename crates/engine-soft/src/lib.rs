@@ -28,6 +28,7 @@ pub mod state;
 pub mod step;
 pub mod translate;
 mod vcpu;
+pub mod verify;
 
 pub use engine::{Options, SoftEngine};
 pub use vcpu::SoftVcpu;

@@ -14,6 +14,7 @@ use crate::signal;
 use crate::state::{CpuState, seg};
 use crate::step::step;
 use crate::translate::{Config, Outcome, Translator};
+use crate::verify::Verifier;
 use cpu::{Error, Exit, Kick, Registers, Vcpu, VcpuConfig};
 use memory::GuestMemory;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -92,6 +93,7 @@ impl CodeWrites {
 pub struct SoftVcpu {
     core: Core,
     translator: Option<Translator>,
+    verifier: Option<Verifier>,
     flag: Arc<Flag>,
     writes: Arc<CodeWrites>,
 }
@@ -121,7 +123,8 @@ impl SoftVcpu {
         };
         let flag = Arc::new(Flag::new(&core.state));
         let writes = Arc::new(CodeWrites { list: Mutex::new(Vec::new()), flag: flag.clone() });
-        let mut vcpu = Self { core, translator, flag, writes };
+        let verifier = options.verify.then(Verifier::default);
+        let mut vcpu = Self { core, translator, verifier, flag, writes };
         vcpu.reset(false);
         Ok(vcpu)
     }
@@ -144,10 +147,14 @@ impl SoftVcpu {
                     Some(Stop::Fail(error)) => return Err(error),
                     None => {}
                 }
-                if let Some(translator) = &mut self.translator
-                    && translator.run(&mut self.core) == Outcome::Kicked
-                {
-                    continue;
+                if let Some(translator) = &mut self.translator {
+                    let outcome = match &mut self.verifier {
+                        None => translator.run(&mut self.core),
+                        Some(verifier) => verifier.run(&mut self.core, translator)?,
+                    };
+                    if outcome == Outcome::Kicked {
+                        continue;
+                    }
                 }
             }
             match step(&mut self.core) {

@@ -2,21 +2,27 @@
 //!
 //!     boot --kernel K [--initrd I] [--cmdline S] [--disk F]... [--memory 512M] [--cpus N] [--test-devices]
 //!          [--log-exits] [--single-step] [--limit SECONDS] [--inspect]
+//!          [--verify INSTRUCTIONS]
+//!
+//! With --verify both tiers of the software engine run in lock-step until so many instructions agreed.
 //!
 //! Leaves with 0 after a power-off, 3 after a reset, 4 after a guest panic, 5 after a crash, 6 when the limit is
 //! over, and with the guest's own code after a debug exit.
 #![forbid(unsafe_code)]
 
+use engine_soft::verify::VERIFIED;
 use machine::{DiskConfig, DiskInterface, Machine, MachineConfig, Outcome};
 use std::io::{Read, Write};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 struct Options {
     config: MachineConfig,
     limit: Option<Duration>,
     inspect: bool,
+    verify: Option<u64>,
 }
 
 fn size(text: &str) -> Option<u64> {
@@ -33,7 +39,7 @@ fn size(text: &str) -> Option<u64> {
 
 fn options() -> Result<Options, String> {
     let mut config = MachineConfig::new("");
-    let (mut limit, mut inspect) = (None, false);
+    let (mut limit, mut inspect, mut verify) = (None, false, None);
     let mut arguments = std::env::args().skip(1);
     while let Some(name) = arguments.next() {
         match name.as_str() {
@@ -52,6 +58,10 @@ fn options() -> Result<Options, String> {
                     "--cpus" => config.cpus = value.parse().map_err(|_| wrong)?,
                     "--cpu" => config.cpu_model = Some(value),
                     "--port" => config.ports.push(value),
+                    "--verify" => {
+                        config.verify = true;
+                        verify = Some(value.parse().map_err(|_| wrong)?);
+                    }
                     "--limit" => limit = Some(Duration::from_secs(value.parse().map_err(|_| wrong)?)),
                     "--disk" | "--virtio-disk" => config.disks.push(DiskConfig {
                         path: value.into(),
@@ -64,7 +74,7 @@ fn options() -> Result<Options, String> {
             }
         }
     }
-    Ok(Options { config, limit, inspect })
+    Ok(Options { config, limit, inspect, verify })
 }
 
 fn main() -> ExitCode {
@@ -73,6 +83,25 @@ fn main() -> ExitCode {
         Err(error) => {
             eprintln!("boot: {error}");
             ExitCode::from(125)
+        }
+    }
+}
+
+/// Until the machine ends, or enough instructions were compared.
+fn wait_verified(machine: &Machine, wanted: u64, limit: Option<Duration>) -> Option<Outcome> {
+    let began = Instant::now();
+    loop {
+        let outcome = machine.wait_timeout(Duration::from_secs(2));
+        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let instructions = count(&VERIFIED.instructions);
+        eprintln!(
+            "boot: verified {instructions} instructions in {} blocks, {} blocks went on unseen, {:.0} s",
+            count(&VERIFIED.blocks),
+            count(&VERIFIED.unseen),
+            began.elapsed().as_secs_f64()
+        );
+        if outcome.is_some() || instructions >= wanted || limit.is_some_and(|limit| began.elapsed() > limit) {
+            return outcome;
         }
     }
 }
@@ -106,9 +135,10 @@ fn run(options: Options) -> Result<u8, String> {
             }
         }
     });
-    let outcome = match options.limit {
-        None => Some(machine.wait()),
-        Some(limit) => machine.wait_timeout(limit),
+    let outcome = match (options.limit, options.verify) {
+        (limit, Some(wanted)) => wait_verified(&machine, wanted, limit),
+        (None, None) => Some(machine.wait()),
+        (Some(limit), None) => machine.wait_timeout(limit),
     };
     if options.inspect {
         eprintln!("{:#}", machine.inspect());

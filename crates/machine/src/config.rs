@@ -62,6 +62,8 @@ pub struct MachineConfig {
     pub test_devices: bool,
     /// The software engine translates hot code; else it single-steps everything, many times slower.
     pub translate: bool,
+    /// The software engine compares every translated block with the single-step tier: very slow, one vCPU.
+    pub verify: bool,
     /// Print every exit to standard error: for those who work on engines and devices.
     pub log_exits: bool,
 }
@@ -82,6 +84,7 @@ impl MachineConfig {
             entropy: true,
             test_devices: false,
             translate: true,
+            verify: false,
             log_exits: false,
         }
     }

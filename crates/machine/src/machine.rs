@@ -405,6 +405,7 @@ fn make_engine(config: &MachineConfig, memory: &GuestMemory) -> Result<Arc<dyn E
         EngineKind::Soft => {
             let options = engine_soft::Options {
                 translate: config.translate,
+                verify: config.verify,
                 single_cpu: config.cpus == 1,
                 ..engine_soft::Options::default()
             };

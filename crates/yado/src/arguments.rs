@@ -9,8 +9,10 @@ use std::str::FromStr;
 /// yado runs virtual machines: a real Debian guest on any x86-64 Linux host
 #[derive(Debug, Parser)]
 #[command(name = "yado", version, propagate_version = true, max_term_width = 110)]
-#[command(after_help = "Exit codes: the guest command's own; 0 guest powered off, 2 bad usage, 3 guest panicked, \
-4 guest crashed, 125 yado failed, 126 command not executable, 127 command not found, 128+N killed by signal N.")]
+#[command(
+    after_help = "Exit codes: the guest command's own; 0 guest powered off, 2 bad usage, 3 guest panicked, \
+4 guest crashed, 125 yado failed, 126 command not executable, 127 command not found, 128+N killed by signal N."
+)]
 pub struct Arguments {
     #[command(subcommand)]
     pub command: Command,
@@ -123,11 +125,25 @@ pub struct Run {
     pub env: Vec<String>,
 
     /// Working directory of the command
-    #[arg(long, short = 'w', value_name = "DIR", default_value = "", hide_default_value = true, help_heading = "Command")]
+    #[arg(
+        long,
+        short = 'w',
+        value_name = "DIR",
+        default_value = "",
+        hide_default_value = true,
+        help_heading = "Command"
+    )]
     pub workdir: String,
 
     /// User of the command: USER or USER:GROUP
-    #[arg(long, short = 'u', value_name = "USER", default_value = "", hide_default_value = true, help_heading = "Command")]
+    #[arg(
+        long,
+        short = 'u',
+        value_name = "USER",
+        default_value = "",
+        hide_default_value = true,
+        help_heading = "Command"
+    )]
     pub user: String,
 
     /// Give up when the guest does not take commands after this many seconds
@@ -203,8 +219,12 @@ impl FromStr for Disk {
                 ("bus", "virtio") => disk.bus = DiskBus::Virtio,
                 ("bus", other) => return Err(format!("bus={other}: nvme or virtio")),
                 ("format", "raw") => {}
-                ("format", other) => return Err(format!("format={other}: only raw is here yet; convert the image to raw")),
-                (other, _) => return Err(format!("{other:?} is no disk option; there are readonly, bus=, format=raw")),
+                ("format", other) => {
+                    return Err(format!("format={other}: only raw is here yet; convert the image to raw"));
+                }
+                (other, _) => {
+                    return Err(format!("{other:?} is no disk option; there are readonly, bus=, format=raw"));
+                }
             }
         }
         Ok(disk)

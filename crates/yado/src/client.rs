@@ -19,7 +19,10 @@ const SIGPIPE: u8 = 13;
 pub fn ask(name: &str, request: &Request) -> anyhow::Result<(UnixStream, serde_json::Value)> {
     let path = registry::socket(name)?;
     let mut stream = UnixStream::connect(&path).with_context(|| {
-        format!("the guest {name} does not answer at {}: it may be starting or stopping; try again", path.display())
+        format!(
+            "the guest {name} does not answer at {}: it may be starting or stopping; try again",
+            path.display()
+        )
     })?;
     write_json(&mut stream, Kind::Request, request).context("the guest's process is gone")?;
     match read(&mut stream).context("the guest's process is gone")? {
@@ -27,7 +30,9 @@ pub fn ask(name: &str, request: &Request) -> anyhow::Result<(UnixStream, serde_j
             Reply::Ok(value) => Ok((stream, value)),
             Reply::Refused(why) => bail!("{why}"),
         },
-        Some(_) => bail!("the guest's process does not speak this yado's language: was yado updated while it ran?"),
+        Some(_) => {
+            bail!("the guest's process does not speak this yado's language: was yado updated while it ran?")
+        }
         None => bail!("the guest's process went away"),
     }
 }
@@ -45,6 +50,7 @@ pub enum ConsoleEnd {
 pub fn console(name: &str) -> anyhow::Result<ConsoleEnd> {
     let (stream, _) = ask(name, &Request::Console)?;
     let mut output = stream.try_clone()?;
+    let _ending = signals::end_console(stream.try_clone()?);
     let raw = terminal::Raw::enter();
     let is_raw = raw.is_some();
     let mut input = stream;
@@ -67,7 +73,9 @@ pub fn console(name: &str) -> anyhow::Result<ConsoleEnd> {
         match read(&mut output) {
             Ok(Some((Kind::Output, bytes))) => {
                 let mut out = io::stdout().lock();
-                out.write_all(&bytes).and_then(|()| out.flush()).context("cannot write to standard output")?;
+                out.write_all(&bytes)
+                    .and_then(|()| out.flush())
+                    .context("cannot write to standard output")?;
             }
             Ok(Some((Kind::Ended, _))) => {
                 drop(raw);
@@ -158,7 +166,8 @@ fn receive(
         };
         if written.is_err() {
             // Nobody reads any more: the command hears it as it would from a pipe.
-            let _ = write(&mut *input.lock().unwrap_or_else(PoisonError::into_inner), Kind::Signal, &[SIGPIPE]);
+            let _ =
+                write(&mut *input.lock().unwrap_or_else(PoisonError::into_inner), Kind::Signal, &[SIGPIPE]);
         }
     }
 }

@@ -97,7 +97,9 @@ fn kvm() -> Finding {
             ),
             None,
         ),
-        Verdict::Unusable { why, cure } => finding("KVM", State::Lacking, format!("/dev/kvm {why}: guests run on the software engine"), cure),
+        Verdict::Unusable { why, cure } => {
+            finding("KVM", State::Lacking, format!("/dev/kvm {why}: guests run on the software engine"), cure)
+        }
     }
 }
 
@@ -146,7 +148,9 @@ fn cache() -> Finding {
             format!("{} has {} free; a Debian image needs about 1 GiB", path.display(), Size(free)),
             Some("free some space, or set XDG_CACHE_HOME to a larger file system".into()),
         ),
-        Ok((path, free)) => finding("cache", State::Good, format!("{}, {} free", path.display(), Size(free)), None),
+        Ok((path, free)) => {
+            finding("cache", State::Good, format!("{}, {} free", path.display(), Size(free)), None)
+        }
         Err(error) => finding(
             "cache",
             State::Bad,
@@ -170,7 +174,12 @@ fn sources() -> Finding {
 fn io_uring() -> Finding {
     match fs::read_to_string("/proc/sys/kernel/io_uring_disabled").unwrap_or_default().trim() {
         "0" => finding("io_uring", State::Good, "allowed", None),
-        "" => finding("io_uring", State::Lacking, "not in this kernel: disks use ordinary reads and writes", None),
+        "" => finding(
+            "io_uring",
+            State::Lacking,
+            "not in this kernel: disks use ordinary reads and writes",
+            None,
+        ),
         _ => finding(
             "io_uring",
             State::Lacking,

@@ -26,14 +26,17 @@ pub fn choose(wanted: Engine) -> anyhow::Result<Choice> {
                 let cure = cure.map(|cure| format!("; {cure}")).unwrap_or_default();
                 Err(with_code(
                     crate::exit::YADO_FAILED,
-                    format!("/dev/kvm {why}{cure}; and yado's KVM engine arrives with a later version: use --engine soft"),
+                    format!(
+                        "/dev/kvm {why}{cure}; and yado's KVM engine arrives with a later version: use --engine soft"
+                    ),
                 ))
             }
         },
         Engine::Auto => Ok(match engine_kvm::probe() {
-            Verdict::Usable { .. } => {
-                Choice { name: "soft", why: "KVM works here, but yado's engine for it arrives with a later version".into() }
-            }
+            Verdict::Usable { .. } => Choice {
+                name: "soft",
+                why: "KVM works here, but yado's engine for it arrives with a later version".into(),
+            },
             Verdict::Unusable { why, .. } => Choice { name: "soft", why: format!("/dev/kvm {why}") },
         }),
     }

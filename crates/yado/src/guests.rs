@@ -24,7 +24,10 @@ pub fn ps(options: &Ps) -> anyhow::Result<()> {
         }
     } else {
         let width = guests.iter().map(|guest| guest.record.name.len()).max().unwrap_or(0).max(4);
-        println!("{:width$}  {:16}  {:8}  {:>4}  {:>9}  {:6}  STARTED", "NAME", "GUEST", "STATE", "CPUS", "MEMORY", "ENGINE");
+        println!(
+            "{:width$}  {:16}  {:8}  {:>4}  {:>9}  {:6}  STARTED",
+            "NAME", "GUEST", "STATE", "CPUS", "MEMORY", "ENGINE"
+        );
         for registry::Listed { record, running } in &guests {
             println!(
                 "{:width$}  {:16}  {:8}  {:>4}  {:>9}  {:6}  {}",
@@ -54,6 +57,7 @@ fn ago(started: u64) -> String {
 /// `yado console`
 pub fn console(named: &Named) -> anyhow::Result<()> {
     let guest = registry::find_running(&named.name)?;
+    signals::install()?;
     if terminal::is_interactive() {
         eprintln!("yado: console of {}; Ctrl-] leaves", guest.record.name);
     }
@@ -115,7 +119,10 @@ pub fn stop(options: &Stop) -> anyhow::Result<()> {
         client::ask(name, &request)?;
         if !registry::wait_stopped(name, Duration::from_secs(options.timeout))? {
             if !options.force {
-                eprintln!("yado: {name} did not power off within {} s; stopping it by force", options.timeout);
+                eprintln!(
+                    "yado: {name} did not power off within {} s; stopping it by force",
+                    options.timeout
+                );
                 client::ask(name, &Request::Stop)?;
             }
             if !registry::wait_stopped(name, FORCE_TIMEOUT)? {
@@ -153,7 +160,8 @@ pub fn inspect(named: &Named) -> anyhow::Result<()> {
 pub fn logs(options: &Logs) -> anyhow::Result<()> {
     let guest = registry::find(&options.name)?;
     let path = registry::state_directory()?.join("vms").join(&options.name).join("console.log");
-    let mut log = File::open(&path).with_context(|| format!("{} has no log at {}", options.name, path.display()))?;
+    let mut log =
+        File::open(&path).with_context(|| format!("{} has no log at {}", options.name, path.display()))?;
     let mut out = io::stdout().lock();
     match options.lines {
         None => {
@@ -166,16 +174,15 @@ pub fn logs(options: &Logs) -> anyhow::Result<()> {
         }
     }
     out.flush()?;
-    while options.follow && guest.running {
+    let mut running = options.follow && guest.running;
+    while running {
         let position = log.stream_position()?;
         // A log that was started over is shorter than it was.
         if log.metadata()?.len() < position {
             log.rewind()?;
         }
         if io::copy(&mut log, &mut out)? == 0 {
-            if !registry::find(&options.name).is_ok_and(|guest| guest.running) {
-                break;
-            }
+            running = registry::find(&options.name).is_ok_and(|guest| guest.running);
             std::thread::sleep(Duration::from_millis(100));
         }
         out.flush()?;
@@ -200,7 +207,11 @@ pub fn rm(options: &Rm) -> anyhow::Result<()> {
         if guest.running {
             anyhow::ensure!(options.force, "{name} is running: stop it first, or use --force");
             client::ask(name, &Request::Stop)?;
-            anyhow::ensure!(registry::wait_stopped(name, FORCE_TIMEOUT)?, "{name} does not stop: kill process {}", guest.record.pid);
+            anyhow::ensure!(
+                registry::wait_stopped(name, FORCE_TIMEOUT)?,
+                "{name} does not stop: kill process {}",
+                guest.record.pid
+            );
         }
         // A guest without a name may have removed itself.
         match registry::Place::take(name) {

@@ -64,7 +64,9 @@ fn directory_from(variable: &str, home: &str) -> anyhow::Result<PathBuf> {
         return Ok(PathBuf::from(set).join("yado"));
     }
     let user = std::env::var_os("HOME").filter(|home| !home.is_empty());
-    let user = user.with_context(|| format!("neither {variable} nor HOME is set: set one, so that guests have a place"))?;
+    let user = user.with_context(|| {
+        format!("neither {variable} nor HOME is set: set one, so that guests have a place")
+    })?;
     Ok(PathBuf::from(user).join(home).join("yado"))
 }
 
@@ -113,7 +115,10 @@ pub fn socket(name: &str) -> anyhow::Result<PathBuf> {
 pub fn check_name(name: &str) -> anyhow::Result<()> {
     let sound = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     ensure!(
-        !name.is_empty() && name.len() <= NAME_MAX && name.chars().all(sound) && !name.starts_with(['.', '-']),
+        !name.is_empty()
+            && name.len() <= NAME_MAX
+            && name.chars().all(sound)
+            && !name.starts_with(['.', '-']),
         "{name:?} cannot be a guest's name: use up to {NAME_MAX} letters, digits, '-', '_' and '.'"
     );
     Ok(())
@@ -130,9 +135,15 @@ impl Place {
         let mut place = Self::at(name)?;
         make_private(&place.directory)?;
         let path = place.directory.join("lock");
-        let file = File::options().create(true).append(true).open(&path).with_context(|| format!("cannot open {}", path.display()))?;
+        let file = File::options()
+            .create(true)
+            .append(true)
+            .open(&path)
+            .with_context(|| format!("cannot open {}", path.display()))?;
         if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
-            bail!("the guest {name} is running: attach with `yado console {name}`, or stop it with `yado stop {name}`");
+            bail!(
+                "the guest {name} is running: attach with `yado console {name}`, or stop it with `yado stop {name}`"
+            );
         }
         place.lock = Some(file);
         Ok(place)
@@ -142,7 +153,9 @@ impl Place {
     pub fn take_new(stem: &str) -> anyhow::Result<Self> {
         let seed = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_nanos() as u64);
         for attempt in 0..1000u64 {
-            let number = (seed ^ u64::from(std::process::id()) << 20).wrapping_add(attempt.wrapping_mul(0x9e37_79b9)) & 0xffff;
+            let number = (seed ^ u64::from(std::process::id()) << 20)
+                .wrapping_add(attempt.wrapping_mul(0x9e37_79b9))
+                & 0xffff;
             let name = format!("{stem}-{number:04x}");
             if !Self::at(&name)?.directory.exists() {
                 return Self::take(&name);
@@ -156,7 +169,8 @@ impl Place {
         let path = self.directory.join("guest.json");
         match fs::read(&path) {
             Ok(bytes) => Ok(Some(
-                serde_json::from_slice(&bytes).with_context(|| format!("{} is damaged: remove the guest", path.display()))?,
+                serde_json::from_slice(&bytes)
+                    .with_context(|| format!("{} is damaged: remove the guest", path.display()))?,
             )),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),
@@ -175,7 +189,8 @@ impl Place {
     /// Removes the guest with all it has.
     pub fn remove(self) -> anyhow::Result<()> {
         let _ = fs::remove_file(socket(&self.name)?);
-        fs::remove_dir_all(&self.directory).with_context(|| format!("cannot remove {}", self.directory.display()))
+        fs::remove_dir_all(&self.directory)
+            .with_context(|| format!("cannot remove {}", self.directory.display()))
     }
 }
 
@@ -228,7 +243,10 @@ pub fn find(name: &str) -> anyhow::Result<Listed> {
     check_name(name)?;
     let guests = list()?;
     let Some(found) = guests.iter().find(|guest| guest.record.name == name) else {
-        let near = guests.iter().map(|guest| guest.record.name.as_str()).filter(|other| other.contains(name) || name.contains(other));
+        let near = guests
+            .iter()
+            .map(|guest| guest.record.name.as_str())
+            .filter(|other| other.contains(name) || name.contains(other));
         let near: Vec<&str> = near.collect();
         match near.as_slice() {
             [] => bail!("there is no guest called {name}; `yado ps --all` lists them"),

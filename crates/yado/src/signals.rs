@@ -14,11 +14,16 @@ pub static CANCELLED: AtomicBool = AtomicBool::new(false);
 static CANCELLED_BY: AtomicI32 = AtomicI32::new(SIGINT);
 static SINK: Mutex<Option<Sink>> = Mutex::new(None);
 
-/// Where signals go while a command runs.
-struct Sink {
-    stream: Arc<Mutex<UnixStream>>,
-    /// The command has a terminal: it hears of window sizes.
-    resizes: bool,
+/// Who hears of signals.
+enum Sink {
+    /// A command runs: they are its own.
+    Command {
+        stream: Arc<Mutex<UnixStream>>,
+        /// The command has a terminal: it hears of window sizes.
+        resizes: bool,
+    },
+    /// Somebody looks at a console: the look ends.
+    Console(UnixStream),
 }
 
 /// Starts to catch signals. Nothing terminates yado silently from here on.
@@ -34,7 +39,7 @@ pub fn install() -> std::io::Result<()> {
 
 fn handle(signal: i32) {
     let sink = SINK.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(Sink { stream, resizes }) = sink.as_ref() {
+    if let Some(Sink::Command { stream, resizes }) = sink.as_ref() {
         let mut stream = stream.lock().unwrap_or_else(PoisonError::into_inner);
         // If the machine is gone, the reader of the stream says so.
         let _ = match signal {
@@ -47,10 +52,14 @@ fn handle(signal: i32) {
         };
         return;
     }
-    drop(sink);
     if signal == SIGWINCH || signal == SIGUSR1 || signal == SIGUSR2 {
         return;
     }
+    if let Some(Sink::Console(stream)) = sink.as_ref() {
+        // Whoever waits for the console's next bytes sees its end.
+        let _ = stream.shutdown(std::net::Shutdown::Both);
+    }
+    drop(sink);
     CANCELLED_BY.store(signal, Ordering::Release);
     if CANCELLED.swap(true, Ordering::AcqRel) {
         // The second time, nothing is waited for.
@@ -72,11 +81,18 @@ pub fn cancelled_code() -> u8 {
 /// Signals go to the command at the other end of `stream` as long as the result lives.
 #[must_use = "signals cancel again when this is dropped"]
 pub fn forward(stream: Arc<Mutex<UnixStream>>, resizes: bool) -> Forwarding {
-    *SINK.lock().unwrap_or_else(PoisonError::into_inner) = Some(Sink { stream, resizes });
+    *SINK.lock().unwrap_or_else(PoisonError::into_inner) = Some(Sink::Command { stream, resizes });
     Forwarding(())
 }
 
-/// See [`forward`].
+/// A signal ends the console at the other end of `stream` as long as the result lives.
+#[must_use = "signals no longer end the console when this is dropped"]
+pub fn end_console(stream: UnixStream) -> Forwarding {
+    *SINK.lock().unwrap_or_else(PoisonError::into_inner) = Some(Sink::Console(stream));
+    Forwarding(())
+}
+
+/// See [`forward`] and [`end_console`].
 pub struct Forwarding(());
 
 impl Drop for Forwarding {

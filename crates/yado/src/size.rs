@@ -57,9 +57,14 @@ mod test {
 
     #[test]
     fn sizes_are_read() {
-        for (text, bytes) in
-            [("0", 0), ("512M", 512 << 20), ("4g", 4 << 30), ("1.5G", 3 << 29), ("64KiB", 65536), ("7TB", 7 << 40)]
-        {
+        for (text, bytes) in [
+            ("0", 0),
+            ("512M", 512 << 20),
+            ("4g", 4 << 30),
+            ("1.5G", 3 << 29),
+            ("64KiB", 65536),
+            ("7TB", 7 << 40),
+        ] {
             assert_eq!(text.parse(), Ok(Size(bytes)), "{text}");
         }
         for text in ["", "G", "-1", "1.2345G", "1.5", "99999999999T", "4 apples", "½G", "é"] {

@@ -114,10 +114,11 @@ impl Bench<'_> {
     fn kernel_to_init(&mut self, name: &str, kernel: &Path, initrd: &Path) -> anyhow::Result<()> {
         for _ in 0..self.options.runs {
             for peer in self.peers() {
-                let command = peer.direct(&self.yado, kernel, initrd, COMMAND_LINE);
-                let mut console = Console::start(command)?;
-                let init = console.wait_for(MARKER, LIMIT)?;
-                let off = console.wait_end(LIMIT)?;
+                let (init, off) = peer.measure(|| {
+                    let command = peer.direct(&self.yado, kernel, initrd, COMMAND_LINE);
+                    let mut console = Console::start(command)?;
+                    Ok((console.wait_for(MARKER, LIMIT)?, console.wait_end(LIMIT)?))
+                })?;
                 self.note(&format!("{name}: start to init"), peer, init);
                 self.note(&format!("{name}: start to power-off"), peer, off);
             }
@@ -144,8 +145,8 @@ impl Bench<'_> {
         let image = guest_files::image(&self.yado, &guest_files::cache(), "trixie")?;
         for _ in 0..self.options.runs {
             for peer in self.peers() {
-                let mut console = Console::start(peer.debian(&self.yado, &image))?;
-                let took = console.wait_for("login: ", LIMIT)?;
+                let start = || Console::start(peer.debian(&self.yado, &image))?.wait_for("login: ", LIMIT);
+                let took = peer.measure(start)?;
                 self.note("Debian 13 with systemd: start to login prompt", peer, took);
             }
         }

@@ -92,6 +92,26 @@ impl Peer {
     }
 }
 
+/// How often a guest that QEMU loses is started anew.
+const RETRIES: usize = 6;
+
+impl Peer {
+    /// Measures; where QEMU's guest panics, again. (QEMU 7.2 now and then corrupts EFLAGS when an interrupt comes after
+    /// CMPXCHG16B, and the guest's kernel panics early: that is no measurement.) yado gets no second chance.
+    pub fn measure<T>(self, mut once: impl FnMut() -> anyhow::Result<T>) -> anyhow::Result<T> {
+        let retries = if self == Self::Tcg { RETRIES } else { 0 };
+        for _ in 0..retries {
+            match once() {
+                Err(error) if error.to_string().contains("Kernel panic") => {
+                    eprintln!("{}: the guest's kernel panicked; once more", self.name());
+                }
+                other => return other,
+            }
+        }
+        once()
+    }
+}
+
 fn qemu() -> Command {
     let mut command = Command::new("qemu-system-x86_64");
     command.args(QEMU_OPTIONS);

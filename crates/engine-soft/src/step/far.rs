@@ -331,7 +331,9 @@ pub(crate) fn int(core: &mut Core, d: &Decoded) -> Result<(), Trap> {
     if vm && i.mnemonic() == Mnemonic::Int && core.state.rflags & rflags::IOPL != rflags::IOPL {
         return Err(Exception::GP.into());
     }
-    core.deliver(number, None, source)
+    core.deliver(number, None, source)?;
+    core.before.quiet = true;
+    Ok(())
 }
 
 /// IRET.

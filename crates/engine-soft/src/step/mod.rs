@@ -36,6 +36,8 @@ pub(crate) type Execute = fn(&mut Core, &Decoded) -> Result<(), Trap>;
 /// What comes back if an instruction does not complete.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Checkpoint {
+    /// Software interrupts clear TF before their single-step trap would come (Intel SDM 3, 7.12.1.2).
+    quiet: bool,
     gpr: [u64; 16],
     rip: u64,
     rflags: u64,
@@ -72,10 +74,11 @@ pub fn step(core: &mut Core) -> Stop {
     core.checkpoint();
     core.io.rewind();
     core.pending.debug = 0;
+    core.before.quiet = false;
     match execute(core) {
         Ok(()) => {
             core.io.commit();
-            complete(core, stepping, shadow)
+            complete(core, stepping && !core.before.quiet, shadow)
         }
         Err(Trap::Exception(exception)) => {
             core.roll_back();

@@ -216,6 +216,7 @@ impl Run {
         if self.backwards
             || !(movs || self.operation == Operation::Stos)
             || left < 4
+            || core.state.rflags & rflags::TF != 0
             || core.breakpoints_enabled()
         {
             return Ok(0);
@@ -254,9 +255,11 @@ impl Run {
         let Some(target) = plain(core, to, len, true, user)? else { return Ok(0) };
         if movs {
             let Some(source) = source else { return Ok(0) };
+            core.note_write(target, len);
             host::copy_up(source, target, len, size);
             self.advance(core, reg::RSI, count as u64);
         } else {
+            core.note_write(target, len);
             host::fill(target, core.state.gpr[reg::RAX], size, count);
         }
         self.advance(core, reg::RDI, count as u64);

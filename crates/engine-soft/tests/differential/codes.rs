@@ -44,6 +44,7 @@ fn left_out(code: Code) -> Option<&'static str> {
         M::Reservednop if code as u32 <= Code::Reservednop_rm64_r64_0F0D as u32 => {
             "AMD refuses what Intel ignores"
         }
+        _ if code == Code::Movsxd_r16_rm16 => "AMD's CPUs read four bytes of memory, the decoder says two",
         M::Rsm | M::Enclu => "the hypervisor may meddle",
         _ if (0..info.op_count()).any(|i| info.op_kind(i) == K::seg_reg) => {
             "the host's descriptor tables are its own"

@@ -213,7 +213,9 @@ impl Generator {
 /// Decodes alone to one allowed instruction.
 fn valid(bytes: &[u8], ip: u64) -> bool {
     let decoded = Decoder::with_ip(64, bytes, ip, DecoderOptions::NONE).decode();
-    !decoded.is_invalid() && decoded.len() == bytes.len() && codes::allowed(decoded.code())
+    // A REX.B prefix makes F3 90 an XCHG for CPUs, not for the decoder.
+    let pause = decoded.code() == Code::Pause && bytes.len() > 2;
+    !pause && !decoded.is_invalid() && decoded.len() == bytes.len() && codes::allowed(decoded.code())
 }
 
 /// INT 80h and its like are the host kernel's.

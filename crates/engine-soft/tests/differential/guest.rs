@@ -181,7 +181,7 @@ impl Guest {
         self.case.fetch_add(1, Ordering::Relaxed);
         let core = &mut self.core;
         core.state.kick.store(0, Ordering::Relaxed);
-        for _ in 0..10_000 {
+        for _ in 0..200_000 {
             if core.state.cpl() == 0 || core.state.rip == end {
                 return false;
             }

@@ -119,7 +119,14 @@ impl Guest {
         let server = Server::new(&socket, machine.clone(), console.clone(), agent.clone())
             .with_context(|| format!("cannot listen at {}", socket.display()))?;
         machine.start()?;
-        Ok(Self { machine, console, agent, name: place.name.clone(), keeps: source.keeps, server: Some(server) })
+        Ok(Self {
+            machine,
+            console,
+            agent,
+            name: place.name.clone(),
+            keeps: source.keeps,
+            server: Some(server),
+        })
     }
 
     /// Stays with the guest until it, or what the user wants of it, has ended.
@@ -166,14 +173,23 @@ impl Guest {
         phases.finish();
         let wait = Duration::from_secs(5);
         let tty = (options.tty, options.no_tty);
-        let request =
-            guests::exec_request(options.argv.clone(), &options.env, &options.workdir, &options.user, tty, wait)?;
+        let request = guests::exec_request(
+            options.argv.clone(),
+            &options.env,
+            &options.workdir,
+            &options.user,
+            tty,
+            wait,
+        )?;
         let result = client::exec(&self.name, request);
         match (&result, self.machine.wait_timeout(Duration::ZERO)) {
             // The guest went down under the command: how, says more than that the command was lost.
             (Err(error), Some(outcome)) if exit::code_of(error) == exit::YADO_FAILED => {
                 match self.outcome_code(outcome)? {
-                    0 => Err(with_code(exit::YADO_FAILED, "the guest powered off before the command had ended")),
+                    0 => Err(with_code(
+                        exit::YADO_FAILED,
+                        "the guest powered off before the command had ended",
+                    )),
                     code => Ok(code),
                 }
             }
@@ -186,7 +202,10 @@ impl Guest {
     }
 
     fn wait_for_agent(&self, timeout: Duration) -> anyhow::Result<()> {
-        let agent = self.agent.as_ref().context("this guest has no agent: leave out the command and use the console")?;
+        let agent = self
+            .agent
+            .as_ref()
+            .context("this guest has no agent: leave out the command and use the console")?;
         let begin = Instant::now();
         while !agent.wait_ready(TURN) {
             if signals::cancelled() {
@@ -197,7 +216,9 @@ impl Guest {
                 return Err(with_code(code.max(1), "the guest powered off before it could run the command"));
             }
             if let Some(version) = agent.incompatible() {
-                anyhow::bail!("the agent in the guest speaks version {version} of its protocol, this yado another one");
+                anyhow::bail!(
+                    "the agent in the guest speaks version {version} of its protocol, this yado another one"
+                );
             }
             if begin.elapsed() > timeout {
                 self.show_console();
@@ -251,7 +272,10 @@ impl Guest {
             Outcome::DebugExit(code) => Ok(code),
             Outcome::GuestPanic => {
                 self.show_console();
-                Err(with_code(exit::GUEST_PANICKED, "the guest panicked: the last lines of its console are above"))
+                Err(with_code(
+                    exit::GUEST_PANICKED,
+                    "the guest panicked: the last lines of its console are above",
+                ))
             }
             Outcome::Crashed(crash) => {
                 self.show_console();
@@ -304,4 +328,3 @@ fn configuration(options: &Run, place: &Place, source: &Source) -> MachineConfig
     }
     config
 }
-

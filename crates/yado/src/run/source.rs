@@ -62,12 +62,16 @@ pub fn find(options: &Run, place: &Place, phases: &mut Phases) -> anyhow::Result
         _ => {
             let path = PathBuf::from(guest);
             let found = std::fs::metadata(&path);
-            found.with_context(|| format!("{guest} is neither `debian`, `debian:SUITE` nor a disk image that can be read"))?;
+            found.with_context(|| {
+                format!("{guest} is neither `debian`, `debian:SUITE` nor a disk image that can be read")
+            })?;
             anyhow::ensure!(
                 options.kernel.is_some(),
                 with_code(
                     2,
-                    format!("{guest}: to boot from a disk's own boot loader needs firmware, which yado has not yet: give --kernel")
+                    format!(
+                        "{guest}: to boot from a disk's own boot loader needs firmware, which yado has not yet: give --kernel"
+                    )
                 )
             );
             direct(options, Root::Own(path))
@@ -77,7 +81,8 @@ pub fn find(options: &Run, place: &Place, phases: &mut Phases) -> anyhow::Result
 
 fn direct(options: &Run, root: Root) -> anyhow::Result<Source> {
     let kernel = options.kernel.clone().context("no kernel: give --kernel FILE")?;
-    let label = kernel.file_name().map_or_else(|| "kernel".into(), |name| name.to_string_lossy().into_owned());
+    let label =
+        kernel.file_name().map_or_else(|| "kernel".into(), |name| name.to_string_lossy().into_owned());
     let boot = Boot {
         kernel,
         initrd: options.initrd.clone().map(PathBuf::from),
@@ -111,7 +116,9 @@ fn build_debian(suite: &str, options: &Run, place: &Place, phases: &mut Phases) 
     request.files = agent_files();
     let image = match debian::build(&request, &mut Shown(phases), &signals::CANCELLED) {
         Ok(image) => image,
-        Err(error) if error.is_stopped() => return Err(with_code(signals::cancelled_code(), "cancelled; nothing was changed")),
+        Err(error) if error.is_stopped() => {
+            return Err(with_code(signals::cancelled_code(), "cancelled; nothing was changed"));
+        }
         Err(error) => return Err(error.into()),
     };
     phases.say(&format!(
@@ -194,7 +201,10 @@ pub fn check_memory(wanted: Size) -> anyhow::Result<()> {
     const LEAST: u64 = 2 << 20;
     anyhow::ensure!(
         wanted.0 >= LEAST,
-        with_code(2, format!("--memory {wanted}: a guest needs at least {}; the default is 512M", Size(LEAST)))
+        with_code(
+            2,
+            format!("--memory {wanted}: a guest needs at least {}; the default is 512M", Size(LEAST))
+        )
     );
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let total = text

@@ -139,6 +139,9 @@ fn with_memory(core: &mut Core, prepared: &Prepared, memory: Memory, linear: u64
     if prepared.pointers.is_none()
         && let Some(host) = Mmu::lookup(&core.state, linear, memory.size as u64, memory.write, user)
     {
+        if memory.write {
+            core.note_write(host, memory.size);
+        }
         return run(core, prepared, host as u64);
     }
     let access = if memory.write { Access::Write } else { Access::Read };
@@ -148,6 +151,9 @@ fn with_memory(core: &mut Core, prepared: &Prepared, memory: Memory, linear: u64
         && second.is_none()
         && let Some(host) = first.host
     {
+        if memory.write {
+            core.note_write(host, memory.size);
+        }
         run(core, prepared, host as u64)?;
         if memory.write && first.code {
             core.notify_code_write(first.physical, memory.size as u64);
