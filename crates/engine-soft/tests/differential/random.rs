@@ -104,7 +104,7 @@ impl Random {
             0 => (0, 0),
             1 => (0x7fff, 1 << 63),
             2 => (0x7fff, 0b11 << 62 | self.below(9)),
-            3 => (0x7fff, 1 << 63 | 1 + self.below(1 << 61)),
+            3 => (0x7fff, (1 << 63) | (1 + self.below(1 << 61))),
             4 => (0, self.next()),
             5 => (self.below(0x8000), self.next()),
             _ => (0x3fff - 64 + self.below(128), 1 << 63 | self.next() << self.below(64)),
