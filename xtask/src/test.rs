@@ -27,6 +27,11 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     laws(began)?;
     if has_nextest() {
         step(began, "unit and property tests", &["nextest", "run", "--workspace", "--locked"])?;
+        step(
+            began,
+            "examples in the documentation",
+            &["test", "--workspace", "--doc", "--locked", "--quiet"],
+        )?;
     } else {
         step(began, "unit and property tests", &["test", "--workspace", "--locked", "--quiet"])?;
     }
@@ -47,8 +52,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
 
 /// Guests share the host's few cores, so one boots at a time.
 fn guest_tests(began: Instant, binary: &str) -> anyhow::Result<()> {
-    let line =
-        ["test", "--release", "--locked", "--package", "yado", "--test", binary, "--", "--test-threads=1"];
+    let line = ["test", "--locked", "--package", "xtask", "--test", binary, "--", "--test-threads=1"];
     step(began, &format!("guest tests: {binary}"), &line)
 }
 

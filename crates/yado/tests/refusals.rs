@@ -1,10 +1,13 @@
 //! What bad input gets before any guest runs: one clear sentence, the documented exit code, nothing left behind.
 
-mod story;
-
 use std::io::{Read, Write};
 use std::net::TcpListener;
-use story::Home;
+use std::path::Path;
+use xtask::story::{self, Home};
+
+fn home() -> Home {
+    Home::fresh_for(Path::new(env!("CARGO_BIN_EXE_yado")))
+}
 
 /// Refused with `code` and a sentence that has `what` in it, and nothing is left.
 fn refused(home: &Home, arguments: &[&str], code: i32, what: &str) {
@@ -26,7 +29,7 @@ fn cut_off_kernel() -> Vec<u8> {
 
 #[test]
 fn usage_is_explained_with_code_2() {
-    let home = Home::fresh();
+    let home = home();
     for arguments in
         [&["run"][..], &["frobnicate"], &["run", "debian", "--memory", "lots"], &["exec", "x"], &[]]
     {
@@ -43,21 +46,21 @@ fn usage_is_explained_with_code_2() {
 
 #[test]
 fn a_kernel_that_is_not_there() {
-    let home = Home::fresh();
+    let home = home();
     refused(&home, &["run", "-q", "--kernel", "/no/such/kernel"], 125, "/no/such/kernel");
     refused(&home, &["run", "-q", "--kernel", "/"], 125, "/");
 }
 
 #[test]
 fn a_kernel_that_is_cut_off() {
-    let home = Home::fresh();
+    let home = home();
     let kernel = home.file("vmlinuz", &cut_off_kernel());
     refused(&home, &["run", "-q", "--kernel", kernel.to_str().unwrap()], 125, "cut off");
 }
 
 #[test]
 fn a_kernel_of_another_architecture() {
-    let home = Home::fresh();
+    let home = home();
     // linux/Documentation/arch/arm64/booting.rst: "ARM\x64" at 56.
     let mut image = vec![0u8; 4096];
     image[56..60].copy_from_slice(b"ARM\x64");
@@ -73,7 +76,7 @@ fn a_kernel_of_another_architecture() {
 
 #[test]
 fn a_file_that_is_no_kernel() {
-    let home = Home::fresh();
+    let home = home();
     for (name, content) in [("empty", &b""[..]), ("text", b"hello\n"), ("noise", &story::noise(5000))] {
         let kernel = home.file(name, content);
         let finished = home.yado(&["run", "-q", "--kernel", kernel.to_str().unwrap()]);
@@ -84,7 +87,7 @@ fn a_file_that_is_no_kernel() {
 
 #[test]
 fn an_initrd_that_is_not_there() {
-    let home = Home::fresh();
+    let home = home();
     let kernel = home.file("vmlinuz", &cut_off_kernel());
     let line = ["run", "-q", "--kernel", kernel.to_str().unwrap(), "--initrd", "/no/initrd"];
     refused(&home, &line, 125, "/no/initrd");
@@ -92,7 +95,7 @@ fn an_initrd_that_is_not_there() {
 
 #[test]
 fn images_that_cannot_be_used() {
-    let home = Home::fresh();
+    let home = home();
     refused(&home, &["run", "-q", "/no/such/disk.img"], 125, "/no/such/disk.img");
     refused(&home, &["run", "-q", "debain"], 125, "debain");
     let kernel = home.file("vmlinuz", &cut_off_kernel());
@@ -107,7 +110,7 @@ fn images_that_cannot_be_used() {
 
 #[test]
 fn disks_of_formats_that_are_not_here() {
-    let home = Home::fresh();
+    let home = home();
     let finished = home.yado(&["run", "debian", "--disk", "a.qcow2,format=qcow2"]);
     assert_eq!(finished.code(), 2, "{}", finished.all());
     assert!(finished.stderr.contains("convert the image to raw"), "{}", finished.all());
@@ -116,14 +119,14 @@ fn disks_of_formats_that_are_not_here() {
 
 #[test]
 fn memory_that_is_too_small_or_larger_than_the_host() {
-    let home = Home::fresh();
+    let home = home();
     refused(&home, &["run", "-q", "debian", "--memory", "1M"], 2, "at least");
     refused(&home, &["run", "-q", "debian", "--memory", "64T"], 2, "choose less");
 }
 
 #[test]
 fn an_engine_that_is_not_here_says_so() {
-    let home = Home::fresh();
+    let home = home();
     let kernel = home.file("vmlinuz", &cut_off_kernel());
     let line = ["run", "-q", "--engine", "kvm", "--kernel", kernel.to_str().unwrap()];
     refused(&home, &line, 125, "--engine soft");
@@ -131,7 +134,7 @@ fn an_engine_that_is_not_here_says_so() {
 
 #[test]
 fn guests_that_do_not_exist() {
-    let home = Home::fresh();
+    let home = home();
     for line in [
         &["exec", "ghost", "--", "true"][..],
         &["stop", "ghost"],
@@ -148,7 +151,7 @@ fn guests_that_do_not_exist() {
 
 #[test]
 fn a_mirror_that_is_down() {
-    let home = Home::fresh();
+    let home = home();
     // A port that nobody listens on: it was free a moment ago.
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let mirror = format!("http://127.0.0.1:{port}/debian");
@@ -175,7 +178,7 @@ fn liar(body: &'static [u8]) -> String {
 
 #[test]
 fn a_mirror_without_debians_signature() {
-    let home = Home::fresh();
+    let home = home();
     let unsigned = liar(
         b"Origin: Debian\nSuite: stable\nCodename: trixie\nDate: Sat, 12 Sep 2026 07:55:41 UTC\nSHA256:\n",
     );
@@ -186,7 +189,7 @@ fn a_mirror_without_debians_signature() {
 
 #[test]
 fn no_place_for_state() {
-    let home = Home::fresh();
+    let home = home();
     let file = home.file("not-a-directory", b"");
     let mut command = home.command(&["run", "-q", "--kernel", "/no/such/kernel"]);
     command.env("XDG_STATE_HOME", &file);
@@ -195,7 +198,7 @@ fn no_place_for_state() {
 
 #[test]
 fn nothing_to_list_is_no_error() {
-    let home = Home::fresh();
+    let home = home();
     let listed = home.yado(&["ps", "--all", "--json"]);
     listed.assert_success();
     assert_eq!(listed.text().trim(), "[]");
@@ -204,7 +207,7 @@ fn nothing_to_list_is_no_error() {
 
 #[test]
 fn the_doctor_knows_this_host() {
-    let home = Home::fresh();
+    let home = home();
     let report = home.yado(&["doctor", "--json"]);
     report.assert_success();
     let report: serde_json::Value = serde_json::from_slice(&report.stdout).unwrap();
@@ -217,7 +220,7 @@ fn the_doctor_knows_this_host() {
 
 #[test]
 fn completions_and_manual_pages_are_made() {
-    let home = Home::fresh();
+    let home = home();
     let script = home.yado(&["completion", "bash"]);
     script.assert_success();
     assert!(script.text().contains("_yado"));

@@ -7,6 +7,7 @@ pub mod page;
 pub mod peer;
 pub mod statistics;
 
+use crate::target_directory;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -50,13 +51,6 @@ fn build(arguments: &[&str]) -> anyhow::Result<()> {
     let status = Command::new("cargo").args(arguments).current_dir(crate::tidy::root()).status()?;
     anyhow::ensure!(status.success(), "cargo {} failed ({status})", arguments.join(" "));
     Ok(())
-}
-
-fn target_directory() -> PathBuf {
-    match std::env::var_os("CARGO_TARGET_DIR") {
-        Some(set) => crate::tidy::root().join(set),
-        None => crate::tidy::root().join("target"),
-    }
 }
 
 /// A file that lives as long as the measurement.

@@ -1,13 +1,13 @@
 //! `yado run debian -- COMMAND`: streams, exit codes, signals.
 
-use crate::story::{Home, finish, noise, signal, until};
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 use std::time::Duration;
+use xtask::story::{Home, finish, noise, signal, until};
 
 const DEBIAN: &[&str] = &["run", "-q", "debian", "--"];
 
-fn run(home: &Home, command: &[&str]) -> crate::story::Finished {
+fn run(home: &Home, command: &[&str]) -> xtask::story::Finished {
     home.yado(&[DEBIAN, command].concat())
 }
 

@@ -1,8 +1,8 @@
 //! Debian's kernels with a root of the test's own, and a bare test kernel.
 
-use crate::story::{Finished, Home, noise};
 use std::path::PathBuf;
 use xtask::initramfs::{Initramfs, busybox};
+use xtask::story::{Finished, Home, noise};
 
 /// The cloud kernel of a release, as yado fetched and verified it for its own guests.
 pub fn kernel(home: &Home, codename: &str) -> PathBuf {

@@ -1,13 +1,10 @@
 //! Real programs inside a Debian guest, judged by what the same work gives on the host: package management, a compiler, an
 //! interpreter, cryptography, and every byte of a file tree.
 
-#[path = "../story/mod.rs"]
-mod story;
-
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
-use story::Home;
+use xtask::story::Home;
 
 /// A guest with development tools, kept for the tests that share it.
 const TOOLS: &[&str] = &["gcc", "libc6-dev", "python3", "openssl", "zlib1g-dev"];

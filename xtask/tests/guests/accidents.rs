@@ -1,10 +1,10 @@
 //! What goes wrong on the way to a guest and inside it.
 
 use crate::kernels::kernel;
-use crate::story::{Home, finish, signal};
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 use xtask::initramfs::busybox;
+use xtask::story::{Home, finish, signal};
 
 #[test]
 fn an_endless_boot_is_given_up() {
@@ -56,7 +56,7 @@ fn a_full_disk_for_the_cache() {
     let script = "mount -t tmpfs -o size=24m none \"$XDG_CACHE_HOME\" && { \"$0\" run -q debian -- true; code=$?; \
                   find \"$XDG_CACHE_HOME\" -path '*/partial/*'; exit $code; }";
     let mut command = Command::new("unshare");
-    command.args(["--user", "--map-root-user", "--mount", "sh", "-c", script, env!("CARGO_BIN_EXE_yado")]);
+    command.args(["--user", "--map-root-user", "--mount", "sh", "-c", script]).arg(home.program());
     home.adopt(&mut command);
     let finished = finish(command.spawn().unwrap(), &[]);
     assert_eq!(finished.text(), "", "left half written: {}", finished.all());

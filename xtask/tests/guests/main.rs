@@ -5,5 +5,3 @@ mod accidents;
 mod commands;
 mod kernels;
 mod stays;
-#[path = "../story/mod.rs"]
-mod story;

@@ -1,5 +1,5 @@
-//! What the stories about the command are told with: a home of its own for each test, and the built `yado` as users run it.
-#![allow(dead_code, reason = "each test binary takes what it needs")]
+//! What the tests of the command are told with: a home of its own for each test, and the built `yado` as users run it.
+//! Everything here panics when something is wrong, as tests do.
 
 use std::io::{Read, Write};
 use std::os::unix::process::ExitStatusExt;
@@ -12,46 +12,65 @@ pub const LIMIT: Duration = Duration::from_secs(240);
 
 /// A user's home: state and sockets of its own, the cache shared by all tests of one build.
 pub struct Home {
+    program: PathBuf,
     directory: tempfile::TempDir,
     cache: PathBuf,
 }
 
 /// How a command ended.
 pub struct Finished {
+    /// As the system tells it.
     pub status: ExitStatus,
+    /// All of standard output.
     pub stdout: Vec<u8>,
+    /// All of standard error.
     pub stderr: String,
+    /// From its start to its end.
     pub took: Duration,
 }
 
 impl Home {
-    /// With the cache that keeps downloads and images between tests.
+    /// For the release build, with the cache that keeps downloads and images between tests.
     pub fn new() -> Self {
-        Self::with_cache(&Path::new(env!("CARGO_TARGET_TMPDIR")).join("cache"))
+        let program = crate::target_directory().join("release/yado");
+        assert!(program.is_file(), "{}: `cargo build --release` makes it", program.display());
+        Self::with_cache(&program, &crate::target_directory().join("tmp/cache"))
     }
 
-    /// With nothing in its cache.
+    /// For the release build, with nothing in its cache.
     pub fn fresh() -> Self {
-        let mut home = Self::new();
+        let program = &Self::new().program;
+        Self::fresh_for(program)
+    }
+
+    /// For this build, with nothing in its cache.
+    pub fn fresh_for(program: &Path) -> Self {
+        let mut home = Self::with_cache(program, &std::env::temp_dir());
         home.cache = home.path().join("cache");
         std::fs::create_dir(&home.cache).unwrap();
         home
     }
 
-    /// With this cache.
-    pub fn with_cache(cache: &Path) -> Self {
+    fn with_cache(program: &Path, cache: &Path) -> Self {
         let directory = tempfile::tempdir().unwrap();
         for part in ["state", "run", "tmp"] {
             std::fs::create_dir(directory.path().join(part)).unwrap();
         }
         std::fs::create_dir_all(cache).unwrap();
-        Self { directory, cache: cache.to_owned() }
+        Self { program: program.to_owned(), directory, cache: cache.to_owned() }
     }
 
+    /// The binary.
+    pub fn program(&self) -> &Path {
+        &self.program
+    }
+
+    /// The user's home directory.
     pub fn path(&self) -> &Path {
         self.directory.path()
     }
 
+    /// Its cache directory.
     pub fn cache(&self) -> &Path {
         &self.cache
     }
@@ -75,7 +94,7 @@ impl Home {
 
     /// `yado` with arguments, not yet started.
     pub fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_yado"));
+        let mut command = Command::new(&self.program);
         command.args(arguments);
         self.adopt(&mut command);
         command
@@ -125,6 +144,12 @@ impl Home {
     }
 }
 
+impl Default for Home {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Drop for Home {
     fn drop(&mut self) {
         // A test that failed leaves no guest behind.
@@ -140,6 +165,7 @@ impl Finished {
         self.status.code().or(self.status.signal().map(|number| 128 + number)).unwrap()
     }
 
+    /// Standard output as text.
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.stdout).into_owned()
     }

@@ -1,7 +1,7 @@
 //! A guest that stays: started in the background, listed, talked to, stopped, started again, removed.
 
-use crate::story::{Home, until};
 use std::time::{Duration, Instant};
+use xtask::story::{Home, until};
 
 fn processor_time(process: u64) -> Duration {
     let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap();
@@ -110,7 +110,7 @@ fn a_killed_yado_leaves_nothing_that_hinders() {
     let started = home.yado(&["run", "-q", "debian", "--detach"]);
     started.assert_success();
     for process in home.processes() {
-        crate::story::signal(process, "KILL");
+        xtask::story::signal(process, "KILL");
     }
     until("the process to be gone", Duration::from_secs(10), || home.processes().is_empty());
     assert_eq!(home.yado(&["ps", "--all", "--quiet"]).text(), "");
