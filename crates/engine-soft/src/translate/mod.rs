@@ -548,7 +548,8 @@ fn mode(state: &CpuState) -> Option<Mode> {
     let user = cpl == 3;
     let blocked = cpl == 1
         || cpl == 2
-        || state.rflags & rflags::TF != 0
+        // RF ends with the next instruction, which translated code does not know.
+        || state.rflags & (rflags::TF | rflags::RF) != 0
         || state.shadow != Shadow::None
         || state.dr7 & 0xff != 0
         || user && state.cr0 & cr0::AM != 0 && state.rflags & rflags::AC != 0;
