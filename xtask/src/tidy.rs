@@ -148,7 +148,9 @@ fn sizes(file: &str, text: &str, breaches: &mut Vec<Breach>) {
         breaches.push(Breach(format!("{file}: {lines} lines, more than {LINES_MAX}: split it by concept")));
     }
     for (number, line) in text.lines().enumerate() {
-        if line.chars().count() > COLUMNS_MAX {
+        // Tables and string literals have no better place to break.
+        let whole = line.contains('"') || line.trim_start().starts_with("//! |");
+        if line.chars().count() > COLUMNS_MAX && !whole {
             breaches.push(Breach(format!("{file}:{}: wider than {COLUMNS_MAX} columns", number + 1)));
         }
     }

@@ -1,7 +1,8 @@
 //! The indices by which `modprobe` finds kernel modules, as depmod(8) makes them.
 //!
 //! A kernel package's script runs depmod; before that no module can be loaded, and a guest's network card, vsock or console may need one at
-//! its first boot. So the builder reads each module's `.modinfo` section (name, dependencies, aliases) and writes the same indices: text, and
+//! its first boot. So the builder reads each module's `.modinfo` section (name, dependencies, aliases) and writes the
+//! same indices: text, and
 //! the binary tries that libkmod reads (layout at [`trie`]).
 
 use crate::deb;
@@ -230,7 +231,8 @@ const HAS_CHILDREN: u32 = 0x2000_0000;
 
 /// Writes keys as libkmod's index: magic, version and root, then nodes, all numbers big-endian.
 ///
-/// A reference to a node is its place with flags that say which of its parts are there: a prefix ended by zero; the first and the last byte of its
+/// A reference to a node is its place with flags that say which of its parts are there: a prefix ended by zero; the
+/// first and the last byte of its
 /// children with a reference for each byte between; a count of values, each a priority and a text ended by zero.
 pub fn trie(keys: &Keys) -> Vec<u8> {
     let mut file = vec![0xb0, 0x07, 0xf4, 0x57, 0, 2, 0, 1, 0, 0, 0, 0];

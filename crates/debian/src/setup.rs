@@ -1,6 +1,8 @@
-//! What maintainer scripts would have made, as far as a system needs it to boot: accounts, PAM, names, the console, the network, APT's sources.
+//! What maintainer scripts would have made, as far as a system needs it to boot: accounts, PAM, names, the console,
+//! the network, APT's sources.
 //!
-//! Everything else is left to the scripts themselves, which `yado-configure.service` runs inside the guest soon after the first boot. What is
+//! Everything else is left to the scripts themselves, which `yado-configure.service` runs inside the guest soon after
+//! the first boot. What is
 //! written here is what those scripts write, so they find it as they would leave it.
 
 use crate::accounts::Accounts;

@@ -1,6 +1,7 @@
 //! The guest's file tree while it is built: who owns which path, and where paths lead.
 //!
-//! [`Tree`] is whatever stores files (an ext4 image, a directory). [`Root`] stands before it and gives dpkg's rules: directories are shared,
+//! [`Tree`] is whatever stores files (an ext4 image, a directory). [`Root`] stands before it and gives dpkg's rules:
+//! directories are shared,
 //! a file of one package is not overwritten by another unless that one `Replaces` it, and a path leads through the symbolic links of the
 //! image, never of the host. It also keeps copies of the few files that the builder itself reads.
 

@@ -1,6 +1,7 @@
 //! All packages into the tree: decompressed by several threads, put in by one, in a fixed order.
 //!
-//! Each package has a bounded channel. Workers take packages in order and fill their channels; the caller's thread empties the channels in the
+//! Each package has a bounded channel. Workers take packages in order and fill their channels; the caller's thread
+//! empties the channels in the
 //! same order, so the image does not depend on timing, memory stays bounded, and the lowest unfinished package is always being served
 //! (no deadlock). Dropping the channels ends the workers.
 

@@ -1,7 +1,7 @@
 //! The part of the CPU state that belongs to translated code: how it is entered, left, and finds its next block.
 
 /// Entries of the jump cache.
-pub const JUMP_ENTRIES: usize = 4096;
+pub const JUMP_ENTRIES: usize = 16384;
 
 /// One remembered indirect target.
 ///
