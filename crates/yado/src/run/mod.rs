@@ -119,6 +119,9 @@ impl Guest {
         let server = Server::new(&socket, machine.clone(), console.clone(), agent.clone())
             .with_context(|| format!("cannot listen at {}", socket.display()))?;
         machine.start()?;
+        // A machine's end is seen by consoles and commands only once somebody has waited for it.
+        let ends = machine.clone();
+        std::thread::Builder::new().name("end".into()).spawn(move || ends.wait())?;
         Ok(Self {
             machine,
             console,
@@ -142,7 +145,7 @@ impl Guest {
         }
         phases.finish();
         std::thread::scope(|scope| {
-            // A machine that ends is noticed by who waits for it: its console closes then. So is Ctrl-C.
+            // Ctrl-C where no terminal makes it a byte for the guest.
             let end = scope.spawn(|| self.wait());
             let left = client::console(&self.name).inspect_err(|_| self.machine.stop())?;
             if left == client::ConsoleEnd::Left && self.machine.outcome().is_none() {
