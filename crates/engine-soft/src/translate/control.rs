@@ -8,6 +8,8 @@ use iced_x86::{Code, Instruction, InstructionInfoFactory, OpKind, Register};
 
 /// Second temporary slot: the first belongs to the checks.
 const KEPT: usize = 1;
+/// What an indirect call's return address has replaced.
+pub(super) const OVERWRITTEN: usize = 2;
 
 impl Generator {
     /// Translates one instruction. `None` if it is for the single-step tier after all.
@@ -73,7 +75,7 @@ impl Generator {
             Kind::JumpIf => self.jump_conditional(instruction, site),
             Kind::JumpCount => self.jump_count(instruction, bytes, site)?,
             Kind::Call => {
-                self.push_return(site);
+                self.push_return(site, false);
                 self.jump_direct(instruction, site);
             }
             Kind::JumpIndirect => {
@@ -83,7 +85,7 @@ impl Generator {
             Kind::CallIndirect => {
                 self.load_operand(instruction, site)?;
                 self.out.store(kept(), r::ADDR);
-                self.push_return(site);
+                self.push_return(site, true);
                 self.out.load(r::ADDR, kept());
                 self.jump_found(Origin::new(site.offset, 8));
             }
@@ -121,9 +123,13 @@ impl Generator {
         }
     }
 
-    /// Pushes the address of the next instruction.
-    fn push_return(&mut self, site: Site) {
+    /// Pushes the address of the next instruction; `keep` what was there, for a call that faults after all.
+    fn push_return(&mut self, site: Site, keep: bool) {
         self.push_check(site);
+        if keep {
+            self.out.load(r::T1, Mem::base(r::ADDR));
+            self.out.store(overwritten(), r::T1);
+        }
         self.out.load(r::T1, linked!(page_base));
         self.out.lea(r::T1, Mem::at(r::T1, i32::from(site.next)));
         self.out.store(Mem::base(r::ADDR), r::T1);
@@ -257,8 +263,16 @@ impl Generator {
     }
 }
 
+fn overwritten() -> Mem {
+    slot(OVERWRITTEN)
+}
+
 fn kept() -> Mem {
-    Mem::state(super::thunk::LINKAGE + std::mem::offset_of!(super::linkage::Linkage, slots) + KEPT * 8)
+    slot(KEPT)
+}
+
+fn slot(number: usize) -> Mem {
+    Mem::state(super::thunk::LINKAGE + std::mem::offset_of!(super::linkage::Linkage, slots) + number * 8)
 }
 
 /// The number of a Jcc's condition.

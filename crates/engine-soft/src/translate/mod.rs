@@ -324,7 +324,14 @@ impl Translator {
                         {
                             // The jump itself faults, and has done nothing.
                             core.state.rip = link.page_base.wrapping_add(offset);
-                            core.state.gpr[4] = core.state.gpr[4].wrapping_add(stack);
+                            let old = link.slots[control::OVERWRITTEN];
+                            let slot = core.state.gpr[4];
+                            core.state.gpr[4] = slot.wrapping_add(stack);
+                            if stack == 8 {
+                                // The call's return address was just stored there, so this write succeeds too.
+                                let privilege = core.privilege();
+                                let _ = core.write_uint(slot, old, 8, privilege);
+                            }
                             break Some(Outcome::Step);
                         }
                         break None;
@@ -373,6 +380,7 @@ impl Translator {
             if !mode.user && !walk.global && core.state.cr4_has(cr4::PGE) {
                 self.local = Some(core.mmu.generation);
             }
+            core.mmu.note_fetch(rip, walk.page_shift, mode.user);
             self.remember(&mut core.state, rip, number, usize::from(mode.user));
         }
         Some(number)

@@ -134,7 +134,7 @@ impl Guest {
         }
         let physical = at::CODE + (case.start - CODE);
         let memory = &self.core.mmu.memory;
-        memory.fill(at::CODE, 2 * PAGE, 0).expect("in RAM");
+        memory.fill(at::CODE, 2 * PAGE, 0xcc).expect("in RAM");
         memory.write(physical, &case.bytes()).expect("in RAM");
         if let Some(translator) = &mut self.translator {
             translator.written(&mut self.core, at::CODE, 2 * PAGE);

@@ -172,7 +172,7 @@ unsafe fn run(slot: &mut Slot, data: &[u8; WRITABLE]) {
         for &(at, value) in &slot.pokes[..slot.poked] {
             (at as *mut u64).write_unaligned(value);
         }
-        std::ptr::write_bytes(CODE as *mut u8, 0, 2 * PAGE as usize);
+        std::ptr::write_bytes(CODE as *mut u8, 0xcc, 2 * PAGE as usize);
         std::ptr::copy_nonoverlapping(slot.code.as_ptr(), slot.start.rip as *mut u8, slot.len);
         let context = &raw mut CONTEXT;
         (*context).state = slot.start;
