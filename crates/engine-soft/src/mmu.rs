@@ -103,10 +103,45 @@ pub struct Mmu {
     global: Box<[[u64; TLB_ENTRIES]; 2]>,
     /// log2 of the largest page of which the TLB may hold a part.
     largest_shift: u32,
-    /// Counts every flush and invalidation, so that others who remember translations can tell.
+    /// Counts every flush, and every invalidation of a page that code was fetched from, so that others who remember
+    /// translations of code can tell.
     pub generation: u64,
     /// Counts those of them that global translations do not survive.
     pub global_generation: u64,
+    /// Pages that code was fetched from since the last flush, of the supervisor and of the user.
+    fetched: [Fetched; 2],
+}
+
+/// A set of pages, by hash: it may claim pages that are not in it. A data page that the guest invalidates, as at
+/// every copy on write, then costs nobody who remembers translations of code anything.
+struct Fetched {
+    /// 4 KiB pages, by the low bits of their number.
+    small: [u64; 128],
+    /// Larger pages, by 2 MiB.
+    large: [u64; 16],
+    /// A page of 1 GiB is among them.
+    huge: bool,
+}
+
+impl Fetched {
+    const NONE: Self = Self { small: [0; 128], large: [0; 16], huge: false };
+
+    fn insert(&mut self, address: u64, page_shift: u32) {
+        match page_shift {
+            12 => self.small[(address >> 18) as usize % 128] |= 1 << (address >> 12 & 63),
+            21 | 22 => self.large[(address >> 27) as usize % 16] |= 1 << (address >> 21 & 63),
+            _ => self.huge = true,
+        }
+    }
+
+    fn contains(&self, address: u64) -> bool {
+        let large = |address: u64| self.large[(address >> 27) as usize % 16] >> (address >> 21 & 63) & 1 != 0;
+        self.huge
+            || self.small[(address >> 18) as usize % 128] >> (address >> 12 & 63) & 1 != 0
+            // The other half of a 4 MiB page of 32-bit paging, too.
+            || large(address)
+            || large(address ^ 1 << 21)
+    }
 }
 
 impl Mmu {
@@ -119,6 +154,7 @@ impl Mmu {
             largest_shift: 12,
             generation: 0,
             global_generation: 0,
+            fetched: [Fetched::NONE, Fetched::NONE],
         }
     }
 
@@ -131,6 +167,9 @@ impl Mmu {
         privilege: Privilege,
     ) -> Result<Target, PageFault> {
         let walk = self.walk(state, address, access, privilege)?;
+        if access == Access::Fetch {
+            self.note_fetch(address, walk.page_shift, privilege == Privilege::User);
+        }
         let page = match access {
             Access::Write => self.memory.host_page_for_write(walk.physical),
             _ => self.memory.host_page(walk.physical),
@@ -209,6 +248,12 @@ impl Mmu {
         self.largest_shift = 12;
         self.generation = self.generation.wrapping_add(1);
         self.global_generation = self.global_generation.wrapping_add(1);
+        self.fetched = [Fetched::NONE, Fetched::NONE];
+    }
+
+    /// Somebody is about to remember where code at `address` is, in a page of this size.
+    pub fn note_fetch(&mut self, address: u64, page_shift: u32, user: bool) {
+        self.fetched[usize::from(user)].insert(address, page_shift);
     }
 
     /// Forgets all but global translations: a load of CR3.
@@ -226,6 +271,7 @@ impl Mmu {
             }
         }
         self.generation = self.generation.wrapping_add(1);
+        self.fetched[1] = Fetched::NONE;
     }
 
     /// Forgets one page, global or not: INVLPG.
@@ -246,8 +292,13 @@ impl Mmu {
                 }
             }
         }
-        self.generation = self.generation.wrapping_add(1);
-        self.global_generation = self.global_generation.wrapping_add(1);
+        let [supervisor, user] = [0, 1].map(|class: usize| self.fetched[class].contains(address));
+        if supervisor || user {
+            self.generation = self.generation.wrapping_add(1);
+        }
+        if supervisor {
+            self.global_generation = self.global_generation.wrapping_add(1);
+        }
     }
 
     /// The page at `physical` now holds translated code: no write may pass unseen from here on.
