@@ -29,16 +29,18 @@ fn main() {
     }
     let start = Instant::now();
     let mut said = Instant::now();
+    let mut printed = 0;
     let report = differential::run(&options, |report| {
+        for failure in report.failures.iter().skip(printed) {
+            println!("{failure}");
+        }
+        printed = report.failures.len();
         if said.elapsed().as_secs() >= 10 {
             said = Instant::now();
             let rate = report.cases as f64 / start.elapsed().as_secs_f64();
             eprintln!("{} cases, {} failures, {rate:.0} cases/s", report.cases, report.failures.len());
         }
     });
-    for failure in &report.failures {
-        println!("{failure}");
-    }
     let rate = report.cases as f64 / start.elapsed().as_secs_f64();
     println!(
         "seed {}: {} cases, {} instructions, {} codes, {} failures, {} deaths of the child, {rate:.0} cases/s",

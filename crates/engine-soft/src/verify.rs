@@ -40,8 +40,8 @@ pub struct Verified {
 pub static VERIFIED: Verified =
     Verified { blocks: AtomicU64::new(0), instructions: AtomicU64::new(0), unseen: AtomicU64::new(0) };
 
-/// Longer than any block.
-const WINDOW: usize = 80;
+/// As long as the longest block: a longer window may come by the block's end again.
+const WINDOW: usize = crate::translate::INSTRUCTIONS_MAX;
 
 /// One write to RAM.
 struct Entry {
@@ -250,7 +250,9 @@ impl Verifier {
                 writes: core.writes.as_ref().map_or(0, |log| log.0.len()),
                 vectors: self.vectors.len() - 1,
             });
-            if state.rip != instruction.next_ip() || instruction.flow_control() != FlowControl::Next {
+            // Blocks do not go on there either.
+            let controls = instruction.flow_control() != FlowControl::Next;
+            if controls || state.rip != instruction.next_ip() || (state.rip ^ instruction.ip()) >> 12 != 0 {
                 break;
             }
         }

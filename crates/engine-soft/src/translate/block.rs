@@ -5,7 +5,7 @@ use super::template::{Domain, Kind, Template, Templates};
 use iced_x86::{Decoder, DecoderOptions, Instruction};
 
 /// Longest block in instructions.
-const INSTRUCTIONS_MAX: usize = 64;
+pub(crate) const INSTRUCTIONS_MAX: usize = 64;
 /// How far liveness looks into successors, in instructions.
 const AHEAD_MAX: usize = 8;
 const PAGE: usize = 4096;

@@ -34,6 +34,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use store::{Link, Store, Write};
 use template::Templates;
 
+pub(crate) use block::INSTRUCTIONS_MAX;
 pub(crate) use template::must_align;
 use thunk::{Thunks, reason};
 
