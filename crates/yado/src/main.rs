@@ -27,10 +27,23 @@ fn main() -> ExitCode {
     match result {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            eprintln!("yado: {error:#}");
+            eprintln!("yado: {}", sentence(&error));
             ExitCode::from(exit::code_of(&error))
         }
     }
+}
+
+/// The error with its causes, each said once: many messages quote their cause already.
+fn sentence(error: &anyhow::Error) -> String {
+    let mut said = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if said.is_empty() {
+            said = cause;
+        } else if !said.contains(&cause) {
+            said = format!("{said}: {cause}");
+        }
+    }
+    said
 }
 
 fn dispatch(command: Command) -> anyhow::Result<u8> {
@@ -58,4 +71,21 @@ fn man(directory: &Path) -> anyhow::Result<()> {
     std::fs::create_dir_all(directory)?;
     clap_mangen::generate_to(Arguments::command(), directory)?;
     Ok(())
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn causes_are_said_once() {
+        let cause = std::io::Error::other("no space");
+        assert_eq!(
+            sentence(&anyhow::Error::new(cause).context("cannot write x")),
+            "cannot write x: no space"
+        );
+        let cause = std::io::Error::other("no space");
+        let quoting = anyhow::Error::new(cause).context("cannot write x: no space; free some");
+        assert_eq!(sentence(&quoting), "cannot write x: no space; free some");
+    }
 }

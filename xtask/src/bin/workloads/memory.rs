@@ -57,7 +57,7 @@ fn strlen(units: u64) -> u64 {
     let mut length = 0;
     for _ in 0..units {
         // SAFETY: `text` is a C string that outlives the call.
-        length = unsafe { libc::strlen(black_box(text.as_ptr())) };
+        length = black_box(unsafe { libc::strlen(black_box(text.as_ptr())) });
     }
     length as u64
 }
@@ -70,7 +70,7 @@ fn memchr(units: u64) -> u64 {
     for _ in 0..units {
         // SAFETY: the range is `bytes` itself.
         let place = unsafe { libc::memchr(black_box(bytes.as_ptr()).cast(), i32::from(b'y'), bytes.len()) };
-        found = place as usize - bytes.as_ptr() as usize;
+        found = black_box(place as usize - bytes.as_ptr() as usize);
     }
     found as u64
 }
