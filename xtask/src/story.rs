@@ -117,6 +117,15 @@ impl Home {
         String::from_utf8(finished.stdout).unwrap().trim_end().to_owned()
     }
 
+    /// Waits until the guest has configured its packages, which it begins soon after its first boot.
+    pub fn wait_configured(&self, name: &str) {
+        let half = "dpkg-query -W -f '${db:Status-Abbrev}\\n' | grep -qv '^ii '";
+        self.in_guest(
+            name,
+            &format!("n=0; while {half}; do sleep 2; n=$((n+1)); [ $n -lt 90 ] || exit 1; done"),
+        );
+    }
+
     /// Neither guests, sockets, half-written files nor processes of this home are left.
     pub fn assert_nothing_left(&self) {
         for place in ["state/yado/vms", "run/yado", "tmp"] {

@@ -65,7 +65,7 @@ fn a_guest_from_its_birth_to_its_end() {
 /// A guest that waits takes less than 3 % of a processor.
 fn idle_costs_little(home: &Home, process: u64) {
     // The first boot's configuration of packages is work, not idling.
-    home.in_guest("web", "systemctl start yado-configure.service");
+    home.wait_configured("web");
     home.in_guest("web", "systemctl stop apt-daily.timer apt-daily-upgrade.timer 2>/dev/null; sync; sleep 5");
     const PERIOD: Duration = Duration::from_secs(10);
     let measured = |period| {

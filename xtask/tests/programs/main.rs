@@ -38,6 +38,7 @@ fn programs_work_as_on_the_host() {
 }
 
 fn packages_are_configured(home: &Home) {
+    home.wait_configured("workshop");
     let half = home.in_guest(
         "workshop",
         "dpkg-query -W -f '${db:Status-Abbrev} ${Package}\\n' | grep -v '^ii ' || true",
