@@ -4,7 +4,7 @@ use super::protocol::{Ended, ExecRequest, Kind, PAYLOAD_MAX, Reply, Request, rea
 use crate::agent::{Agent, Command, Progress};
 use crate::console::Console;
 use guest::{Exec, RequestError, Stream};
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -41,7 +41,7 @@ struct Shared {
     closing: AtomicBool,
     connections: AtomicUsize,
     /// Connections to shut down when the machine goes.
-    open: Mutex<Vec<UnixStream>>,
+    open: Mutex<BTreeMap<u64, UnixStream>>,
 }
 
 /// The socket's server; dropping it closes all connections and removes the socket.
@@ -69,7 +69,7 @@ impl Server {
             agent,
             closing: AtomicBool::new(false),
             connections: AtomicUsize::new(0),
-            open: Mutex::new(Vec::new()),
+            open: Mutex::new(BTreeMap::new()),
         });
         let accepting = shared.clone();
         thread::Builder::new().name("control".into()).spawn(move || accept(&listener, &accepting))?;
@@ -83,7 +83,7 @@ impl Drop for Server {
         // Wakes the accepting thread, which then sees that it is over.
         let _ = UnixStream::connect(&self.path);
         let _ = std::fs::remove_file(&self.path);
-        for stream in self.shared.open.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+        for stream in self.shared.open.lock().unwrap_or_else(PoisonError::into_inner).values() {
             let _ = stream.shutdown(Shutdown::Read);
         }
         // Let streams say their last word (a command's exit code).
@@ -97,7 +97,7 @@ impl Drop for Server {
 }
 
 fn accept(listener: &UnixListener, shared: &Arc<Shared>) {
-    for stream in listener.incoming() {
+    for (number, stream) in (0u64..).zip(listener.incoming()) {
         if shared.closing.load(Ordering::Acquire) {
             return;
         }
@@ -107,19 +107,17 @@ fn accept(listener: &UnixListener, shared: &Arc<Shared>) {
             continue;
         }
         if let Ok(copy) = stream.try_clone() {
-            shared.open.lock().unwrap_or_else(PoisonError::into_inner).push(copy);
+            shared.open.lock().unwrap_or_else(PoisonError::into_inner).insert(number, copy);
         }
         let serving = shared.clone();
         let spawned = thread::Builder::new().name("control-client".into()).spawn(move || {
-            let fd = std::os::fd::AsRawFd::as_raw_fd(&stream);
             // A client that goes away is its own affair.
             let _ = serve(stream, &serving);
-            let mut open = serving.open.lock().unwrap_or_else(PoisonError::into_inner);
-            open.retain(|other| other.peer_addr().is_ok() && std::os::fd::AsRawFd::as_raw_fd(other) != fd);
-            drop(open);
+            serving.open.lock().unwrap_or_else(PoisonError::into_inner).remove(&number);
             serving.connections.fetch_sub(1, Ordering::AcqRel);
         });
         if spawned.is_err() {
+            shared.open.lock().unwrap_or_else(PoisonError::into_inner).remove(&number);
             shared.connections.fetch_sub(1, Ordering::AcqRel);
         }
     }
