@@ -118,6 +118,19 @@ impl Agent {
         Ok(Command { agent: self.clone(), session })
     }
 
+    /// The machine has been reset: what its agent still said counts, then all commands are lost and a new agent is
+    /// waited for.
+    pub fn machine_reset(&self) {
+        let mut bytes = Vec::new();
+        self.0.port.receive(&mut bytes, Duration::ZERO);
+        let mut shared = self.lock();
+        shared.client.receive(&bytes);
+        self.dispatch(&mut shared);
+        shared.client.reconnect();
+        self.dispatch(&mut shared);
+        self.flush(&mut shared);
+    }
+
     /// Switches the guest off from inside.
     pub fn poweroff(&self, how: Poweroff) -> Result<(), RequestError> {
         self.request(|client| client.poweroff(how))
@@ -178,7 +191,11 @@ impl Agent {
 }
 
 fn lost(reason: LostReason) -> Progress {
-    Progress::Lost(reason.to_string())
+    Progress::Lost(match reason {
+        // Nothing else opens it anew.
+        LostReason::Reconnect => "the guest restarted".to_owned(),
+        reason => reason.to_string(),
+    })
 }
 
 fn serve(agent: &Weak<Inner>) {

@@ -24,7 +24,6 @@ use chipset::uart16550::Uart16550;
 use chipset::{acpi, board as at, msi};
 use cpu::Space;
 use device::{Device, Line, MsiSink};
-use memory::GuestMemory;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Ranges outside RAM that the memory map shows as reserved.
@@ -41,7 +40,35 @@ pub(crate) struct Board {
     pub(crate) power: Arc<Mutex<Power>>,
     pub(crate) serial: Port,
     pub(crate) serial_wake: Wake,
+    pub(crate) resets: Resets,
     description: at::Board,
+}
+
+/// What the guest's wish for a reset leads to. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Resets {
+    lifecycle: Arc<Lifecycle>,
+    watch: PanicWatch,
+    /// Resets restart the guest instead of ending the machine.
+    restart: bool,
+}
+
+impl Resets {
+    /// The guest resets the machine. The last thing a kernel that panicked does may be a reset: that is its end.
+    pub(crate) fn reset(&self) {
+        if self.watch.panicked() {
+            self.lifecycle.end(Outcome::GuestPanic);
+        } else if self.restart {
+            self.lifecycle.restart();
+        } else {
+            self.lifecycle.end(Outcome::Reset);
+        }
+    }
+
+    /// Whether the guest has said on its console that it restarts now, or that it panicked.
+    pub(crate) fn announced(&self) -> bool {
+        self.watch.restarting() || self.watch.panicked()
+    }
 }
 
 /// What the board is made with.
@@ -80,7 +107,12 @@ impl Board {
         let ioapic = IoApic::new(0, PINS, msi.clone());
         let pic = Pic8259::new(lint0(&apics, &parts.wake));
         let watch = PanicWatch::default();
-        let power_sink = power_sink(&parts.lifecycle, &watch);
+        let resets = Resets {
+            lifecycle: parts.lifecycle.clone(),
+            watch: watch.clone(),
+            restart: parts.config.restart,
+        };
+        let power_sink = power_sink(&resets);
         let intx = at::INTX_GSIS.map(|gsi| (gsi, ioapic.line(gsi.into())));
         let pci = Host::new(intx, power_sink.reset_control());
         let mut buses = Buses::new(pci.clone(), parts.timers.clone(), parts.clock, cpus);
@@ -136,19 +168,18 @@ impl Board {
         if parts.config.test_devices {
             test_devices(&mut buses, &parts.lifecycle, &pic, &ioapic)?;
         }
-        Ok(Self { buses, apics, ioapic, pic, pci, msi, power, serial, serial_wake, description })
+        Ok(Self { buses, apics, ioapic, pic, pci, msi, power, serial, serial_wake, resets, description })
     }
 
-    /// What firmware would do, after the last PCI function is attached: addresses for BARs, ACPI tables. Answers
-    /// the address of the ACPI root pointer.
-    pub(crate) fn finish(&self, memory: &GuestMemory) -> Result<u64, String> {
+    /// What firmware would do, after the last PCI function is attached: addresses for BARs.
+    pub(crate) fn assign_addresses(&self) -> Result<(), String> {
         let fits = self.pci.assign_resources(at::PCI_IO, at::MMIO32, self.description.mmio64);
-        if !fits {
-            return Err("their registers do not fit into the address space".into());
-        }
-        let tables = acpi::build(&self.description, at::ACPI_TABLES);
-        memory.write(tables.base, &tables.bytes).map_err(|error| error.to_string())?;
-        Ok(tables.base)
+        if fits { Ok(()) } else { Err("their registers do not fit into the address space".into()) }
+    }
+
+    /// The ACPI tables, with the address of the root pointer.
+    pub(crate) fn tables(&self) -> acpi::Tables {
+        acpi::build(&self.description, at::ACPI_TABLES)
     }
 }
 
@@ -192,14 +223,11 @@ fn lint0(apics: &Apics, wake: &Wakes) -> Line {
     })
 }
 
-fn power_sink(lifecycle: &Arc<Lifecycle>, watch: &PanicWatch) -> PowerSink {
-    let (lifecycle, watch) = (lifecycle.clone(), watch.clone());
-    PowerSink::new(move |event| {
-        lifecycle.end(match event {
-            PowerEvent::Off => Outcome::PoweredOff,
-            PowerEvent::Reset if watch.panicked() => Outcome::GuestPanic,
-            PowerEvent::Reset => Outcome::Reset,
-        });
+fn power_sink(resets: &Resets) -> PowerSink {
+    let resets = resets.clone();
+    PowerSink::new(move |event| match event {
+        PowerEvent::Off => resets.lifecycle.end(Outcome::PoweredOff),
+        PowerEvent::Reset => resets.reset(),
     })
 }
 

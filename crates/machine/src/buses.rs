@@ -199,6 +199,18 @@ impl Buses {
         }
     }
 
+    /// Every device and PCI function is as after power-up.
+    pub(crate) fn reset(&self) {
+        for attached in &self.devices {
+            attached.with(&self.timers, |device| device.reset());
+        }
+        // The bus itself is one of the devices, and has reset its functions; their deadlines were their drivers'.
+        let functions = self.first_timer.saturating_add(DEVICES_MAX);
+        for slot in 0..FUNCTIONS_MAX {
+            self.timers.set(functions.saturating_add(slot), None);
+        }
+    }
+
     /// Everything's live state.
     pub(crate) fn inspect(&self) -> serde_json::Value {
         let mut tree = serde_json::Map::new();

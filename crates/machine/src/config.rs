@@ -58,6 +58,8 @@ pub struct MachineConfig {
     pub ports: Vec<String>,
     /// A virtio-rng device.
     pub entropy: bool,
+    /// A guest that resets the machine boots again; else the machine ends.
+    pub restart: bool,
     /// QEMU's isa-debug-exit and pc-testdev.
     pub test_devices: bool,
     /// The software engine translates hot code; else it single-steps everything, many times slower.
@@ -82,6 +84,7 @@ impl MachineConfig {
             disks: Vec::new(),
             ports: Vec::new(),
             entropy: true,
+            restart: true,
             test_devices: false,
             translate: true,
             verify: false,

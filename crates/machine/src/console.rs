@@ -76,6 +76,11 @@ impl Console {
         lines.iter().skip(lines.len().saturating_sub(count)).map(|line| (*line).to_owned()).collect()
     }
 
+    /// Adds a line of yado's own to what the guest has printed.
+    pub fn note(&self, line: &str) {
+        self.lock().take(format!("\r\n[yado: {line}]\r\n").as_bytes());
+    }
+
     /// Everything printed from now on. A viewer that does not keep up loses output; the channel closes with the machine.
     pub fn attach(&self) -> Receiver<Vec<u8>> {
         let (sender, receiver) = sync_channel(VIEWER_CHUNKS);

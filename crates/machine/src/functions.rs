@@ -2,7 +2,7 @@
 
 use crate::config::{DiskConfig, DiskInterface};
 use crate::port::{Port, Wake};
-use crate::storage;
+use crate::storage::{self, Traffic};
 use chipset::pci::{Host, SharedFunction};
 use device::MsiSink;
 use device::block::{Controller, Geometry};
@@ -52,6 +52,8 @@ pub enum Error {
 pub(crate) struct Workers {
     pub(crate) wakes: Vec<Wake>,
     pub(crate) threads: Vec<JoinHandle<()>>,
+    /// One for each disk.
+    pub(crate) traffic: Vec<Traffic>,
 }
 
 impl Workers {
@@ -100,7 +102,9 @@ impl Slots<'_> {
             let wake = Wake::default();
             let controller = self.controller(number, config, geometry, &wake)?;
             let name = format!("disk{number}");
-            let thread = storage::serve(&name, controller, disk, self.memory.clone(), wake.clone());
+            let traffic = Traffic::default();
+            workers.traffic.push(traffic.clone());
+            let thread = storage::serve(&name, controller, disk, self.memory.clone(), wake.clone(), traffic);
             workers.wakes.push(wake);
             workers.threads.push(thread.map_err(Error::Thread)?);
         }

@@ -1,13 +1,14 @@
 //! Whether the machine runs, and how it ended.
 //!
-//! States: built, running, paused, ended (with an [`Outcome`], the first one reported). Running vCPUs are woken
-//! when what is wanted changes; parked ones wait here.
+//! States: built, running, paused, restarting, ended (with an [`Outcome`], the first one reported). Running vCPUs are
+//! woken when what is wanted changes; parked ones wait here. To restart, all vCPUs meet here; the last one to come
+//! resets the machine while the others wait.
 //!
 //! Lock order: the state's lock alone; vCPUs are woken without it.
 
 use cpu::Registers;
 use device::VmTime;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -16,8 +17,10 @@ use std::time::{Duration, Instant};
 pub enum Outcome {
     /// The guest switched itself off.
     PoweredOff,
-    /// The guest asked for a reset.
+    /// The guest asked for a reset, and the machine is one that ends then.
     Reset,
+    /// The guest asked for a reset, and its kernel could not be loaded again: why.
+    NotRestarted(String),
     /// The guest's kernel said that it panicked.
     GuestPanic,
     /// The guest wrote to the debug-exit port: the code to leave with (twice the value written, plus one).
@@ -86,6 +89,18 @@ impl std::fmt::Display for Crash {
 pub(crate) enum Wanted {
     Run,
     Pause,
+    Restart,
+    Stop,
+}
+
+/// A vCPU's part in a restart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Meeting {
+    /// All others wait: reset the machine, then [`Lifecycle::restarted`].
+    Last,
+    /// Another vCPU has reset the machine.
+    Over,
+    /// The machine stops.
     Stop,
 }
 
@@ -95,13 +110,23 @@ struct State {
     parked: usize,
     /// vCPU threads that have returned.
     gone: usize,
+    /// vCPUs that have come to the restart.
+    met: usize,
+    /// When somebody last asked the guest to power off.
+    off_asked: Option<Instant>,
 }
+
+/// A guest that resets within this time after it was asked to power off has done what was meant.
+const OFF_TIME: Duration = Duration::from_secs(120);
 
 /// The state of one machine.
 #[derive(Default)]
 pub(crate) struct Lifecycle {
     /// [`Wanted`] as a number, read before every run.
     wanted: AtomicU8,
+    /// A reset has been asked for and is not over.
+    restarting: AtomicBool,
+    restarts: AtomicU64,
     state: Mutex<State>,
     changed: Condvar,
     wake_all: OnceLock<Box<dyn Fn() + Send + Sync>>,
@@ -115,23 +140,24 @@ impl Lifecycle {
 
     pub(crate) fn wanted(&self) -> Wanted {
         match self.wanted.load(Ordering::SeqCst) {
+            2.. => Wanted::Stop,
+            _ if self.restarting.load(Ordering::SeqCst) => Wanted::Restart,
             0 => Wanted::Run,
             1 => Wanted::Pause,
-            _ => Wanted::Stop,
         }
     }
 
     fn want(&self, wanted: Wanted) {
-        let number = match wanted {
-            Wanted::Run => 0,
-            Wanted::Pause => 1,
-            Wanted::Stop => 2,
-        };
         {
             // Under the lock, so that nobody misses it between looking and waiting.
             let _state = self.lock();
             if self.wanted() != Wanted::Stop {
-                self.wanted.store(number, Ordering::SeqCst);
+                match wanted {
+                    Wanted::Run => self.wanted.store(0, Ordering::SeqCst),
+                    Wanted::Pause => self.wanted.store(1, Ordering::SeqCst),
+                    Wanted::Restart => self.restarting.store(true, Ordering::SeqCst),
+                    Wanted::Stop => self.wanted.store(2, Ordering::SeqCst),
+                }
             }
             self.changed.notify_all();
         }
@@ -150,6 +176,52 @@ impl Lifecycle {
             self.wanted.store(2, Ordering::SeqCst);
         }
         self.want(Wanted::Stop);
+    }
+
+    /// The guest resets the machine: all vCPUs [`Self::meet`]. If it was asked to power off, the machine ends instead.
+    pub(crate) fn restart(&self) {
+        let off_asked = self.lock().off_asked;
+        if off_asked.is_some_and(|asked| asked.elapsed() < OFF_TIME) {
+            self.end(Outcome::Stopped);
+        } else {
+            self.want(Wanted::Restart);
+        }
+    }
+
+    /// Somebody asks the guest to power off.
+    pub(crate) fn ask_off(&self) {
+        self.lock().off_asked = Some(Instant::now());
+    }
+
+    /// One of `cpus` vCPUs has come to a restart; all but the last wait here for its end.
+    pub(crate) fn meet(&self, cpus: usize) -> Meeting {
+        let mut state = self.lock();
+        state.met = state.met.saturating_add(1);
+        if state.met >= cpus {
+            return Meeting::Last;
+        }
+        let turn = self.restarts();
+        while self.restarts() == turn {
+            if self.wanted() == Wanted::Stop {
+                return Meeting::Stop;
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        Meeting::Over
+    }
+
+    /// The machine has been reset: all vCPUs go on.
+    pub(crate) fn restarted(&self) {
+        let mut state = self.lock();
+        state.met = 0;
+        self.restarting.store(false, Ordering::SeqCst);
+        self.restarts.fetch_add(1, Ordering::SeqCst);
+        self.changed.notify_all();
+    }
+
+    /// How often the machine has been reset.
+    pub(crate) fn restarts(&self) -> u64 {
+        self.restarts.load(Ordering::SeqCst)
     }
 
     /// Asks all `cpus` vCPUs to park and waits until they have; `false` if the machine ended instead.
@@ -186,7 +258,7 @@ impl Lifecycle {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         state.parked = state.parked.saturating_sub(1);
-        self.wanted() == Wanted::Run
+        self.wanted() != Wanted::Stop
     }
 
     /// A vCPU's thread is about to return.

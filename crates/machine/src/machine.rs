@@ -1,17 +1,19 @@
 //! A whole machine and its life.
 //!
-//! States: built (the kernel is loaded, nothing runs), running, paused, ended. Threads: one per vCPU, one for
+//! States: built (the kernel is loaded, nothing runs), running, paused, restarting, ended. Threads: one per vCPU, one for
 //! timers, one per disk; all are joined when the machine is dropped.
 //!
 //! Lock order: `threads` alone.
 
 use crate::board::{self, Board, Parts};
-use crate::boot::{self, Module, Request};
+use crate::boot;
 use crate::clock::Clock;
 use crate::config::{EngineKind, MachineConfig};
 use crate::functions::{self, Slots, Workers};
+use crate::kernel::Kernel;
 use crate::lifecycle::{Lifecycle, Outcome};
 use crate::port::{Port, Wake};
+use crate::restart::Restart;
 use crate::timers::Timers;
 use crate::vcpu::paravirtual::SystemClock;
 use crate::vcpu::slot::Slot;
@@ -169,13 +171,14 @@ impl Machine {
         if config.entropy {
             slots_on_bus.entropy()?;
         }
-        let rsdp = board.finish(&memory).map_err(Error::Devices)?;
-        let registers = load_kernel(&config, &memory, rsdp)?;
+        board.assign_addresses().map_err(Error::Devices)?;
+        let kernel = Kernel::open(&config)?;
+        let restart = Restart::new(kernel, board.tables(), workers.traffic.clone(), &memory)?;
         let mut vcpus = Vec::with_capacity(cpus);
         for (index, table) in (0u32..).zip(tables) {
             let mut vcpu = engine.create_vcpu(VcpuConfig { index, cpuid: Arc::new(table) })?;
             if index == 0 {
-                vcpu.set_registers(&registers);
+                vcpu.set_registers(&restart.registers());
             }
             vcpus.push(vcpu);
         }
@@ -191,6 +194,8 @@ impl Machine {
             system_clock: SystemClock::new(engine.tsc_hz()),
             slots,
             lifecycle,
+            resets: board.resets,
+            restart,
             tsc_hz: engine.tsc_hz(),
             log_exits: config.log_exits,
         };
@@ -272,7 +277,13 @@ impl Machine {
 
     /// Presses the power button: a guest that listens shuts down.
     pub fn power_button(&self) {
+        self.expect_off();
         board::press(&self.power);
+    }
+
+    /// The guest has been asked to power off: should it reset instead within two minutes, the machine ends.
+    pub fn expect_off(&self) {
+        self.common.lifecycle.ask_off();
     }
 
     /// Lets the machine stand still: vCPUs, VM time and timers. Answers whether it does.
@@ -292,6 +303,17 @@ impl Machine {
         self.common.clock.run();
         self.common.timers.resume();
         self.common.lifecycle.resume();
+    }
+
+    /// Names who hears of every restart of the guest: it is handed how often the guest has been started now. Called
+    /// while all vCPUs wait, after every device has been reset. Only the first call counts.
+    pub fn on_restart(&self, listener: impl Fn(u64) + Send + Sync + 'static) {
+        let _ = self.common.restart.listener.set(Box::new(listener));
+    }
+
+    /// How often the guest has been started: once, and once more for every reset.
+    pub fn starts(&self) -> u64 {
+        self.common.lifecycle.restarts().saturating_add(1)
     }
 
     /// The serial console.
@@ -323,6 +345,7 @@ impl Machine {
             "memory_bytes": self.common.memory.len(),
             "kernel": self.config.kernel,
             "command_line": self.config.command_line,
+            "starts": self.starts(),
             "vm_time_ns": self.common.clock.now().0,
             "tsc_hz": self.common.tsc_hz,
             "outcome": self.outcome().map(|outcome| format!("{outcome:?}")),
@@ -426,37 +449,4 @@ fn cpuid_tables(config: &MachineConfig, tsc_hz: u64) -> Result<Vec<cpu::cpuid::C
     (0..config.cpus)
         .map(|apic_id| Ok(model.table(Topology { apic_id, cpus: config.cpus }, tsc_hz)?))
         .collect()
-}
-
-fn read_file(what: &'static str, path: &std::path::Path) -> Result<Vec<u8>, Error> {
-    std::fs::read(path).map_err(|source| Error::Read { what, path: path.to_owned(), source })
-}
-
-/// Reads kernel and initrd and loads them.
-fn load_kernel(config: &MachineConfig, memory: &GuestMemory, rsdp: u64) -> Result<cpu::Registers, Error> {
-    let kernel = read_file("kernel", &config.kernel)?;
-    let mut files = Vec::new();
-    if let Some(initrd) = &config.initrd {
-        if boot::takes_modules(&kernel) {
-            for module in initrd.to_string_lossy().split(',') {
-                let path = module.split_whitespace().next().unwrap_or_default();
-                files.push((module.to_owned(), read_file("module", path.as_ref())?));
-            }
-        } else {
-            files.push((String::new(), read_file("initrd", initrd)?));
-        }
-    }
-    let modules: Vec<_> = files.iter().map(|(name, bytes)| Module { name, bytes }).collect();
-    let mut seed = [0; 32];
-    functions::fill_random(&mut seed);
-    let request = Request {
-        kernel: &kernel,
-        kernel_name: &config.kernel.to_string_lossy(),
-        modules: &modules,
-        command_line: &config.command_line,
-        rsdp,
-        reserved: &board::RESERVED,
-        seed,
-    };
-    boot::load(memory, &request).map_err(|source| Error::Boot { path: config.kernel.clone(), source })
 }

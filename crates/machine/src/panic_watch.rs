@@ -25,6 +25,8 @@ const LINE_MAX: usize = 512;
 struct Reader {
     line: Vec<u8>,
     panicked: bool,
+    /// It said that it restarts.
+    restarting: bool,
     /// When the end marker was printed, if nothing came after it.
     silent_since: Option<VmTime>,
 }
@@ -44,9 +46,9 @@ impl Reader {
         if says(END_MARKER) {
             self.silent_since = Some(now);
         } else if says(PANIC) {
-            self.panicked = true;
+            (self.panicked, self.restarting) = (true, false);
         } else if says(RESTART) {
-            self.panicked = false;
+            (self.panicked, self.restarting) = (false, true);
         }
         self.line.clear();
     }
@@ -60,6 +62,11 @@ impl PanicWatch {
     /// Whether a reset now is that of a kernel that panicked.
     pub(crate) fn panicked(&self) -> bool {
         self.lock().panicked
+    }
+
+    /// Whether the guest has said that it restarts.
+    pub(crate) fn restarting(&self) -> bool {
+        self.lock().restarting
     }
 
     fn lock(&self) -> MutexGuard<'_, Reader> {
@@ -185,7 +192,9 @@ mod test {
         guest.print("---[ end Kernel panic - not syncing: why ]---\r\n# ", 5);
         assert_eq!(guest.uart.deadline(), None);
         guest.print("reboot\r\n[    9.0] reboot: Restarting system\r\n", 9);
-        assert!(!guest.watch.panicked());
+        assert!(!guest.watch.panicked() && guest.watch.restarting());
+        guest.uart.reset();
+        assert!(!guest.watch.restarting());
         guest.print(&"x".repeat(100_000), 9);
         assert_eq!(guest.hung.load(Ordering::Relaxed), 0);
     }

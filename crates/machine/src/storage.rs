@@ -1,6 +1,7 @@
 //! A disk's worker: takes requests from a storage controller, moves bytes between guest RAM and the image, answers.
 //!
-//! One thread per disk. Lock order: the controller's lock is held only to take or answer a request, never during I/O.
+//! One thread per disk. Lock order: the disk's [`Traffic`], held while requests are worked on, then the controller's
+//! lock, held only to take or answer a request and never during I/O.
 
 use crate::port::Wake;
 use device::block::{Controller, Operation, Outcome, Request, Segment};
@@ -8,11 +9,23 @@ use image::{Buffers, Disk};
 use memory::GuestMemory;
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 /// How many requests are taken in one go of the lock.
 const BATCH: usize = 16;
+
+/// Held while a disk's requests are worked on. Whoever holds it from outside knows that none is, and that none begins:
+/// nothing of the disk reads or writes guest RAM.
+#[derive(Clone, Default)]
+pub struct Traffic(Arc<Mutex<()>>);
+
+impl Traffic {
+    /// Waits until no request is being worked on, and keeps it so.
+    pub fn hold(&self) -> MutexGuard<'_, ()> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 /// Serves `controller` from a thread of its own until `wake` is closed. The image is flushed at the end.
 pub fn serve(
@@ -21,11 +34,13 @@ pub fn serve(
     disk: Box<dyn Disk>,
     memory: GuestMemory,
     wake: Wake,
+    traffic: Traffic,
 ) -> io::Result<JoinHandle<()>> {
     thread::Builder::new().name(name.to_owned()).spawn(move || {
         let mut batch = Vec::with_capacity(BATCH);
         loop {
             let (seen, closed) = wake.count();
+            let working = traffic.hold();
             {
                 let mut controller = controller.lock().unwrap_or_else(PoisonError::into_inner);
                 while batch.len() < BATCH {
@@ -34,6 +49,7 @@ pub fn serve(
                 }
             }
             if batch.is_empty() {
+                drop(working);
                 if closed {
                     break;
                 }
@@ -202,7 +218,10 @@ mod test {
         }));
         let wake = Wake::default();
         wake.close();
-        serve("disk", rings.clone(), Box::new(disk), memory.clone(), wake).unwrap().join().unwrap();
+        serve("disk", rings.clone(), Box::new(disk), memory.clone(), wake, Traffic::default())
+            .unwrap()
+            .join()
+            .unwrap();
         let expected = [
             (1, Outcome::Ok),
             (2, Outcome::Ok),

@@ -87,10 +87,97 @@ fn a_triple_fault_is_the_guests_own_and_shows_where() {
     assert!(crash.to_string().contains("rip 0000000000100021"), "{crash}");
 }
 
+/// Ways to reset a PC: the keyboard controller's pulse, the reset control register (which is also the FADT's reset
+/// register), system control port A, and a triple fault with an empty interrupt table.
+fn resets() -> Vec<Vec<u8>> {
+    let empty_table = vec![0x6a, 0, 0x6a, 0, 0x0f, 0x01, 0x1c, 0x24, 0xcc];
+    vec![
+        vec![0xb0, 0xfe, 0xe6, 0x64],
+        [port(0xcf9), vec![0xb0, 0x06, 0xee]].concat(),
+        vec![0xb0, 0x01, 0xe6, 0x92],
+        [vec![0xbc, 0x00, 0x00, 0x20, 0x00], empty_table].concat(),
+    ]
+}
+
+/// Prints "again" and powers off if the word at 2 MiB says so, else sets it and goes on: RAM outlives a reset.
+fn unless_started_before(first: &[u8]) -> Vec<u8> {
+    let again = [print("again"), power_off()].concat();
+    // cmp dword [0x200000], 0x7961646f; jne past `again`
+    let mut code = vec![0x81, 0x3d, 0x00, 0x00, 0x20, 0x00, 0x6f, 0x64, 0x61, 0x79, 0x0f, 0x85];
+    code.extend(u32::try_from(again.len()).unwrap().to_le_bytes());
+    code.extend(again);
+    // mov dword [0x200000], 0x7961646f
+    code.extend([0xc7, 0x05, 0x00, 0x00, 0x20, 0x00, 0x6f, 0x64, 0x61, 0x79]);
+    code.extend(first);
+    code
+}
+
+fn printed(machine: &Machine) -> String {
+    let (serial, mut bytes) = (machine.serial(), Vec::new());
+    while serial.receive(&mut bytes, PATIENCE) {}
+    String::from_utf8(bytes).unwrap()
+}
+
 #[test]
-fn a_reset_through_the_keyboard_controller_is_a_reset() {
-    let (_, outcome) = Guest::new(&[0xb0, 0xfe, 0xe6, 0x64, 0xeb, 0xfe]).run();
-    assert_eq!(outcome, Outcome::Reset);
+fn every_way_to_reset_starts_the_guest_again() {
+    for way in resets() {
+        let code = unless_started_before(&[print("once "), way.clone(), vec![0xeb, 0xfe]].concat());
+        let guest = Guest::new(&code);
+        for cpus in [1, 3] {
+            let config = MachineConfig { cpus, memory: 16 << 20, ..MachineConfig::new(guest.kernel()) };
+            let machine = Machine::new(config).unwrap();
+            let (told, heard) = std::sync::mpsc::channel();
+            machine.on_restart(move |starts| told.send(starts).unwrap());
+            machine.start().unwrap();
+            assert_eq!(machine.wait_timeout(PATIENCE), Some(Outcome::PoweredOff), "{way:x?}");
+            assert_eq!(printed(&machine), "once again", "{way:x?}");
+            assert_eq!((machine.starts(), heard.try_iter().collect()), (2, vec![2]), "{way:x?}");
+        }
+    }
+}
+
+#[test]
+fn a_machine_that_must_not_restart_ends_with_the_reset() {
+    for way in resets() {
+        let guest = Guest::new(&[way.clone(), vec![0xeb, 0xfe]].concat());
+        let config = MachineConfig { restart: false, memory: 16 << 20, ..MachineConfig::new(guest.kernel()) };
+        let machine = Machine::new(config).unwrap();
+        machine.start().unwrap();
+        assert_eq!(machine.wait_timeout(PATIENCE), Some(Outcome::Reset), "{way:x?}");
+        assert_eq!(machine.starts(), 1);
+    }
+}
+
+#[test]
+fn a_guest_that_resets_without_end_can_be_paused_and_stopped() {
+    let machine = Guest::new(&[0xb0, 0xfe, 0xe6, 0x64, 0xeb, 0xfe]).machine();
+    machine.start().unwrap();
+    let until = Instant::now() + PATIENCE;
+    while machine.starts() < 20 {
+        assert!(Instant::now() < until, "{} starts", machine.starts());
+        assert!(machine.pause());
+        machine.resume();
+    }
+    // The power button is as good: the guest is down when it resets next.
+    machine.power_button();
+    assert_eq!(machine.wait_timeout(PATIENCE), Some(Outcome::Stopped));
+}
+
+#[test]
+fn a_kernel_that_is_gone_at_the_reset_is_still_there_and_a_broken_one_is_named() {
+    let code = unless_started_before(&[&resets()[0][..], &[0xeb, 0xfe]].concat());
+    let guest = Guest::new(&code);
+    let machine = guest.machine();
+    std::fs::remove_file(guest.kernel()).unwrap();
+    machine.start().unwrap();
+    assert_eq!(machine.wait_timeout(PATIENCE), Some(Outcome::PoweredOff));
+
+    let guest = Guest::new(&code);
+    let machine = guest.machine();
+    std::fs::write(guest.kernel(), b"").unwrap();
+    machine.start().unwrap();
+    let outcome = machine.wait_timeout(PATIENCE);
+    assert!(matches!(&outcome, Some(Outcome::NotRestarted(why)) if why.contains("kernel")), "{outcome:?}");
 }
 
 #[test]

@@ -425,6 +425,9 @@ impl Function for Nvme {
         if self.state == State::Ready {
             self.disable();
         }
+        if self.state == State::Disabled {
+            (self.csts, self.masked) = (0, 0);
+        }
         (self.aqa, self.asq, self.acq) = (0, 0, 0);
     }
 

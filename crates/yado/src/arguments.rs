@@ -76,7 +76,8 @@ pub struct Run {
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, requires = "kernel", help_heading = "Boot")]
     pub initrd: Option<String>,
 
-    /// Kernel command line; with a Debian guest it is added to the default one
+    /// Kernel command line; with a Debian guest it is added to the default one. To a Linux kernel's, `console=ttyS0`
+    /// and `panic=-1` are added unless it names others
     #[arg(long, value_name = "STRING", help_heading = "Boot")]
     pub cmdline: Option<String>,
 
@@ -165,6 +166,10 @@ pub struct Run {
     /// Ask the archive for newer packages now, not once a day
     #[arg(long, help_heading = "Debian")]
     pub refresh: bool,
+
+    /// End with code 0 when the guest reboots, instead of booting it again
+    #[arg(long, help_heading = "Boot")]
+    pub no_reboot: bool,
 
     /// Add the test devices of bare test kernels: isa-debug-exit at port 0xf4, pc-testdev
     #[arg(long, help_heading = "Boot")]

@@ -38,7 +38,8 @@ fn flat(code: u16) -> Registers {
         segments: [data, segment(0x10, code), data, data, data, data],
         tr: Segment { base: 0, limit: 0x67, selector: 0x20, attr: attr::TSS_BUSY },
         gdtr: DescriptorTable { base: GDT, limit: 39 },
-        idtr: DescriptorTable { base: 0, limit: 0 },
+        // As after power-up (Intel SDM 3, table 10-1): an empty table is a guest's own doing.
+        idtr: DescriptorTable { base: 0, limit: 0xffff },
         cr0: cr0::PE | cr0::ET,
         ..Registers::default()
     }

@@ -164,6 +164,20 @@ pub fn takes_modules(kernel: &[u8]) -> bool {
     !bzimage::is_bzimage(kernel) && multiboot::find(kernel).is_some()
 }
 
+/// Whether the kernel is Linux, as a bzImage or an ELF file: one that takes Linux's parameters.
+pub fn is_linux(kernel: &[u8]) -> bool {
+    // The beginning of `linux_banner` (Linux `init/version.c`).
+    const BANNER: &[u8] = b"Linux version ";
+    if bzimage::is_bzimage(kernel) {
+        return true;
+    }
+    let Some(&first) = BANNER.first() else { return false };
+    let begins = |(at, &byte): (usize, &u8)| {
+        byte == first && kernel.get(at..).is_some_and(|rest| rest.starts_with(BANNER))
+    };
+    elf::is_elf(kernel) && multiboot::find(kernel).is_none() && kernel.iter().enumerate().any(begins)
+}
+
 fn load_elf(memory: &GuestMemory, request: &Request<'_>) -> Result<Registers, Error> {
     let elf = elf::Elf::parse(request.kernel)?;
     let loaded = elf.load(memory)?;

@@ -10,9 +10,11 @@ pub(crate) mod paravirtual;
 mod registers;
 pub(crate) mod slot;
 
+use crate::board::Resets;
 use crate::buses::Buses;
 use crate::clock::Clock;
-use crate::lifecycle::{Crash, Lifecycle, Outcome, Wanted};
+use crate::lifecycle::{Crash, Lifecycle, Meeting, Outcome, Wanted};
+use crate::restart::Restart;
 use crate::timers::Timers;
 use chipset::ioapic::IoApic;
 use chipset::local_apic::{Apics, Delivery, Destination, Effect, Ipi, LocalApic, Startup, Trigger, TscClock};
@@ -30,6 +32,9 @@ const KVM_SYSTEM_TIME_OLD: u32 = 0x12;
 /// How many exits a crash report remembers.
 const LAST_EXITS: usize = 16;
 
+/// An interrupt table with a smaller limit has no gate for breakpoints, vector 3.
+const EMPTY_IDT: u16 = 31;
+
 /// What all vCPUs of a machine share.
 pub(crate) struct Common {
     pub(crate) memory: GuestMemory,
@@ -43,6 +48,8 @@ pub(crate) struct Common {
     pub(crate) system_clock: SystemClock,
     pub(crate) slots: Arc<[Slot]>,
     pub(crate) lifecycle: Arc<Lifecycle>,
+    pub(crate) resets: Resets,
+    pub(crate) restart: Restart,
     pub(crate) tsc_hz: u64,
     pub(crate) log_exits: bool,
 }
@@ -115,6 +122,11 @@ impl Runner {
             Wanted::Pause if !self.pausable => slot.wake_self(),
             Wanted::Pause => {
                 if !self.park(slot) {
+                    return false;
+                }
+            }
+            Wanted::Restart => {
+                if !self.restart(slot) {
                     return false;
                 }
             }
@@ -247,6 +259,35 @@ impl Runner {
         true
     }
 
+    /// The guest has reset the machine: the last vCPU to hear of it resets all that they share, then each itself.
+    fn restart(&mut self, slot: &Slot) -> bool {
+        let common = self.common.clone();
+        match common.lifecycle.meet(common.slots.len()) {
+            Meeting::Stop => return false,
+            Meeting::Over => {}
+            Meeting::Last => {
+                if let Err(error) = common.restart.perform(&common) {
+                    common.lifecycle.end(Outcome::NotRestarted(error.to_string()));
+                    return false;
+                }
+                common.restart.tell(common.lifecycle.restarts().saturating_add(2));
+                common.lifecycle.restarted();
+            }
+        }
+        self.vcpu.reset(false);
+        if self.index == 0 {
+            self.vcpu.set_registers(&common.restart.registers());
+        }
+        self.vcpu.request_interrupt_window(false);
+        (self.halted, self.window, self.pausable) = (false, false, true);
+        (self.system_time, self.wall_clock) = (None, 0);
+        self.remaining = Remaining::default();
+        slot.take_unhalt();
+        self.sync_tsc();
+        slot.note();
+        true
+    }
+
     fn handle(&mut self, exit: Exit, slot: &Slot) {
         self.exits = self.exits.wrapping_add(1);
         self.pausable = exit.pausable();
@@ -280,6 +321,10 @@ impl Runner {
                 slot.note();
             }
             Exit::Interrupted | Exit::Debug => slot.note(),
+            Exit::Shutdown if self.means_reset() => {
+                self.common.resets.reset();
+                slot.note();
+            }
             Exit::Shutdown => {
                 self.crash("the guest met a fault that it could not handle (triple fault)", true)
             }
@@ -422,6 +467,13 @@ impl Runner {
             }
         }
         count
+    }
+
+    /// Whether a triple fault is meant as a reset. On hardware every one is; but most are a kernel's accident, which its
+    /// user wants to hear of. Kernels that mean it (Linux's `reboot=t`, FreeBSD's last resort) have said so on the
+    /// console, or fault with an interrupt table that they emptied for the purpose; no kernel starts with such a one.
+    fn means_reset(&self) -> bool {
+        self.vcpu.registers().idtr.limit < EMPTY_IDT || self.common.resets.announced()
     }
 
     fn log(&mut self, exit: &Exit) {

@@ -60,6 +60,9 @@ fn run_at(options: &Run, place: &Place, phases: &mut Phases) -> anyhow::Result<u
         choice.name,
         choice.why
     ));
+    if source.direct {
+        phases.say(&format!("kernel: {}, command line {:?}", source.label, source.boot.cmdline));
+    }
     place.set_record(&Record {
         name: place.name.clone(),
         source: source.label.clone(),
@@ -116,6 +119,13 @@ impl Guest {
             None => None,
         };
         let socket = registry::socket(&place.name)?;
+        let (printed, commands) = (console.clone(), agent.clone());
+        machine.on_restart(move |starts| {
+            printed.note(&format!("the guest restarts: start {starts}"));
+            if let Some(agent) = &commands {
+                agent.machine_reset();
+            }
+        });
         let server = Server::new(&socket, machine.clone(), console.clone(), agent.clone())
             .with_context(|| format!("cannot listen at {}", socket.display()))?;
         machine.start()?;
@@ -184,21 +194,23 @@ impl Guest {
             tty,
             wait,
         )?;
+        let starts = self.machine.starts();
         let result = client::exec(&self.name, request);
+        let lost = result.as_ref().is_err_and(|error| exit::code_of(error) == exit::YADO_FAILED);
         match (&result, self.machine.wait_timeout(Duration::ZERO)) {
             // The guest went down under the command: how, says more than that the command was lost.
-            (Err(error), Some(outcome)) if exit::code_of(error) == exit::YADO_FAILED => {
-                match self.outcome_code(outcome)? {
-                    0 => Err(with_code(
-                        exit::YADO_FAILED,
-                        "the guest powered off before the command had ended",
-                    )),
-                    code => Ok(code),
-                }
-            }
+            (Err(_), Some(outcome)) if lost => match self.outcome_code(outcome)? {
+                0 => Err(with_code(exit::YADO_FAILED, "the guest powered off before the command had ended")),
+                code => Ok(code),
+            },
             (_, Some(_)) => result,
             (_, None) => {
+                let restarted = lost && self.machine.starts() != starts;
                 self.end_after_command();
+                if restarted {
+                    let why = "the guest restarted before the command had ended";
+                    return Err(with_code(exit::YADO_FAILED, why));
+                }
                 result
             }
         }
@@ -247,6 +259,7 @@ impl Guest {
 
     /// Asks the guest to power off, and insists in the end.
     fn power_off(&self) {
+        self.machine.expect_off();
         let asked = self.agent.as_ref().is_some_and(|agent| agent.poweroff(Poweroff::Orderly).is_ok());
         if !asked {
             self.machine.power_button();
@@ -272,6 +285,9 @@ impl Guest {
     fn outcome_code(&self, outcome: Outcome) -> anyhow::Result<u8> {
         match outcome {
             Outcome::PoweredOff | Outcome::Reset | Outcome::Stopped => Ok(0),
+            Outcome::NotRestarted(why) => {
+                Err(with_code(exit::YADO_FAILED, format!("the guest cannot be started again: {why}")))
+            }
             Outcome::DebugExit(code) => Ok(code),
             Outcome::GuestPanic => {
                 self.show_console();
@@ -303,6 +319,7 @@ fn configuration(options: &Run, place: &Place, source: &Source) -> MachineConfig
     config.initrd.clone_from(&source.boot.initrd);
     config.command_line.clone_from(&source.boot.cmdline);
     config.test_devices = options.test_devices;
+    config.restart = !options.no_reboot;
     let root = |path: &Path, overlay| DiskConfig {
         path: path.to_owned(),
         read_only: false,

@@ -8,7 +8,9 @@ use crate::signals;
 use crate::size::Size;
 use anyhow::Context;
 use debian::{Content, GuestFile, KernelFlavour, Phase};
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// The root disk of a guest.
@@ -33,6 +35,8 @@ pub struct Source {
     pub agent: bool,
     /// A Debian guest that `yado run --name` can go on with.
     pub keeps: bool,
+    /// The user's own kernel boots, not a Debian guest.
+    pub direct: bool,
 }
 
 /// The first part of the names of guests without a name.
@@ -54,7 +58,14 @@ pub fn find(options: &Run, place: &Place, phases: &mut Phases) -> anyhow::Result
     {
         phases.say(&format!("{} goes on with its disk ({})", place.name, record.source));
         let boot = Boot { cmdline: command_line(&boot.cmdline, options), ..boot };
-        return Ok(Source { label: record.source, boot, root: Root::Own(disk), agent: true, keeps: true });
+        return Ok(Source {
+            label: record.source,
+            boot,
+            root: Root::Own(disk),
+            agent: true,
+            keeps: true,
+            direct: false,
+        });
     }
     let Some(guest) = options.guest.as_deref() else { return direct(options, Root::None) };
     match guest.split_once(':').unwrap_or((guest, "")) {
@@ -84,12 +95,34 @@ fn direct(options: &Run, root: Root) -> anyhow::Result<Source> {
     let label =
         kernel.file_name().map_or_else(|| "kernel".into(), |name| name.to_string_lossy().into_owned());
     let boot = Boot {
-        kernel,
+        kernel: kernel.clone(),
         initrd: options.initrd.clone().map(PathBuf::from),
-        cmdline: options.cmdline.clone().unwrap_or_default(),
+        cmdline: direct_command_line(&kernel, options.cmdline.as_deref().unwrap_or_default()),
     };
     // An initramfs may have brought the agent; commands are tried where the user asks for one.
-    Ok(Source { label, boot, root, agent: !options.argv.is_empty(), keeps: false })
+    Ok(Source { label, boot, root, agent: !options.argv.is_empty(), keeps: false, direct: true })
+}
+
+/// How much of a kernel is looked at to tell whether it is Linux, in bytes.
+const LOOK: u64 = 256 << 20;
+
+/// The user's command line, with what Linux needs for yado to hear it: the serial console, and a reset after a panic,
+/// which ends the run. What the user says of either counts.
+fn direct_command_line(kernel: &Path, given: &str) -> String {
+    let mut head = Vec::new();
+    // A file that cannot be read is refused where it is loaded. A pipe is left to the loader, which reads it once.
+    let regular = std::fs::metadata(kernel).is_ok_and(|about| about.is_file());
+    let mut read = || File::open(kernel).and_then(|file| file.take(LOOK).read_to_end(&mut head));
+    if !regular || read().is_err() || !machine::boot::is_linux(&head) {
+        return given.to_owned();
+    }
+    let own = |name: &str| {
+        let words = given.split_whitespace().take_while(|word| *word != "--");
+        words.filter_map(|word| word.split_once('=')).any(|(key, _)| key == name)
+    };
+    let added = [("console", "console=ttyS0"), ("panic", "panic=-1")];
+    let added = added.iter().filter(|(name, _)| !own(name)).map(|(_, word)| *word);
+    added.chain(Some(given).filter(|given| !given.is_empty())).collect::<Vec<_>>().join(" ")
 }
 
 fn command_line(default: &str, options: &Run) -> String {
@@ -143,7 +176,7 @@ fn build_debian(suite: &str, options: &Run, place: &Place, phases: &mut Phases) 
         initrd: options.initrd.clone().map(PathBuf::from).or(image.initrd),
         cmdline: command_line(&image.cmdline, options),
     };
-    Ok(Source { label: format!("debian:{}", image.codename), boot, root, agent: true, keeps })
+    Ok(Source { label: format!("debian:{}", image.codename), boot, root, agent: true, keeps, direct: false })
 }
 
 /// The guest's own disk: a copy that shares blocks with the cache where the file system can.
@@ -217,5 +250,29 @@ pub fn check_memory(wanted: Size) -> anyhow::Result<()> {
             format!("--memory {wanted}: this host has only {} of RAM; choose less", Size(total)),
         )),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn linux_is_heard_unless_the_user_says_otherwise() {
+        let directory = tempfile::tempdir().unwrap();
+        let linux = directory.path().join("vmlinuz");
+        let mut image = vec![0; 0x300];
+        image[0x202..0x206].copy_from_slice(b"HdrS");
+        std::fs::write(&linux, image).unwrap();
+        let other = directory.path().join("other");
+        std::fs::write(&other, b"\x7fELF").unwrap();
+        let line = |given| direct_command_line(&linux, given);
+        assert_eq!(line(""), "console=ttyS0 panic=-1");
+        assert_eq!(line("root=/dev/vda quiet"), "console=ttyS0 panic=-1 root=/dev/vda quiet");
+        assert_eq!(line("console=hvc0"), "panic=-1 console=hvc0");
+        assert_eq!(line("panic=0 console=ttyS0,115200"), "panic=0 console=ttyS0,115200");
+        assert_eq!(line("quiet -- panic=1"), "console=ttyS0 panic=-1 quiet -- panic=1");
+        assert_eq!(direct_command_line(&other, "a b"), "a b");
+        assert_eq!(direct_command_line("nowhere".as_ref(), ""), "");
     }
 }
