@@ -167,6 +167,11 @@ pub trait Vcpu: Send {
     fn msr(&self, index: u32) -> Option<u64>;
     /// Sets an MSR that the engine holds; `false` if it holds no such register or the value is refused.
     fn set_msr(&mut self, index: u32, value: u64) -> bool;
+    /// CR8, the task priority (0 to 15). A guest's write to it ends [`Self::run`] with [`Exit::Interrupted`] before
+    /// the next instruction, so that the local APIC can follow.
+    fn task_priority(&self) -> u8;
+    /// The guest has written its local APIC's task priority register: CR8 follows.
+    fn set_task_priority(&mut self, priority: u8);
     /// The guest's TSC now.
     fn tsc(&self) -> u64;
     /// Returns to the power-up state (or, by `init`, the state after an INIT: FPU, most MSRs and caches kept).

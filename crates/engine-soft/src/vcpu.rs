@@ -21,9 +21,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Bits of [`CpuState::kick`].
-mod kick {
+pub(crate) mod kick {
     /// Somebody wants `run` to return.
-    pub(super) const LEAVE: u32 = 1 << 0;
+    pub(crate) const LEAVE: u32 = 1 << 0;
     /// Somebody wrote to a code page.
     pub(super) const CODE: u32 = 1 << 1;
 }
@@ -264,6 +264,14 @@ impl Vcpu for SoftVcpu {
 
     fn set_msr(&mut self, index: u32, value: u64) -> bool {
         self.core.set_msr(index, value, true)
+    }
+
+    fn task_priority(&self) -> u8 {
+        self.core.state.cr8 as u8
+    }
+
+    fn set_task_priority(&mut self, priority: u8) {
+        self.core.state.cr8 = u64::from(priority & 0xf);
     }
 
     fn tsc(&self) -> u64 {

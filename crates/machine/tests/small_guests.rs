@@ -194,6 +194,76 @@ fn a_panic_that_restarts_is_a_panic_and_one_that_hangs_ends() {
     assert_eq!(outcome, Outcome::GuestPanic);
 }
 
+/// An ELF file that is entered in 64-bit mode with memory mapped to itself: `parts` at 2 MiB plus their offsets.
+fn elf64(parts: &[(usize, Vec<u8>)]) -> Vec<u8> {
+    const HEADERS: usize = 0x40 + 0x38;
+    let end = parts.iter().map(|(at, bytes)| at + bytes.len()).max().unwrap();
+    let mut content = vec![0x90; end];
+    for (at, bytes) in parts {
+        content[*at..at + bytes.len()].copy_from_slice(bytes);
+    }
+    let mut file = b"\x7fELF\x02\x01\x01".to_vec();
+    file.resize(16, 0);
+    file.extend([2u16, 62].iter().flat_map(|half| half.to_le_bytes()));
+    file.extend(1u32.to_le_bytes());
+    file.extend([BASE, 0x40, 0].iter().flat_map(|word| word.to_le_bytes()));
+    file.extend(0u32.to_le_bytes());
+    file.extend([0x40u16, 0x38, 1, 0, 0, 0].iter().flat_map(|half| half.to_le_bytes()));
+    file.extend([1u32, 7].iter().flat_map(|word| word.to_le_bytes()));
+    let len = content.len() as u64;
+    file.extend([HEADERS as u64, BASE, BASE, len, len, 0x1000].iter().flat_map(|word| word.to_le_bytes()));
+    file.extend(content);
+    file
+}
+
+const BASE: u64 = 0x20_0000;
+
+#[test]
+fn cr8_and_the_apics_task_priority_are_one_register() {
+    let put = |character: u8| vec![0x66, 0xba, 0xf8, 0x03, 0xb0, character, 0xee];
+    let off = [0x66, 0xba, 0x04, 0x06, 0x66, 0xb8, 0x00, 0x34, 0x66, 0xef, 0xeb, 0xfe].to_vec();
+    // cmp eax, imm32; je over what prints X and powers off
+    let expect = |value: u32| {
+        let fail = [put(b'X'), off.clone()].concat();
+        [&[0x3d][..], &value.to_le_bytes(), &[0x74, fail.len() as u8], &fail].concat()
+    };
+    let code = [
+        vec![0x0f, 0x01, 0x1c, 0x25, 0x00, 0x04, 0x20, 0x00], // lidt [0x200400]
+        vec![0x48, 0xc7, 0xc4, 0x00, 0x80, 0x20, 0x00],       // mov rsp, 0x208000
+        vec![0xbb, 0x00, 0x00, 0xe0, 0xfe],                   // mov ebx, 0xfee00000
+        vec![0xb8, 15, 0, 0, 0, 0x44, 0x0f, 0x22, 0xc0],      // mov eax, 15; mov cr8, rax
+        vec![0x8b, 0x83, 0x80, 0, 0, 0],                      // mov eax, [rbx + 0x80]: TPR
+        expect(0xf0),
+        vec![0xc7, 0x83, 0xf0, 0, 0, 0, 0xff, 0x01, 0, 0], // SVR: enable
+        vec![0xc7, 0x83, 0, 3, 0, 0, 0x40, 0x40, 4, 0],    // ICR: vector 0x40 to self
+        vec![0xfb, 0x90, 0x90],                            // sti; nop; nop
+        put(b'm'),
+        vec![0x31, 0xc0, 0x44, 0x0f, 0x22, 0xc0, 0x90], // xor eax, eax; mov cr8, rax; nop
+        put(b'f'),
+        vec![0xc7, 0x83, 0x80, 0, 0, 0, 0x30, 0, 0, 0], // TPR = 0x30
+        vec![0x44, 0x0f, 0x20, 0xc0],                   // mov rax, cr8
+        expect(3),
+        put(b'o'),
+        off,
+    ]
+    .concat();
+    // The handler: print, EOI, iretq.
+    let handler =
+        [vec![0x50], put(b't'), vec![0xc7, 0x83, 0xb0, 0, 0, 0, 0, 0, 0, 0, 0x58, 0x48, 0xcf]].concat();
+    let gate = [0x00, 0x03, 0x10, 0x00, 0x00, 0x8e, 0x20, 0x00, 0, 0, 0, 0, 0, 0, 0, 0].to_vec();
+    let idtr = [0x0f, 0x04, 0x00, 0x10, 0x20, 0, 0, 0, 0, 0].to_vec();
+    let guest = Guest::new(&[]);
+    let parts = [(0, code), (0x300, handler), (0x400, idtr), (0x1400, gate)];
+    std::fs::write(guest.kernel(), elf64(&parts)).unwrap();
+    for translate in [false, true] {
+        let config = MachineConfig { translate, memory: 16 << 20, ..MachineConfig::new(guest.kernel()) };
+        let machine = Machine::new(config).unwrap();
+        machine.start().unwrap();
+        assert_eq!(machine.wait_timeout(PATIENCE), Some(Outcome::PoweredOff));
+        assert_eq!(printed(&machine), "mtfo");
+    }
+}
+
 #[test]
 fn a_halted_guest_stands_still_and_stops_at_once() {
     let guest = Guest::new(&HALT_FOR_EVER);

@@ -5,7 +5,7 @@ use crate::identify::Namespace;
 use crate::io::Pending;
 use crate::queue::{Completion, CompletionQueue, SubmissionQueue};
 use crate::spec::{CAPABILITIES, QUEUE_ENTRIES_MAX, Status, VERSION, cc, csts, register};
-use chipset::pci::{BarKind, ConfigSpace, Function, Identity, MsiX};
+use chipset::pci::{BarKind, ConfigSpace, Function, Identity, MsiX, command};
 use device::block::{Controller, Geometry, Operation, Outcome, Request};
 use device::{MsiSink, Notify, VmTime};
 use memory::GuestMemory;
@@ -127,6 +127,12 @@ impl Nvme {
         self.state == State::Ready && self.csts & csts::FATAL == 0
     }
 
+    /// Whether the guest lets the controller use its memory (the command register's bus master bit). Without, commands
+    /// stay in their rings and completions wait; requests that the worker has taken already go on to their end.
+    pub(crate) fn may_use_memory(&self) -> bool {
+        self.config.bus_master()
+    }
+
     /// The guest's rings are unusable: only a reset helps.
     pub(crate) fn fail(&mut self) {
         self.csts |= csts::FATAL;
@@ -241,11 +247,7 @@ impl Nvme {
             && ring.set_head(value)
         {
             let was_stuck = ring.is_stuck();
-            match ring.post(&self.memory) {
-                Ok(true) => self.interrupt(queue),
-                Ok(false) => {}
-                Err(_) => self.fail(),
-            }
+            self.post(queue);
             self.update_interrupt();
             if was_stuck && !self.is_stuck(queue) {
                 // Commands that were left alone for want of room for their completions.
@@ -254,10 +256,32 @@ impl Nvme {
         }
     }
 
+    /// Posts the completions of a queue that wait, if they may.
+    fn post(&mut self, queue: u16) {
+        if !self.may_use_memory() {
+            return;
+        }
+        let Some(Some(ring)) = self.completion_queues.get_mut(usize::from(queue)) else { return };
+        match ring.post(&self.memory) {
+            Ok(true) => self.interrupt(queue),
+            Ok(false) => {}
+            Err(_) => self.fail(),
+        }
+    }
+
+    /// The guest has made the controller a bus master: what waited for that goes on.
+    fn memory_allowed(&mut self) {
+        for queue in 0..QUEUES {
+            self.post(queue);
+        }
+        self.run_admin();
+        self.notify.notify();
+    }
+
     fn run_admin(&mut self) {
         // At most what the ring can hold: a guest that moves the doorbell meanwhile has to ring it again.
         for _ in 0..4096 {
-            if !self.is_enabled() || self.is_stuck(0) {
+            if !self.is_enabled() || !self.may_use_memory() || self.is_stuck(0) {
                 return;
             }
             let Some(Some(ring)) = self.submission_queues.first_mut() else { return };
@@ -295,10 +319,8 @@ impl Nvme {
         };
         let Some(Some(ring)) = self.completion_queues.get_mut(usize::from(completion_queue)) else { return };
         self.served = self.served.wrapping_add(1);
-        match ring.push(&self.memory, completion) {
-            Ok(()) => self.interrupt(completion_queue),
-            Err(_) => self.fail(),
-        }
+        ring.push(completion);
+        self.post(completion_queue);
     }
 
     /// The commands of a deleted submission queue end now; their requests come back to nobody.
@@ -371,9 +393,13 @@ impl Function for Nvme {
         &mut self.config
     }
 
-    fn config_written(&mut self, _offset: u16) {
+    fn config_written(&mut self, offset: u16) {
         self.msix.sync(&self.config);
         self.update_interrupt();
+        // The command register may have made the controller a bus master, with commands waiting since before.
+        if offset & !3 == 4 && self.may_use_memory() {
+            self.memory_allowed();
+        }
     }
 
     fn bar_read(&mut self, bar: u8, offset: u64, size: u8, _now: VmTime) -> u64 {
@@ -473,6 +499,8 @@ pub fn fuzz(data: &[u8]) {
     let geometry = Geometry { capacity: 1 << 20, block_size: 512, read_only: false, discard: true };
     let disk = NvmeConfig { geometry, serial: "fuzz".into(), uuid: [7; 16] };
     let mut nvme = Nvme::new(memory.clone(), MsiSink::unconnected(), Notify::unconnected(), disk);
+    nvme.config_mut().write(4, 2, u32::from(command::MEMORY | command::BUS_MASTER));
+    nvme.config_written(4);
     let mut taken = Vec::new();
     for step in data.chunks(16) {
         let mut bytes = [0; 16];

@@ -28,10 +28,12 @@ impl Nvme {
     /// The next request from any ring, fairly.
     pub(crate) fn fetch(&mut self) -> Option<Request> {
         loop {
-            if let Some(request) = self.ready.pop_front() {
-                return Some(request);
+            let master = self.may_use_memory();
+            // A flush or discard touches no memory.
+            if self.ready.front().is_some_and(|request| master || request.segments.is_empty()) {
+                return self.ready.pop_front();
             }
-            if !self.is_enabled() || self.pending.len() >= IN_FLIGHT_MAX {
+            if !master || !self.is_enabled() || self.pending.len() >= IN_FLIGHT_MAX {
                 return None;
             }
             let (queue, command) = self.next_command()?;

@@ -72,7 +72,7 @@ pub struct CompletionQueue {
     pub vector: Option<u16>,
     /// Submission queues that use this one.
     pub users: u16,
-    /// Completions that found the ring full; bounded by the commands in flight.
+    /// Completions that found the ring full, or the controller no bus master; bounded by the commands in flight.
     waiting: VecDeque<Completion>,
 }
 
@@ -92,10 +92,9 @@ impl CompletionQueue {
         }
     }
 
-    /// Adds a completion, now or when there is room.
-    pub fn push(&mut self, memory: &GuestMemory, completion: Completion) -> Result<(), AccessError> {
+    /// Adds a completion for the next [`Self::post`].
+    pub fn push(&mut self, completion: Completion) {
         self.waiting.push_back(completion);
-        self.post(memory).map(|_| ())
     }
 
     /// Posts what waits as far as there is room; answers whether anything was posted.

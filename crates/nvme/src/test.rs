@@ -1,7 +1,7 @@
 //! A guest driver's view: set the controller up, make queues, move blocks.
 
 use crate::{Nvme, NvmeConfig, fuzz};
-use chipset::pci::Function;
+use chipset::pci::{Function, command};
 use device::block::{Controller, Geometry, Operation, Outcome, Segment};
 use device::{MsiSink, Notify, VmTime};
 use memory::{Backing, GuestMemory};
@@ -31,6 +31,7 @@ impl Driver {
         let memory = GuestMemory::new(&[(0, 1 << 20)], Backing::Private).unwrap();
         let nvme = Nvme::new(memory.clone(), MsiSink::unconnected(), Notify::unconnected(), disk(read_only));
         let mut driver = Self { nvme, memory, tails: [0; 2], heads: [0; 2] };
+        driver.set_bus_master(true);
         driver.write(0x24, 4, 7 << 16 | 7);
         driver.write(0x28, 8, ADMIN_SQ);
         driver.write(0x30, 4, ADMIN_CQ);
@@ -38,6 +39,12 @@ impl Driver {
         driver.write(0x14, 4, 0x0046_0001);
         assert_eq!(driver.nvme.bar_read(0, 0x1c, 4, NOW), 1, "ready");
         driver
+    }
+
+    fn set_bus_master(&mut self, on: bool) {
+        let bits = command::MEMORY | if on { command::BUS_MASTER } else { 0 };
+        self.nvme.config_mut().write(4, 2, bits.into());
+        self.nvme.config_written(4);
     }
 
     fn write(&mut self, offset: u64, size: u8, value: u64) {
@@ -107,6 +114,27 @@ fn the_controller_and_namespace_are_identified() {
     assert_eq!(driver.admin(9, 0, 0, 7, 0xffff_ffff), (15 << 16 | 15, 0));
     // A buffer that is not RAM.
     assert_eq!(driver.admin(6, 0, 1 << 40, 1, 0).1 & 0xff, 0x04);
+}
+
+#[test]
+fn a_controller_that_is_no_bus_master_leaves_memory_alone() {
+    let mut driver = Driver::new(false);
+    driver.make_queues();
+    driver.io(2, [DATA, 0], 3, 1);
+    let taken = driver.nvme.next_request().unwrap();
+    driver.io(2, [DATA, 0], 4, 1);
+    driver.set_bus_master(false);
+    assert_eq!(driver.nvme.next_request(), None, "a command was read from the ring");
+    driver.nvme.complete(taken.token, Outcome::Ok);
+    assert_eq!(driver.completion(1), None, "a completion was written");
+    let mut identify = [0; 16];
+    (identify[0], identify[6], identify[10]) = (6, DATA as u32, 1);
+    driver.submit(0, identify);
+    assert_eq!(driver.completion(0), None, "an admin command was answered");
+    driver.set_bus_master(true);
+    assert_eq!(driver.completion(0), Some((0, 0)));
+    assert_eq!(driver.completion(1), Some((0, 0)));
+    assert_eq!(driver.nvme.next_request().unwrap().offset, 4 * 512);
 }
 
 #[test]

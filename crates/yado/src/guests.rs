@@ -8,8 +8,10 @@ use machine::control::protocol::{ExecRequest, Request};
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::ffi::OsStringExt;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+/// How often a guest that does not power off is asked again.
+pub const PRESS_PERIOD: Duration = Duration::from_secs(5);
 /// How long a guest stopped by force may take to vanish.
 const FORCE_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -117,7 +119,8 @@ pub fn stop(options: &Stop) -> anyhow::Result<()> {
         }
         let request = if options.force { Request::Stop } else { Request::PowerButton };
         client::ask(name, &request)?;
-        if !registry::wait_stopped(name, Duration::from_secs(options.timeout))? {
+        let stopped = wait_pressing(name, Duration::from_secs(options.timeout), &request)?;
+        if !stopped {
             if !options.force {
                 eprintln!(
                     "yado: {name} did not power off within {} s; stopping it by force",
@@ -132,6 +135,22 @@ pub fn stop(options: &Stop) -> anyhow::Result<()> {
         println!("{name}");
     }
     Ok(())
+}
+
+/// Waits until the guest has stopped; asks again now and then, since a guest that still boots misses the power button.
+fn wait_pressing(name: &str, timeout: Duration, request: &Request) -> anyhow::Result<bool> {
+    let until = Instant::now() + timeout;
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        if registry::wait_stopped(name, left.min(PRESS_PERIOD))? {
+            return Ok(true);
+        }
+        if left <= PRESS_PERIOD {
+            return Ok(false);
+        }
+        // It may be gone by now.
+        let _ = client::ask(name, request);
+    }
 }
 
 /// `yado pause`, `yado resume`

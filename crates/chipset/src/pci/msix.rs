@@ -37,6 +37,8 @@ pub struct MsiX {
     capability: u16,
     enabled: bool,
     function_masked: bool,
+    /// The function may send messages, which are writes to memory (6.8.3.4; the command register's bus master bit).
+    bus_master: bool,
     sink: MsiSink,
 }
 
@@ -70,6 +72,7 @@ impl MsiX {
             capability,
             enabled: false,
             function_masked: false,
+            bus_master: false,
             sink,
         }
     }
@@ -79,6 +82,7 @@ impl MsiX {
         let control = config.read(self.capability.wrapping_add(2), 2) as u16;
         self.enabled = control & ENABLE != 0;
         self.function_masked = control & FUNCTION_MASK != 0;
+        self.bus_master = config.bus_master();
         self.send_pending();
     }
 
@@ -97,15 +101,15 @@ impl MsiX {
         self.vectors.is_empty()
     }
 
-    /// Interrupts with `vector`; a masked one becomes pending. Does nothing while MSI-X is disabled or if there is
+    /// Interrupts with `vector`; a masked one, or one of a function that is no bus master, becomes pending. Does nothing while MSI-X is disabled or if there is
     /// no such vector.
     pub fn notify(&mut self, vector: u16) {
         if !self.enabled {
             return;
         }
-        let function_masked = self.function_masked;
+        let held = self.function_masked || !self.bus_master;
         let Some(entry) = self.vectors.get_mut(usize::from(vector)) else { return };
-        if function_masked || entry.masked {
+        if held || entry.masked {
             entry.pending = true;
         } else {
             self.sink.send(entry.message);
@@ -148,6 +152,7 @@ impl MsiX {
         self.vectors.fill(POWER_UP);
         self.enabled = false;
         self.function_masked = false;
+        self.bus_master = false;
     }
 
     /// Enable bits and the vectors in use.
@@ -195,7 +200,7 @@ impl MsiX {
     }
 
     fn send_pending(&mut self) {
-        if !self.enabled || self.function_masked {
+        if !self.enabled || self.function_masked || !self.bus_master {
             return;
         }
         for entry in self.vectors.iter_mut().filter(|v| v.pending && !v.masked) {

@@ -202,6 +202,8 @@ fn msix_masks_and_remembers() {
     bench.cf8_write(SLOT, capability + 2, 2, 0x8000);
     assert!(bench.sent.lock().unwrap().is_empty(), "the vector is still masked");
     bench.bar_write(entry + 12, 4, 0);
+    assert!(bench.sent.lock().unwrap().is_empty(), "the function is no bus master");
+    bench.cf8_write(SLOT, 4, 2, u32::from(command::MEMORY | command::BUS_MASTER));
     let message = Msi { address: 0xfee0_1000, data: 0x41 };
     assert_eq!(*bench.sent.lock().unwrap(), [message]);
     assert_eq!(bench.bar_read(0xc000_3008, 8), Some(0));

@@ -62,6 +62,8 @@ pub(crate) struct Runner {
     common: Arc<Common>,
     halted: bool,
     window: bool,
+    /// CR8 and the upper half of the APIC's task priority, which are one register.
+    task_priority: u8,
     /// The VM could be saved at the last exit.
     pausable: bool,
     /// KVM_SYSTEM_TIME, if enabled.
@@ -83,6 +85,7 @@ impl Runner {
             common,
             halted: false,
             window: false,
+            task_priority: 0,
             pausable: true,
             system_time: None,
             wall_clock: 0,
@@ -138,7 +141,12 @@ impl Runner {
             self.halted = false;
         }
         let now = self.common.clock.now();
+        let priority = self.vcpu.task_priority();
         let mut apic = lock(&self.apic);
+        if priority != self.task_priority {
+            self.task_priority = priority;
+            apic.set_tpr(priority << 4);
+        }
         apic.tick(now);
         while let Some(startup) = apic.take_startup() {
             drop(apic);
@@ -225,6 +233,7 @@ impl Runner {
         match startup {
             Startup::Init => {
                 self.vcpu.reset(true);
+                self.task_priority = 0;
                 self.halted = false;
                 self.window = false;
             }
@@ -280,7 +289,7 @@ impl Runner {
         }
         self.vcpu.request_interrupt_window(false);
         (self.halted, self.window, self.pausable) = (false, false, true);
-        (self.system_time, self.wall_clock) = (None, 0);
+        (self.system_time, self.wall_clock, self.task_priority) = (None, 0, 0);
         self.remaining = Remaining::default();
         slot.take_unhalt();
         self.sync_tsc();
@@ -348,6 +357,7 @@ impl Runner {
             self.sync_tsc();
             let effect = lock(&self.apic).page_write(offset, value as u32, self.common.clock.now());
             self.act(effect);
+            self.follow_tpr();
             slot.note();
             return;
         }
@@ -368,6 +378,15 @@ impl Runner {
                 self.common.apics.route(&ipi);
             }
             Effect::Eoi(vector) => self.common.ioapic.eoi(vector),
+        }
+    }
+
+    /// CR8 follows the APIC's task priority register.
+    fn follow_tpr(&mut self) {
+        let priority = lock(&self.apic).tpr() >> 4;
+        if priority != self.task_priority {
+            self.task_priority = priority;
+            self.vcpu.set_task_priority(priority);
         }
     }
 
@@ -393,7 +412,9 @@ impl Runner {
         match index {
             msr::APIC_BASE => {
                 slot.note();
-                lock(&self.apic).set_base(value)
+                let done = lock(&self.apic).set_base(value);
+                self.follow_tpr();
+                done
             }
             msr::TSC_DEADLINE => {
                 self.sync_tsc();
@@ -405,6 +426,7 @@ impl Runner {
                 slot.note();
                 let effect = lock(&self.apic).msr_write(index, value, self.common.clock.now())?;
                 self.act(effect);
+                self.follow_tpr();
                 Some(())
             }
             KVM_WALL_CLOCK_OLD | msr::KVM_WALL_CLOCK => {

@@ -260,10 +260,14 @@ impl Guest {
     /// Asks the guest to power off, and insists in the end.
     fn power_off(&self) {
         self.machine.expect_off();
-        let asked = self.agent.as_ref().is_some_and(|agent| agent.poweroff(Poweroff::Orderly).is_ok());
-        if !asked {
-            self.machine.power_button();
-        }
+        let ask = || {
+            let asked = self.agent.as_ref().is_some_and(|agent| agent.poweroff(Poweroff::Orderly).is_ok());
+            if !asked {
+                self.machine.power_button();
+            }
+        };
+        ask();
+        let mut again = Instant::now() + guests::PRESS_PERIOD;
         let until = Instant::now() + POWER_OFF_TIMEOUT;
         signals::CANCELLED.store(false, std::sync::atomic::Ordering::Release);
         while self.machine.wait_timeout(TURN).is_none() {
@@ -271,6 +275,11 @@ impl Guest {
                 eprintln!("yado: the guest does not power off; stopping it by force");
                 self.machine.stop();
                 return;
+            }
+            // A guest that still boots may have missed it.
+            if Instant::now() > again {
+                again += guests::PRESS_PERIOD;
+                ask();
             }
         }
     }
