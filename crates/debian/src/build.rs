@@ -11,6 +11,7 @@ use crate::tree::{self, Root};
 use crate::unpack::{self, Job};
 use crate::{dpkg, resolve, signature, sources};
 use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
 use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -23,6 +24,7 @@ const BUILDER_VERSION: u64 = digest_of(&[
     include_bytes!("archive.rs"),
     include_bytes!("build.rs"),
     include_bytes!("dpkg.rs"),
+    include_bytes!("initramfs.rs"),
     include_bytes!("modules.rs"),
     include_bytes!("setup.rs"),
     include_bytes!("tree.rs"),
@@ -109,6 +111,9 @@ pub struct Request {
     pub hostname: String,
     /// Files to add to the guest, such as an agent with its unit.
     pub files: Vec<GuestFile>,
+    /// The program that is `/init` of kernels that need an initial RAM disk: it loads the modules in `/modules`, mounts the `root=`
+    /// of the kernel command line and starts the init there.
+    pub init: Cow<'static, [u8]>,
     /// Further OpenPGP keyrings to trust, for mirrors that sign themselves.
     pub keyrings: Vec<PathBuf>,
     /// How long an image is used without asking the mirror for newer packages. Zero asks each time.
@@ -129,6 +134,7 @@ impl Request {
             kernel_flavour: KernelFlavour::default(),
             hostname: "debian".to_owned(),
             files: Vec::new(),
+            init: Cow::Borrowed(&[]),
             keyrings: Vec::new(),
             index_age_max: Duration::from_secs(24 * 3600),
             accept_stale: false,
@@ -145,6 +151,7 @@ impl Request {
             self.extra_packages.join(" ").into(),
             self.kernel_flavour.package().into(),
             self.hostname.clone().into(),
+            self.init.to_vec(),
         ];
         for file in &self.files {
             parts.push(file.path.clone().into());
@@ -164,7 +171,7 @@ pub struct Image {
     pub disk: PathBuf,
     /// The kernel (bzImage).
     pub kernel: PathBuf,
-    /// The initial RAM disk; Debian's kernels mount an NVMe root without one.
+    /// The initial RAM disk; Debian's cloud kernels mount an NVMe root without one.
     pub initrd: Option<PathBuf>,
     /// Kernel command line that boots the image as the first NVMe disk with the console on the first serial port.
     pub cmdline: String,
@@ -245,9 +252,12 @@ pub enum Error {
     /// A package could not be unpacked.
     #[error(transparent)]
     Unpack(#[from] unpack::Error),
-    /// A file of the builder has no place.
+    /// A file has no place.
     #[error(transparent)]
     Tree(#[from] tree::Error),
+    /// What the builder adds could not be made.
+    #[error(transparent)]
+    Setup(#[from] setup::Error),
     /// The file system could not be made.
     #[error("cannot make the guest's file system: {0}")]
     FileSystem(#[from] ext4::Error),
@@ -359,9 +369,16 @@ fn finished_image(cache: &Cache, key: &str) -> Option<Image> {
     let directory = cache.image(key);
     let image: Image = serde_json::from_slice(&fs::read(directory.join("image.json")).ok()?).ok()?;
     // The cache may have been moved since.
-    let image =
-        Image { disk: directory.join("disk.img"), kernel: directory.join("vmlinuz"), cached: true, ..image };
-    (image.disk.is_file() && image.kernel.is_file()).then_some(image)
+    let image = Image {
+        disk: directory.join("disk.img"),
+        kernel: directory.join("vmlinuz"),
+        initrd: image.initrd.map(|_| directory.join("initrd")),
+        cached: true,
+        ..image
+    };
+    let there = |file: &PathBuf| file.is_file();
+    let complete = there(&image.disk) && there(&image.kernel) && image.initrd.as_ref().is_none_or(there);
+    complete.then_some(image)
 }
 
 fn build_locked(
@@ -527,17 +544,20 @@ fn make_image(
     options.timestamp = plan.time;
     let disk = file.try_clone().map_err(io_error)?;
     let mut tree = ImageTree(ext4::Writer::new(file, &options)?);
-    let kernel = fill_tree(&mut tree, request, plan, paths, progress, stop)?;
+    let Boot { kernel, initrd } = fill_tree(&mut tree, request, plan, paths, progress, stop)?;
     progress.started(Phase::Finishing, 0);
     tree.0.finish()?;
     // On stable storage before it gets its name, so that a crash of the host cannot leave a broken image in the cache.
     disk.sync_data().map_err(io_error)?;
     fs::write(directory.path().join("vmlinuz"), kernel).map_err(io_error)?;
+    if let Some(initrd) = &initrd {
+        fs::write(directory.path().join("initrd"), initrd).map_err(io_error)?;
+    }
     let place = cache.image(key);
     let image = Image {
         disk: place.join("disk.img"),
         kernel: place.join("vmlinuz"),
-        initrd: None,
+        initrd: initrd.map(|_| place.join("initrd")),
         cmdline: "root=/dev/nvme0n1 rootfstype=ext4 rw console=ttyS0 quiet".to_owned(),
         suite: plan.suite.clone(),
         codename: plan.codename.clone(),
@@ -571,7 +591,13 @@ fn uuid_of(key: &str) -> [u8; 16] {
     uuid
 }
 
-/// Puts all packages and all files of the builder into the tree; returns the kernel.
+/// What boots an image.
+struct Boot {
+    kernel: Vec<u8>,
+    initrd: Option<Vec<u8>>,
+}
+
+/// Puts all packages and all files of the builder into the tree.
 fn fill_tree(
     tree: &mut dyn tree::Tree,
     request: &Request,
@@ -579,7 +605,7 @@ fn fill_tree(
     paths: &[PathBuf],
     progress: &mut dyn Progress,
     stop: &AtomicBool,
-) -> Result<Vec<u8>, Error> {
+) -> Result<Boot, Error> {
     let mut root = Root::new(tree, setup::KEEP, plan.time)?;
     let jobs: Vec<Job> = plan
         .names
@@ -593,17 +619,19 @@ fn fill_tree(
         progress.advanced(plan.downloads.get(number).map_or(0, |download| download.size));
     })?;
     let settings = Settings {
+        init: &request.init,
         hostname: &request.hostname,
         sources: &plan.sources,
         files: &request.files,
         time: plan.time,
     };
-    let own = setup::install(&mut root, &plan.names, &settings)?;
+    let setup::Installed { own, initrd } = setup::install(&mut root, &plan.names, &settings)?;
     let automatic = |name: &str| !plan.wanted.contains(name);
     let records = dpkg::database(&unpacked, &root.digests, &own, env!("CARGO_PKG_VERSION"), automatic);
     setup::install_records(&mut root, &records, plan.time)?;
     progress.finished();
     let newest = root.kept.keys().filter(|path| path.starts_with("boot/vmlinuz-")).max().cloned();
     let kernel = newest.and_then(|path| root.kept.remove(&path));
-    kernel.ok_or_else(|| Error::NoKernel(request.kernel_flavour.package().to_owned()))
+    let kernel = kernel.ok_or_else(|| Error::NoKernel(request.kernel_flavour.package().to_owned()))?;
+    Ok(Boot { kernel, initrd })
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! CACHE/lock              held by the one process that builds; waiting for it can be interrupted
-//! CACHE/partial/          files being written; emptied by whoever takes the lock
+//! CACHE/partial/          files being written or removed; emptied by whoever takes the lock
 //! CACHE/objects/SHA256    downloads, named by their hash
 //! CACHE/suites/KEY.json   the newest date seen of a suite of an archive (against rollback)
 //! CACHE/images/KEY/       finished images, named by all that went into them
@@ -16,7 +16,7 @@ use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 /// What can fail in the cache.
 #[derive(Debug, thiserror::Error)]
@@ -126,6 +126,8 @@ impl Cache {
         let whole = fs::metadata(&path).is_ok_and(|metadata| metadata.len() == size)
             && hash_file(&path).is_ok_and(|hash| hash == sha256);
         if whole {
+            // What is used stays; a file that cannot be marked is only thought older than it is.
+            let _ = File::options().write(true).open(&path).and_then(|file| file.set_modified(SystemTime::now()));
             return Some(path);
         }
         let _ = fs::remove_file(&path);

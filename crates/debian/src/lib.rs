@@ -11,6 +11,7 @@
 //! 5. [`unpack`](mod@unpack) decompresses them in parallel into the [`tree`], which lays them into an ext4 image as they come.
 //! 6. [`setup`] writes what a first boot needs in place of maintainer scripts; [`dpkg`] writes dpkg's database, with every package
 //!    unpacked but not configured, so that `dpkg --configure -a` inside the guest does the rest.
+//! 7. [`initramfs`] makes an initial RAM disk, for kernels that cannot mount their root without one.
 //!
 //! The result is named by the hash of all that went into it and never changes. Threads: downloads and decompression have their
 //! own; [`Progress`] is only called from the caller's. Locks: the cache's file lock is held for a whole build; no other lock is
@@ -38,7 +39,9 @@ pub mod dpkg;
 pub mod fetch;
 mod image;
 pub mod index;
+pub mod initramfs;
 pub mod modules;
+pub mod prune;
 pub mod relation;
 pub mod release;
 pub mod repository;

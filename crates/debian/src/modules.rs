@@ -5,13 +5,13 @@
 //! same indices: text, and
 //! the binary tries that libkmod reads (layout at [`trie`]).
 
-use crate::deb;
+use crate::{deb, initramfs};
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::sync::Mutex;
 
 /// Largest unpacked module.
-const MODULE_BYTES_MAX: u64 = 128 << 20;
+pub const MODULE_BYTES_MAX: u64 = 128 << 20;
 /// Longest alias; also bounds the depth of a trie.
 const ALIAS_BYTES_MAX: usize = 1024;
 
@@ -39,9 +39,11 @@ pub fn name_of(path: &str) -> String {
     file.split('.').next().unwrap_or(file).replace('-', "_")
 }
 
-/// What [`read`] needs of a module's file: plain ones are large, but say all in a few hundred bytes; compressed ones are kept as they are.
+/// What [`read`] needs of a module's file: plain ones are large, but say all in a few hundred bytes. Kept as they are: compressed
+/// ones, and those that the initial RAM disk may need.
 pub fn essence(path: &str, bytes: Vec<u8>) -> Vec<u8> {
-    if path.ends_with(".xz") { bytes } else { modinfo(&bytes).unwrap_or_default().to_vec() }
+    let keep = path.ends_with(".xz") || initramfs::may_hold(path);
+    if keep { bytes } else { modinfo(&bytes).unwrap_or_default().to_vec() }
 }
 
 /// Reads what a module says about itself from its [`essence`]; a file that is no module says nothing.
@@ -51,7 +53,7 @@ pub fn read(path: &str, essence: &[u8]) -> Module {
         unpacked = deb::unxz(essence, MODULE_BYTES_MAX).unwrap_or_default();
         modinfo(&unpacked).unwrap_or_default()
     } else {
-        essence
+        modinfo(essence).unwrap_or(essence)
     };
     let mut module = Module { path: path.to_owned(), ..Module::default() };
     for record in records.split(|byte| *byte == 0) {
@@ -173,6 +175,18 @@ fn insert(keys: &mut Keys, key: &str, priority: u32, value: String) {
     if is_alias(key) {
         keys.entry(key.as_bytes().to_vec()).or_default().push((priority, value));
     }
+}
+
+/// The modules of these names that there are, with everything that they need; each once.
+pub fn with_needed<'m>(names: &[&str], modules: &'m [Module]) -> Vec<&'m Module> {
+    let by_name: BTreeMap<String, &Module> =
+        modules.iter().map(|module| (name_of(&module.path), module)).collect();
+    let mut found: BTreeMap<&str, &Module> = BTreeMap::new();
+    for module in names.iter().filter_map(|name| by_name.get(*name).copied()) {
+        let all = needed(module, &by_name).into_iter().chain([module]);
+        found.extend(all.map(|module| (module.path.as_str(), module)));
+    }
+    found.into_values().collect()
 }
 
 /// Everything that a module needs, each before what it needs itself: modprobe loads from the end.

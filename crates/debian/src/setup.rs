@@ -7,6 +7,7 @@
 
 use crate::accounts::Accounts;
 use crate::dpkg::OwnFile;
+use crate::initramfs;
 use crate::modules;
 use crate::tree::{self, Keep, Metadata, Package, Root};
 use md5::{Digest, Md5};
@@ -43,6 +44,8 @@ pub struct AptSource {
 /// What differs between guests.
 #[derive(Clone, Debug)]
 pub struct Settings<'a> {
+    /// The program that is `/init` where an initial RAM disk is needed.
+    pub init: &'a [u8],
     /// Host name.
     pub hostname: &'a str,
     /// APT's sources.
@@ -51,6 +54,26 @@ pub struct Settings<'a> {
     pub files: &'a [GuestFile],
     /// Time of the build in seconds since 1970.
     pub time: i64,
+}
+
+/// What [`install`] has made.
+#[derive(Clone, Debug, Default)]
+pub struct Installed {
+    /// The paths that belong to `yado-guest`.
+    pub own: Vec<OwnFile>,
+    /// The initial RAM disk of the newest kernel, if it needs one.
+    pub initrd: Option<Vec<u8>>,
+}
+
+/// Why [`install`] failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file has no place.
+    #[error(transparent)]
+    Tree(#[from] tree::Error),
+    /// The initial RAM disk could not be made.
+    #[error(transparent)]
+    Initramfs(#[from] initramfs::Error),
 }
 
 /// The package files that [`install`] reads.
@@ -295,12 +318,8 @@ fn digest(bytes: &[u8]) -> String {
     crate::cache::hex(&Md5::digest(bytes))
 }
 
-/// Writes everything into the tree and returns the paths that belong to `yado-guest`.
-pub fn install(
-    root: &mut Root<'_>,
-    names: &[String],
-    settings: &Settings<'_>,
-) -> Result<Vec<OwnFile>, tree::Error> {
+/// Writes everything into the tree.
+pub fn install(root: &mut Root<'_>, names: &[String], settings: &Settings<'_>) -> Result<Installed, Error> {
     let mut installer = Installer { root, names: names.to_vec(), time: settings.time, own: Vec::new() };
     for (path, mode, text) in OWN_FILES {
         installer.file(path, mode, text.as_bytes())?;
@@ -321,7 +340,7 @@ pub fn install(
     names_and_sources(&mut installer, settings)?;
     accounts(&mut installer, settings.time)?;
     pam(&mut installer)?;
-    module_indices(&mut installer)?;
+    let initrd = kernel_modules(&mut installer, settings.init)?;
     for path in ["media", "mnt", "opt", "srv", "var/lib/yado"] {
         installer.directory(path)?;
     }
@@ -344,7 +363,7 @@ pub fn install(
         let meta = Metadata { mtime: settings.time.saturating_add(1), ..installer.meta(0o644) };
         installer.file_with(path, &meta, &[])?;
     }
-    Ok(installer.own)
+    Ok(Installed { own: installer.own, initrd })
 }
 
 fn names_and_sources(installer: &mut Installer<'_, '_>, settings: &Settings<'_>) -> Result<(), tree::Error> {
@@ -416,8 +435,9 @@ fn pam(installer: &mut Installer<'_, '_>) -> Result<(), tree::Error> {
     Ok(())
 }
 
-/// Lets `modprobe` find modules before the kernel package's script has run depmod.
-fn module_indices(installer: &mut Installer<'_, '_>) -> Result<(), tree::Error> {
+/// Lets `modprobe` find modules before the kernel package's script has run depmod; answers the initial RAM disk of the last kernel,
+/// if it needs one.
+fn kernel_modules(installer: &mut Installer<'_, '_>, init: &[u8]) -> Result<Option<Vec<u8>>, Error> {
     let kept = &mut installer.root.kept;
     let mut kernels: BTreeMap<String, Vec<(String, Vec<u8>)>> = BTreeMap::new();
     for path in kept.keys().filter(|path| modules::is_module(path)).cloned().collect::<Vec<_>>() {
@@ -426,14 +446,17 @@ fn module_indices(installer: &mut Installer<'_, '_>) -> Result<(), tree::Error> 
             kernels.entry(version).or_default().push((rest, bytes));
         }
     }
+    let mut initrd = None;
     for (version, files) in kernels {
         let directory = format!("usr/lib/modules/{version}");
         let builtin = installer.kept(&format!("{directory}/modules.builtin")).unwrap_or_default();
-        for (name, bytes) in modules::indices(&modules::read_all(&files), &builtin) {
+        let modules = modules::read_all(&files);
+        for (name, bytes) in modules::indices(&modules, &builtin) {
             installer.file(&format!("{directory}/{name}"), 0o644, &bytes)?;
         }
+        initrd = initramfs::make(init, &modules, &files)?;
     }
-    Ok(())
+    Ok(initrd)
 }
 
 /// Writes records (dpkg's database) into the tree.

@@ -2,38 +2,53 @@
 
 use alloc::ffi::CString;
 use alloc::vec::Vec;
+use core::ffi::CStr;
 
 use crate::message::Exec;
+use crate::root::Root;
 use crate::sys::{self, O_RDWR, O_WRONLY};
 use crate::{kernel_line, modules, report, spawn};
 
 const REAL_TIME_SIGNAL_MIN: u8 = 34;
 
-/// Makes of an initramfs a place where programs can run. What is there already, or cannot be, is left.
-pub fn prepare() {
-    let file_systems = [
-        (c"devtmpfs", c"/dev", c"mode=755"),
-        (c"proc", c"/proc", c""),
-        (c"sysfs", c"/sys", c""),
+/// File systems of the kernel's own.
+const KERNELS: [(&CStr, &CStr, &CStr); 3] =
+    [(c"devtmpfs", c"/dev", c"mode=755"), (c"proc", c"/proc", c""), (c"sysfs", c"/sys", c"")];
+
+/// Makes of an initramfs a place where programs can run, or goes on to the root that the kernel command line names, with
+/// `arguments` for the init there. What is there already, or cannot be, is left.
+pub fn prepare(arguments: &[&CStr]) {
+    mount_all(&KERNELS);
+    sys::open_standard_files(c"/dev/console");
+    load_modules();
+    if let Some(root) = Root::from_kernel_line() {
+        root.enter(&KERNELS.map(|(_, place, _)| place), arguments);
+    }
+    mount_all(&[
         (c"devpts", c"/dev/pts", c"mode=620,ptmxmode=666"),
         (c"tmpfs", c"/dev/shm", c"mode=1777"),
         (c"tmpfs", c"/run", c"mode=755"),
         (c"tmpfs", c"/tmp", c"mode=1777"),
-    ];
+    ]);
+}
+
+fn mount_all(file_systems: &[(&CStr, &CStr, &CStr)]) {
     for (kind, target, options) in file_systems {
         let _ = sys::mkdir(target);
         let _ = sys::mount(kind, target, options);
     }
-    sys::open_standard_files(c"/dev/console");
-    load_modules();
 }
 
-/// Loads the kernel modules in `/modules`.
+/// Loads the kernel modules in `/modules`; then their files are of no use and only take memory.
 fn load_modules() {
     let names = sys::directory(c"/modules").unwrap_or_default();
     let files = names.iter().filter_map(|name| CString::new([b"/modules/", &name[..]].concat()).ok());
-    for file in modules::load(files.collect()) {
+    let files: Vec<CString> = files.collect();
+    for file in modules::load(files.clone()) {
         report(&[b"cannot load the kernel module ", file.to_bytes()]);
+    }
+    for file in files {
+        let _ = sys::unlink(&file);
     }
 }
 

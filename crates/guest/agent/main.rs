@@ -6,7 +6,8 @@
 //! agent                 as a service: find the stream (virtio port or serial) and serve it for ever
 //! agent --device PATH   the same over this device
 //! agent --fd N          the same over an inherited descriptor, until its end
-//! /init                 as process 1: mount what programs need, run yado.exec=... and power off, or serve
+//! /init                 as process 1: load /modules; with root=/dev/... go on there; else mount what programs need, run
+//!                       yado.exec=... and power off, or serve
 //! ```
 #![no_std]
 #![no_main]
@@ -30,6 +31,7 @@ mod message;
 mod modules;
 #[path = "../src/peer.rs"]
 mod peer;
+mod root;
 mod session;
 mod spawn;
 mod supervisor;
@@ -74,7 +76,7 @@ fn report(parts: &[&[u8]]) {
 fn run(arguments: &[&CStr]) -> i32 {
     let is_init = sys::getpid() == 1;
     if is_init {
-        init::prepare();
+        init::prepare(arguments);
     } else {
         sys::open_standard_files(c"/dev/null");
     }

@@ -18,6 +18,7 @@ pub struct Errno(pub u32);
 
 pub const ENOENT: Errno = Errno(2);
 pub const EINTR: Errno = Errno(4);
+pub const ENXIO: Errno = Errno(6);
 pub const EAGAIN: Errno = Errno(11);
 pub const EACCES: Errno = Errno(13);
 pub const EEXIST: Errno = Errno(17);
@@ -357,6 +358,33 @@ pub fn mount(kind: &CStr, target: &CStr, options: &CStr) -> Result<(), Errno> {
         (kind.as_ptr() as usize, target.as_ptr() as usize, options.as_ptr() as usize);
     // SAFETY: C strings.
     unsafe { call(165, [kind, target, kind, 0, options]) }.map(drop)
+}
+
+/// Mounts a disk.
+pub fn mount_disk(device: &CStr, target: &CStr, kind: &CStr, read_only: bool) -> Result<(), Errno> {
+    const MS_RDONLY: usize = 1;
+    let (device, target, kind) = (device.as_ptr() as usize, target.as_ptr() as usize, kind.as_ptr() as usize);
+    // SAFETY: C strings; no options.
+    unsafe { call(165, [device, target, kind, usize::from(read_only) * MS_RDONLY, 0]) }.map(drop)
+}
+
+/// Moves what is mounted at one place to another.
+pub fn move_mount(from: &CStr, to: &CStr) -> Result<(), Errno> {
+    const MS_MOVE: usize = 0x2000;
+    let (from, to) = (from.as_ptr() as usize, to.as_ptr() as usize);
+    // SAFETY: C strings; a move reads neither type nor options.
+    unsafe { call(165, [from, to, 0, MS_MOVE, 0]) }.map(drop)
+}
+
+/// Makes a directory the root of this process and its children.
+pub fn chroot(path: &CStr) -> Result<(), Errno> {
+    // SAFETY: a C string.
+    unsafe { call(161, [path.as_ptr() as usize, 0, 0, 0, 0]) }.map(drop)
+}
+
+pub fn unlink(path: &CStr) -> Result<(), Errno> {
+    // SAFETY: a C string.
+    unsafe { call(263, [AT_FDCWD, path.as_ptr() as usize, 0, 0, 0]) }.map(drop)
 }
 
 /// Loads a kernel module, unpacked by the kernel if its name says that it is compressed.

@@ -147,6 +147,7 @@ fn build_debian(suite: &str, options: &Run, place: &Place, phases: &mut Phases) 
         request.index_age_max = Duration::ZERO;
     }
     request.files = agent_files();
+    request.init = guest::AGENT.into();
     let image = match debian::build(&request, &mut Shown(phases), &signals::CANCELLED) {
         Ok(image) => image,
         Err(error) if error.is_stopped() => {
