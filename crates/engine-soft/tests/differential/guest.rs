@@ -8,6 +8,7 @@ use engine_soft::exception::Stop;
 use engine_soft::state::{Shadow, seg};
 use engine_soft::step::step;
 use engine_soft::translate::{Config, Translator};
+use iced_x86::{Decoder, DecoderOptions, Instruction};
 use memory::{Backing, GuestMemory};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -40,6 +41,17 @@ const USER_SS: u16 = 0x2b;
 pub enum Tier {
     Step,
     Template,
+}
+
+/// What the engine met at its end, in the code as it was then: cases may overwrite their own.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Met {
+    /// The instruction at RIP, if that is in the code.
+    pub instruction: Option<Instruction>,
+    /// The case has overwritten some of its instructions.
+    pub rewritten: bool,
+    /// The case has overwritten the jump at its end, and so may have gone anywhere.
+    pub lost: bool,
 }
 
 /// One vCPU and its RAM.
@@ -227,6 +239,30 @@ impl Guest {
             after.gpr[4] = pop();
         }
         Outcome { state: after, ending }
+    }
+
+    /// What the exception that ended the last case is about.
+    pub fn met(&self, case: &Case, outcome: &Outcome) -> Met {
+        let mut met = Met::default();
+        if outcome.ending.kind == 0 {
+            return met;
+        }
+        let memory = &self.core.mmu.memory;
+        let mut code = case.bytes();
+        let own = case.code.len();
+        let before = code.clone();
+        memory.read(at::CODE + (case.start - CODE), &mut code).expect("in RAM");
+        met.rewritten = code[..own] != before[..own];
+        met.lost = code[own..] != before[own..];
+        let offset = outcome.state.rip.wrapping_sub(CODE);
+        if offset < 2 * PAGE {
+            let mut bytes = [0; 15];
+            let len = bytes.len().min((2 * PAGE - offset) as usize);
+            memory.read(at::CODE + offset, &mut bytes[..len]).expect("in RAM");
+            let rip = outcome.state.rip;
+            met.instruction = Some(Decoder::with_ip(64, &bytes[..len], rip, DecoderOptions::NONE).decode());
+        }
+        met
     }
 
     /// The data as the last case left it.
