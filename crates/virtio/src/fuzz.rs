@@ -15,6 +15,8 @@ const RAM: u64 = 1 << 18;
 /// Rings of queue `i` are in the `i`-th of pages this size, and so close together that bytes hit them.
 const RING_STEP: u64 = 0x400;
 const QUEUE_SIZE: u16 = 8;
+/// Where the buffers of queue 0 are; those of the others as far apart as the rings.
+const BUFFERS: u64 = 0x8000;
 const NOW: VmTime = VmTime(0);
 
 /// Places that are worth reading and writing: common configuration, ISR, device configuration, notifications, MSI-X.
@@ -45,7 +47,7 @@ fn bring_up(function: &mut dyn Function, memory: &GuestMemory, features: u64) {
         write(28, 2, 1);
         for index in 0..u64::from(QUEUE_SIZE) {
             // Half of the descriptors are writable; each has a buffer of its own beyond the rings.
-            let buffer = base.wrapping_add(0x8000).wrapping_add(index.wrapping_mul(64));
+            let buffer = base.wrapping_add(BUFFERS).wrapping_add(index.wrapping_mul(64));
             let raw =
                 u128::from(buffer) | 64 << 64 | u128::from(index & 1) << 97 | u128::from(index ^ 1) << 112;
             let at = base.wrapping_add(index.wrapping_mul(16));
@@ -53,6 +55,18 @@ fn bring_up(function: &mut dyn Function, memory: &GuestMemory, features: u64) {
         }
     }
     write(20, 1, 15);
+}
+
+/// Makes a chain available as a driver does: writes its head into the ring and moves the index on.
+fn offer(memory: &GuestMemory, queue: u64, head: u16, notify_at: u64) {
+    let available = queue.wrapping_mul(RING_STEP).wrapping_add(0x100);
+    let index = memory.load_u16(available.wrapping_add(2)).unwrap_or(0);
+    let slot = u64::from(index % QUEUE_SIZE).wrapping_mul(2).wrapping_add(4);
+    let _ = memory.write(available.wrapping_add(slot), &(head % QUEUE_SIZE).to_le_bytes());
+    let _ = memory.write(available.wrapping_add(2), &index.wrapping_add(1).to_le_bytes());
+    // The driver's event index, where that is agreed on.
+    let event = u64::from(QUEUE_SIZE).wrapping_mul(2).wrapping_add(4);
+    let _ = memory.write(available.wrapping_add(event), &(notify_at as u16).to_le_bytes());
 }
 
 /// Plays `data` on a device; `outside` gets what is left for calls that do not come from the guest.
@@ -80,9 +94,12 @@ fn play<F: Function>(
                 function.bar_read(0, offset, size, NOW);
             }
             3..=6 => {
-                let _ = memory.write(u64::from(a) << 2 | u64::from(b & 7) << 10, &[c, d]);
+                // The rings, or what the descriptors point to at first: headers of requests, control messages.
+                let region = if b & 8 != 0 { BUFFERS } else { 0 };
+                let _ = memory.write(region | u64::from(a) << 2 | u64::from(b & 7) << 10, &[c, d]);
             }
-            7..=10 => function.bar_write(0, 0x3000u64.wrapping_add(u64::from(a & 7) << 2), 2, 0, NOW),
+            7 => offer(&memory, u64::from(a & 7), u16::from(b), u64::from(c)),
+            8..=10 => function.bar_write(0, 0x3000u64.wrapping_add(u64::from(a & 7) << 2), 2, 0, NOW),
             11 => {
                 let offset = 0x40u16.wrapping_add(a.into()) & 0xfc;
                 function.config_mut().write(offset, 4, u32::from(b) | u32::from(c) << 8 | u32::from(d) << 24);
