@@ -25,6 +25,14 @@ pub fn cache() -> PathBuf {
     set.unwrap_or_else(home).join("yado/debian")
 }
 
+/// Whether this is Debian's kernel for virtual machines, not another flavour: its setup header says so.
+fn is_cloud(kernel: &Path) -> bool {
+    let flavour = b"-cloud-amd64 ";
+    let bytes = std::fs::read(kernel).unwrap_or_default();
+    let setup = bytes.get(..0x8000).unwrap_or_default();
+    setup.windows(flavour.len()).any(|window| window == flavour)
+}
+
 /// The newest image of `codename` that is in the cache.
 pub fn cached(cache: &Path, codename: &str) -> Option<Image> {
     let images = std::fs::read_dir(cache.join("images")).ok()?.flatten();
@@ -33,7 +41,7 @@ pub fn cached(cache: &Path, codename: &str) -> Option<Image> {
             let description = std::fs::read(entry.path().join("image.json")).ok()?;
             let image: Image = serde_json::from_slice(&description).ok()?;
             let made = entry.metadata().ok()?.modified().ok()?;
-            (image.codename == codename && image.kernel.is_file()).then_some((made, image))
+            (image.codename == codename && is_cloud(&image.kernel)).then_some((made, image))
         })
         .collect();
     found.sort_by_key(|(made, _)| *made);

@@ -127,7 +127,8 @@ impl Cache {
             && hash_file(&path).is_ok_and(|hash| hash == sha256);
         if whole {
             // What is used stays; a file that cannot be marked is only thought older than it is.
-            let _ = File::options().write(true).open(&path).and_then(|file| file.set_modified(SystemTime::now()));
+            let _ =
+                File::options().write(true).open(&path).and_then(|file| file.set_modified(SystemTime::now()));
             return Some(path);
         }
         let _ = fs::remove_file(&path);

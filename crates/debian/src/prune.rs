@@ -142,8 +142,7 @@ pub fn prune(root: &Path, policy: &Policy, stop: &AtomicBool) -> Result<Pruned, 
     let mut pruned = Pruned::default();
     for directory in entries(&root.join("images")) {
         let name = directory.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        let limit =
-            if current.contains(name) { policy.unused_max } else { policy.superseded_unused_max };
+        let limit = if current.contains(name) { policy.unused_max } else { policy.superseded_unused_max };
         if !kept(&directory) && unused_for(&directory.join("image.json"), limit) {
             let bytes = bytes_of(&directory);
             remove(&cache, &directory, name)?;
@@ -173,7 +172,8 @@ fn remove(cache: &Cache, directory: &Path, name: &str) -> Result<(), cache::Erro
 /// Forgets requests whose image is gone.
 fn forget_requests(root: &Path) {
     for record in entries(&root.join("requests")) {
-        let known = fs::read(&record).ok().and_then(|bytes| serde_json::from_slice::<KnownRequest>(&bytes).ok());
+        let known =
+            fs::read(&record).ok().and_then(|bytes| serde_json::from_slice::<KnownRequest>(&bytes).ok());
         if known.is_none_or(|known| !root.join("images").join(known.image).exists()) {
             let _ = fs::remove_file(&record);
         }

@@ -291,6 +291,10 @@ impl Vcpu for SoftVcpu {
             registers.xcr0 = core.state.xcr0;
         } else {
             core.reset_extended();
+            if let Some(translator) = &mut self.translator {
+                // What was translated belongs to what ran before.
+                translator.flush(core);
+            }
         }
         core.state.segments[seg::CS] = registers.segments[seg::CS];
         core.state.nmi_blocked = false;

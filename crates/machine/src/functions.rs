@@ -1,8 +1,9 @@
 //! The PCI functions that a configuration asks for, and the threads that serve them.
 
 use crate::config::{DiskConfig, DiskInterface};
+use crate::notice::{Notice, Notices};
 use crate::port::{Port, Wake};
-use crate::storage::{self, Traffic};
+use crate::storage::{Traffic, Worker};
 use chipset::pci::{Host, SharedFunction};
 use device::MsiSink;
 use device::block::{Controller, Geometry};
@@ -78,6 +79,7 @@ pub(crate) struct Slots<'a> {
     pub(crate) pci: &'a Host,
     pub(crate) msi: &'a MsiSink,
     pub(crate) memory: &'a GuestMemory,
+    pub(crate) notices: &'a Notices,
 }
 
 impl Slots<'_> {
@@ -104,7 +106,12 @@ impl Slots<'_> {
             let name = format!("disk{number}");
             let traffic = Traffic::default();
             workers.traffic.push(traffic.clone());
-            let thread = storage::serve(&name, controller, disk, self.memory.clone(), wake.clone(), traffic);
+            let notices = self.notices.clone();
+            let path = config.overlay.clone().unwrap_or_else(|| config.path.clone());
+            let full = move || notices.tell(Notice::DiskFull { path: path.clone() });
+            let worker =
+                Worker { controller, disk, memory: self.memory.clone(), traffic, full: Box::new(full) };
+            let thread = worker.serve(&name, wake.clone());
             workers.wakes.push(wake);
             workers.threads.push(thread.map_err(Error::Thread)?);
         }

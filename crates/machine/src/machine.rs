@@ -12,6 +12,7 @@ use crate::config::{EngineKind, MachineConfig};
 use crate::functions::{self, Slots, Workers};
 use crate::kernel::Kernel;
 use crate::lifecycle::{Lifecycle, Outcome};
+use crate::notice::{Notice, Notices};
 use crate::port::{Port, Wake};
 use crate::restart::Restart;
 use crate::timers::Timers;
@@ -159,7 +160,8 @@ impl Machine {
         })
         .map_err(|error| Error::Devices(error.to_string()))?;
         let mut workers = Workers::default();
-        let slots_on_bus = Slots { pci: &board.pci, msi: &board.msi, memory: &memory };
+        let notices = Notices::default();
+        let slots_on_bus = Slots { pci: &board.pci, msi: &board.msi, memory: &memory, notices: &notices };
         slots_on_bus.disks(&config.disks, &mut workers)?;
         let mut wakes = vec![board.serial_wake.clone()];
         let mut ports = Vec::new();
@@ -196,6 +198,7 @@ impl Machine {
             lifecycle,
             resets: board.resets,
             restart,
+            notices,
             tsc_hz: engine.tsc_hz(),
             log_exits: config.log_exits,
         };
@@ -305,10 +308,9 @@ impl Machine {
         self.common.lifecycle.resume();
     }
 
-    /// Names who hears of every restart of the guest: it is handed how often the guest has been started now. Called
-    /// while all vCPUs wait, after every device has been reset. Only the first call counts.
-    pub fn on_restart(&self, listener: impl Fn(u64) + Send + Sync + 'static) {
-        let _ = self.common.restart.listener.set(Box::new(listener));
+    /// Names who hears what happens to the machine while it runs. Only the first call counts.
+    pub fn on_notice(&self, listener: impl Fn(Notice) + Send + Sync + 'static) {
+        self.common.notices.listen(Box::new(listener));
     }
 
     /// How often the guest has been started: once, and once more for every reset.

@@ -13,10 +13,7 @@ use crate::vcpu::Common;
 use chipset::acpi::Tables;
 use cpu::Registers;
 use memory::GuestMemory;
-use std::sync::{Mutex, OnceLock, PoisonError};
-
-/// Hears of every restart: how often the guest has been started now.
-pub(crate) type Listener = Box<dyn Fn(u64) + Send + Sync>;
+use std::sync::{Mutex, PoisonError};
 
 /// All that a restart needs beside what vCPUs share.
 pub(crate) struct Restart {
@@ -25,7 +22,6 @@ pub(crate) struct Restart {
     traffic: Vec<Traffic>,
     /// With which registers the first vCPU starts.
     start: Mutex<Registers>,
-    pub(crate) listener: OnceLock<Listener>,
 }
 
 impl Restart {
@@ -37,7 +33,7 @@ impl Restart {
         memory: &GuestMemory,
     ) -> Result<Self, Error> {
         let start = load(&kernel, &tables, memory)?;
-        Ok(Self { kernel, tables, traffic, start: Mutex::new(start), listener: OnceLock::new() })
+        Ok(Self { kernel, tables, traffic, start: Mutex::new(start) })
     }
 
     /// The registers with which the first vCPU starts.
@@ -61,13 +57,6 @@ impl Restart {
         *self.start.lock().unwrap_or_else(PoisonError::into_inner) = registers;
         drop(held);
         Ok(())
-    }
-
-    /// Tells whoever listens that the guest has been started `starts` times.
-    pub(crate) fn tell(&self, starts: u64) {
-        if let Some(listener) = self.listener.get() {
-            listener(starts);
-        }
     }
 }
 

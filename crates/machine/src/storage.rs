@@ -27,22 +27,34 @@ impl Traffic {
     }
 }
 
-/// Serves `controller` from a thread of its own until `wake` is closed. The image is flushed at the end.
-pub fn serve(
-    name: &str,
-    controller: Arc<Mutex<dyn Controller>>,
-    disk: Box<dyn Disk>,
-    memory: GuestMemory,
-    wake: Wake,
-    traffic: Traffic,
-) -> io::Result<JoinHandle<()>> {
-    thread::Builder::new().name(name.to_owned()).spawn(move || {
+/// All that a disk's thread works with.
+pub struct Worker {
+    /// Whose requests it serves.
+    pub controller: Arc<Mutex<dyn Controller>>,
+    /// Where the bytes are.
+    pub disk: Box<dyn Disk>,
+    /// Where they are in the guest.
+    pub memory: GuestMemory,
+    /// Held while requests are worked on.
+    pub traffic: Traffic,
+    /// Called when the host has no space for a write, and not again before one has succeeded.
+    pub full: Box<dyn Fn() + Send>,
+}
+
+impl Worker {
+    /// Serves from a thread of its own until `wake` is closed. The image is flushed at the end.
+    pub fn serve(self, name: &str, wake: Wake) -> io::Result<JoinHandle<()>> {
+        thread::Builder::new().name(name.to_owned()).spawn(move || self.run(&wake))
+    }
+
+    fn run(&self, wake: &Wake) {
         let mut batch = Vec::with_capacity(BATCH);
+        let mut was_full = false;
         loop {
             let (seen, closed) = wake.count();
-            let working = traffic.hold();
+            let working = self.traffic.hold();
             {
-                let mut controller = controller.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut controller = self.controller.lock().unwrap_or_else(PoisonError::into_inner);
                 while batch.len() < BATCH {
                     let Some(request) = controller.next_request() else { break };
                     batch.push(request);
@@ -57,15 +69,21 @@ pub fn serve(
                 continue;
             }
             for request in batch.drain(..) {
-                let outcome = execute(disk.as_ref(), &memory, &request);
-                controller.lock().unwrap_or_else(PoisonError::into_inner).complete(request.token, outcome);
+                let outcome = execute(self.disk.as_ref(), &self.memory, &request);
+                let writes = matches!(request.operation, Operation::Write { .. });
+                if outcome == Outcome::NoSpace && !std::mem::replace(&mut was_full, true) {
+                    (self.full)();
+                }
+                was_full &= !(writes && outcome == Outcome::Ok);
+                let mut controller = self.controller.lock().unwrap_or_else(PoisonError::into_inner);
+                controller.complete(request.token, outcome);
             }
         }
-        if !disk.read_only() {
+        if !self.disk.read_only() {
             // The machine is gone; nobody is left to tell.
-            let _ = disk.flush();
+            let _ = self.disk.flush();
         }
-    })
+    }
 }
 
 fn execute(disk: &dyn Disk, memory: &GuestMemory, request: &Request) -> Outcome {
@@ -218,10 +236,14 @@ mod test {
         }));
         let wake = Wake::default();
         wake.close();
-        serve("disk", rings.clone(), Box::new(disk), memory.clone(), wake, Traffic::default())
-            .unwrap()
-            .join()
-            .unwrap();
+        let worker = Worker {
+            controller: rings.clone(),
+            disk: Box::new(disk),
+            memory: memory.clone(),
+            traffic: Traffic::default(),
+            full: Box::new(|| panic!("there is space")),
+        };
+        worker.serve("disk", wake).unwrap().join().unwrap();
         let expected = [
             (1, Outcome::Ok),
             (2, Outcome::Ok),

@@ -1,6 +1,6 @@
 //! Whole machines with guests of a few instructions: how they end, what they print, what they cost.
 
-use machine::{Error, Machine, MachineConfig, Outcome};
+use machine::{Error, Machine, MachineConfig, Notice, Outcome};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -127,11 +127,15 @@ fn every_way_to_reset_starts_the_guest_again() {
             let config = MachineConfig { cpus, memory: 16 << 20, ..MachineConfig::new(guest.kernel()) };
             let machine = Machine::new(config).unwrap();
             let (told, heard) = std::sync::mpsc::channel();
-            machine.on_restart(move |starts| told.send(starts).unwrap());
+            machine.on_notice(move |notice| told.send(notice).unwrap());
             machine.start().unwrap();
             assert_eq!(machine.wait_timeout(PATIENCE), Some(Outcome::PoweredOff), "{way:x?}");
             assert_eq!(printed(&machine), "once again", "{way:x?}");
-            assert_eq!((machine.starts(), heard.try_iter().collect()), (2, vec![2]), "{way:x?}");
+            assert_eq!(
+                (machine.starts(), heard.try_iter().collect()),
+                (2, vec![Notice::Restarted { starts: 2 }]),
+                "{way:x?}"
+            );
         }
     }
 }

@@ -8,7 +8,7 @@ use std::str::FromStr;
 
 /// yado runs virtual machines: a real Debian guest on any x86-64 Linux host
 #[derive(Debug, Parser)]
-#[command(name = "yado", version, propagate_version = true, max_term_width = 110)]
+#[command(name = "yado", version = env!("YADO_VERSION"), propagate_version = true, max_term_width = 110)]
 #[command(
     after_help = "Exit codes: the guest command's own; 0 guest powered off, 2 bad usage, 3 guest panicked, \
 4 guest crashed, 125 yado failed, 126 command not executable, 127 command not found, 128+N killed by signal N."
@@ -41,6 +41,8 @@ pub enum Command {
     Inspect(Named),
     /// Remove stopped guests with their disks
     Rm(Rm),
+    /// Show what the cache of downloads and images holds
+    Cache(Cache),
     /// Tell what this host offers, what is missing, and what to do about it
     Doctor(Doctor),
     /// Print a completion script for a shell
@@ -315,6 +317,25 @@ pub struct Rm {
     /// Stop running guests first, at once
     #[arg(long, short = 'f')]
     pub force: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Cache {
+    #[command(subcommand)]
+    pub command: Option<CacheCommand>,
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum CacheCommand {
+    /// Remove images that newer ones replaced, and what nobody has used for 30 days
+    Prune {
+        /// Everything but the images of kept guests
+        #[arg(long)]
+        all: bool,
+    },
 }
 
 #[derive(Debug, Args)]

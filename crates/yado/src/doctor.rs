@@ -149,7 +149,9 @@ fn cache() -> Finding {
             Some("free some space, or set XDG_CACHE_HOME to a larger file system".into()),
         ),
         Ok((path, free)) => {
-            finding("cache", State::Good, format!("{}, {} free", path.display(), Size(free)), None)
+            let held = Size(debian::prune::survey(&path.join("debian")).bytes());
+            let found = format!("{} holds {held} (`yado cache`), {} free", path.display(), Size(free));
+            finding("cache", State::Good, found, None)
         }
         Err(error) => finding(
             "cache",

@@ -46,7 +46,8 @@ pub fn ps(options: &Ps) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn ago(started: u64) -> String {
+/// How long ago a time in seconds since 1970 was, for people.
+pub fn ago(started: u64) -> String {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
     match now.saturating_sub(started) {
         seconds @ ..120 => format!("{seconds} seconds ago"),

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod arguments;
+mod cache;
 mod client;
 mod doctor;
 mod engine;
@@ -58,6 +59,7 @@ fn dispatch(command: Command) -> anyhow::Result<u8> {
         Command::Logs(options) => guests::logs(&options)?,
         Command::Inspect(named) => guests::inspect(&named)?,
         Command::Rm(options) => guests::rm(&options)?,
+        Command::Cache(options) => cache::cache(&options)?,
         Command::Doctor(options) => doctor::doctor(&options)?,
         Command::Completion { shell } => {
             clap_complete::generate(shell, &mut Arguments::command(), "yado", &mut std::io::stdout());

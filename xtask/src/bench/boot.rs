@@ -1,6 +1,7 @@
 //! `cargo xtask bench boot`: how long a guest takes to its init, to a finished command and to a login prompt.
 
 use super::console::Console;
+use super::memory::Usage;
 use super::peer::Peer;
 use super::statistics::Sample;
 use super::{Scratch, page, release_yado};
@@ -13,6 +14,8 @@ use std::time::Duration;
 
 const MARKER: &str = "@@init-runs@@";
 const COMMAND_LINE: &str = "console=ttyS0 panic=-1";
+/// Bytes of a guest's RAM.
+const RAM: u64 = 512 << 20;
 const LIMIT: Duration = Duration::from_secs(180);
 
 /// What to measure, and how often.
@@ -57,6 +60,8 @@ struct Bench<'a> {
     yado: PathBuf,
     results: Results,
     order: Vec<String>,
+    /// What each yado at a login prompt took.
+    memory: Vec<Usage>,
 }
 
 /// Measures, prints, writes.
@@ -65,7 +70,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         Some(Only::Tcg) => PathBuf::new(),
         _ => release_yado(options.yado.as_deref())?,
     };
-    let mut bench = Bench { options, yado, results: Results::new(), order: Vec::new() };
+    let mut bench = Bench { options, yado, results: Results::new(), order: Vec::new(), memory: Vec::new() };
     let scratch = Scratch::new("boot")?;
     let script = format!("echo {MARKER}\n");
     let initrd = scratch.write("initrd", &initramfs::busybox(&script)?.finish_gzip()?)?;
@@ -145,8 +150,13 @@ impl Bench<'_> {
         let image = guest_files::image(&self.yado, &guest_files::cache(), "trixie")?;
         for _ in 0..self.options.runs {
             for peer in self.peers() {
-                let start = || Console::start(peer.debian(&self.yado, &image))?.wait_for("login: ", LIMIT);
-                let took = peer.measure(start)?;
+                let (took, usage) = peer.measure(|| {
+                    let mut console = Console::start(peer.debian(&self.yado, &image))?;
+                    let took = console.wait_for("login: ", LIMIT)?;
+                    let usage = (peer == Peer::Yado).then(|| Usage::of(console.id(), RAM)).transpose()?;
+                    Ok((took, usage))
+                })?;
+                self.memory.extend(usage);
                 self.note("Debian 13 with systemd: start to login prompt", peer, took);
             }
         }
@@ -154,7 +164,13 @@ impl Bench<'_> {
     }
 
     fn report(&self) -> anyhow::Result<()> {
-        let table = table(&self.results);
+        let mut table = table(&self.results);
+        let mut memory = self.memory.clone();
+        memory.sort_by_key(|usage| usage.overhead());
+        if let Some(median) = memory.get(memory.len() / 2) {
+            table =
+                format!("{table}\nA yado whose guest is at the login prompt (median):\n\n{}", median.table());
+        }
         if self.options.json {
             eprintln!("\n{table}");
             println!("{}", serde_json::to_string_pretty(&json(&self.results))?);
@@ -162,7 +178,8 @@ impl Bench<'_> {
             println!("\n{table}");
         }
         if self.options.write {
-            page::write("boot", "Boot time", &explained(&table, self.options.runs))?;
+            let yado = (!self.yado.as_os_str().is_empty()).then_some(self.yado.as_path());
+            page::write("boot", "Boot time", &explained(&table, self.options.runs), yado)?;
         }
         Ok(())
     }

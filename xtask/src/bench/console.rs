@@ -92,6 +92,11 @@ impl Console {
         Some((at.duration_since(self.began), part))
     }
 
+    /// The process.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// The last lines that were printed.
     pub fn tail(&self) -> String {
         let text = String::from_utf8_lossy(&self.printed);

@@ -129,7 +129,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
             add(&mut rows, *place, parse(&text))?;
         }
     }
-    report(options, &rows)
+    report(options, &rows, Some(&yado))
 }
 
 fn native(program: &Path, only: &[String]) -> anyhow::Result<String> {
@@ -178,7 +178,7 @@ fn add(rows: &mut Vec<Row>, place: Where, lines: Vec<Line>) -> anyhow::Result<()
     Ok(())
 }
 
-fn report(options: &Options, rows: &[Row]) -> anyhow::Result<()> {
+fn report(options: &Options, rows: &[Row], yado: Option<&Path>) -> anyhow::Result<()> {
     let tables = format!("{}\n{}", group_table(rows), row_table(rows));
     if options.json {
         eprintln!("\n{tables}");
@@ -194,7 +194,7 @@ fn report(options: &Options, rows: &[Row]) -> anyhow::Result<()> {
             options.runs,
             super::peer::QEMU_OPTIONS.join(" ")
         );
-        page::write("cpu", "CPU: slowdown against native code", &body)?;
+        page::write("cpu", "CPU: slowdown against native code", &body, yado)?;
     }
     Ok(())
 }

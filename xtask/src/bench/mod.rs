@@ -3,6 +3,7 @@
 pub mod boot;
 pub mod console;
 pub mod cpu;
+pub mod memory;
 pub mod page;
 pub mod peer;
 pub mod statistics;

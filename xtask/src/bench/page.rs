@@ -4,14 +4,15 @@ use std::fmt::Write;
 use std::path::Path;
 use std::process::Command;
 
-/// Writes `docs/benchmarks/NAME.md` from `body`, with the command line and the host at its top.
-pub fn write(name: &str, title: &str, body: &str) -> anyhow::Result<()> {
+/// Writes `docs/benchmarks/NAME.md` from `body`, with the command line, the host and what the measured `yado` says of
+/// itself at its top.
+pub fn write(name: &str, title: &str, body: &str, yado: Option<&Path>) -> anyhow::Result<()> {
     let directory = crate::tidy::root().join("docs/benchmarks");
     std::fs::create_dir_all(&directory)?;
     let mut page = format!("# {title}\n\n");
     let arguments: Vec<String> = std::env::args().skip(1).map(shown).collect();
     let _ = write!(page, "Made by `cargo xtask {}` on {}; do not edit.\n\n", arguments.join(" "), today());
-    page.push_str(&host());
+    page.push_str(&host(yado));
     page.push('\n');
     page.push_str(body);
     let path = directory.join(name).with_extension("md");
@@ -38,7 +39,7 @@ fn said(program: &str, arguments: &[&str]) -> String {
 }
 
 /// What the numbers depend on.
-pub fn host() -> String {
+pub fn host(yado: Option<&Path>) -> String {
     let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let field = |key: &str| {
         cpuinfo
@@ -59,6 +60,6 @@ pub fn host() -> String {
         field("model name"),
         said("uname", &["-r"]),
         qemu.lines().next().unwrap_or("?"),
-        said("git", &["describe", "--always", "--dirty"]),
+        yado.map_or_else(|| "not measured".into(), |yado| said(&yado.to_string_lossy(), &["--version"])),
     )
 }

@@ -85,6 +85,39 @@ fn a_kernel_panic_under_a_command() {
 }
 
 #[test]
+fn a_full_host_disk_under_a_guest() {
+    let home = Home::new();
+    home.yado(&["run", "-q", "debian", "--", "true"]).assert_success();
+    // A second disk whose image is sparse, on a file system smaller than it says it is.
+    let inside = "head -c 20M /dev/urandom > /dev/shm/kept; d=/dev/nvme1n1; \
+                  dd if=/dev/shm/kept of=$d bs=1M oflag=direct && sync $d || exit 9; \
+                  dd if=/dev/zero of=$d bs=1M seek=20 count=200 oflag=direct; echo dd $?; \
+                  dd if=$d bs=1M count=20 iflag=direct | cmp - /dev/shm/kept && echo kept";
+    let script = "mkdir \"$TMPDIR/small\" && mount -t tmpfs -o size=64m none \"$TMPDIR/small\" && \
+                  truncate -s 256M \"$TMPDIR/small/disk\" && \
+                  \"$0\" run -q --disk \"$TMPDIR/small/disk,bus=nvme\" debian -- sh -c \"$1\"";
+    let mut command = Command::new("unshare");
+    command
+        .args(["--user", "--map-root-user", "--mount", "sh", "-c", script])
+        .arg(home.program())
+        .arg(inside);
+    home.adopt(&mut command);
+    let finished = finish(command.spawn().unwrap(), &[]);
+    assert!(finished.text().contains("dd 1"), "the guest did not hear of it: {}", finished.all());
+    assert!(finished.text().ends_with("kept\n"), "what was stored is lost: {}", finished.all());
+    assert!(finished.stderr.contains("yado: no space is left at"), "{}", finished.all());
+}
+
+#[test]
+fn a_guest_that_restarts_under_its_command() {
+    let home = Home::new();
+    let finished = home.yado(&["run", "-q", "debian", "--", "sh", "-c", "reboot -f -f; sleep 60"]);
+    assert_eq!(finished.code(), 125, "{}", finished.all());
+    assert!(finished.stderr.contains("restarted before the command had ended"), "{}", finished.all());
+    home.assert_nothing_left();
+}
+
+#[test]
 fn a_guest_that_powers_off_under_its_command() {
     let home = Home::new();
     let finished = home.yado(&["run", "-q", "debian", "--", "sh", "-c", "poweroff -f -f; sleep 60"]);

@@ -1,5 +1,6 @@
 //! Debian's kernels with a root of the test's own, and a bare test kernel.
 
+use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use xtask::initramfs::{Initramfs, busybox};
 use xtask::story::{Finished, Home, noise};
@@ -55,6 +56,72 @@ fn debian_12s_cloud_kernel_boots() {
 #[test]
 fn debian_13s_cloud_kernel_boots() {
     boots("trixie", "6.12.");
+}
+
+/// Writes a mark to a disk and reboots; the second boot finds it.
+const REBOOTS_ONCE: &str = "until [ -b /dev/nvme0n1 ]; do /bin/busybox usleep 50000; done\n\
+    if [ \"$(head -c 5 /dev/nvme0n1)\" = again ]; then echo second boot; poweroff -f; fi\n\
+    printf again | dd of=/dev/nvme0n1 bs=512 conv=sync,fsync; echo first boot; /bin/busybox reboot -f; \
+    /bin/busybox sleep 100";
+
+#[test]
+fn a_kernel_that_reboots_boots_again_and_only_then() {
+    let home = Home::new();
+    let kernel = kernel(&home, "trixie");
+    let disk = home.file("disk", &vec![0; 1 << 20]);
+    let disk = format!("{},bus=nvme", disk.display());
+    // The way to reboot: the FADT's reset register, the keyboard controller, a triple fault, PCI's reset register.
+    for way in ["a", "k", "t", "p"] {
+        std::fs::write(home.path().join("disk"), vec![0; 1 << 20]).unwrap();
+        let line = format!("console=ttyS0 panic=-1 quiet reboot={way}");
+        let initrd = home.file("initrd", &busybox(REBOOTS_ONCE).unwrap().finish_gzip().unwrap());
+        let arguments =
+            ["run", "-q", "--kernel", kernel.to_str().unwrap(), "--initrd", initrd.to_str().unwrap()];
+        let rest = ["--cmdline", &line, "--disk", &disk];
+        let finished = home.yado(&[&arguments[..], &rest].concat());
+        finished.assert_success();
+        let (first, second) = (finished.text().find("first boot"), finished.text().find("second boot"));
+        assert!(first.is_some() && first < second, "reboot={way}: {}", finished.all());
+        assert!(finished.text().contains("the guest restarts: start 2"), "{}", finished.all());
+    }
+    home.file("disk", &vec![0; 1 << 20]);
+    let finished = boot(&home, &kernel, busybox(REBOOTS_ONCE).unwrap(), &["--disk", &disk, "--no-reboot"]);
+    finished.assert_success();
+    assert!(finished.text().contains("first boot") && !finished.text().contains("second boot"));
+    home.assert_nothing_left();
+}
+
+#[test]
+fn a_guest_that_reboots_without_end_is_stopped_by_ctrl_c() {
+    let home = Home::new();
+    let kernel = kernel(&home, "trixie");
+    let tree = busybox("/bin/busybox reboot -f; /bin/busybox sleep 100").unwrap();
+    let initrd = home.file("initrd", &tree.finish_gzip().unwrap());
+    let arguments = ["run", "-q", "--kernel", kernel.to_str().unwrap(), "--initrd", initrd.to_str().unwrap()];
+    let mut child = home.command(&[&arguments[..], &["--cmdline", "quiet"]].concat()).spawn().unwrap();
+    let out = BufReader::new(child.stdout.take().unwrap());
+    let mut lines = out.split(b'\n').map(|line| String::from_utf8_lossy(&line.unwrap()).into_owned());
+    assert!(lines.any(|line| line.contains("start 3")), "it ended before its third start");
+    xtask::story::signal(child.id(), "INT");
+    // Somebody reads on, as a terminal does.
+    let reader = std::thread::spawn(move || lines.count());
+    let finished = xtask::story::finish(child, &[]);
+    reader.join().unwrap();
+    assert!(finished.took < std::time::Duration::from_secs(60), "{}", finished.all());
+    home.assert_nothing_left();
+}
+
+#[test]
+fn a_kernel_given_alone_is_heard_when_it_panics() {
+    let home = Home::new();
+    // No root, no console named, no word about panics.
+    let kernel = kernel(&home, "trixie");
+    let finished = home.yado(&["run", "--kernel", kernel.to_str().unwrap()]);
+    assert_eq!(finished.code(), 3, "{}", finished.all());
+    assert!(finished.stderr.contains("command line \"console=ttyS0 panic=-1\""), "{}", finished.all());
+    let last = finished.stderr.lines().last().unwrap_or_default();
+    assert!(last.starts_with("yado: the guest panicked"), "{}", finished.all());
+    home.assert_nothing_left();
 }
 
 #[test]

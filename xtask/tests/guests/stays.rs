@@ -79,6 +79,36 @@ fn idle_costs_little(home: &Home, process: u64) {
 }
 
 #[test]
+fn a_guest_reboots_and_is_the_same_guest() {
+    let home = Home::new();
+    home.yado(&["run", "-q", "debian", "--name", "again", "--detach"]).assert_success();
+    let process = home.processes();
+    home.in_guest("again", "systemctl is-system-running --wait || true");
+    let boot_id = "cat /proc/sys/kernel/random/boot_id";
+    let first = home.in_guest("again", boot_id);
+    home.in_guest(
+        "again",
+        "echo kept > /var/tmp/note; systemctl is-active serial-getty@hvc0 && exit 1 || true",
+    );
+    let finished = home.yado(&["exec", "again", "--", "sh", "-c", "systemctl reboot; sleep 100"]);
+    assert_eq!(finished.code(), 125, "{}", finished.all());
+    assert!(finished.stderr.contains("the guest restarted"), "{}", finished.all());
+    // The agent answers again once the guest is up.
+    let finished = home.yado(&["exec", "again", "--timeout", "120", "--", "sh", "-c", boot_id]);
+    finished.assert_success();
+    assert_ne!(finished.text().trim_end(), first);
+    assert_eq!(home.in_guest("again", "cat /var/tmp/note"), "kept");
+    let inspected = home.yado(&["inspect", "again"]);
+    let tree: serde_json::Value = serde_json::from_slice(&inspected.stdout).unwrap();
+    assert_eq!(tree["machine"]["starts"], 2);
+    assert!(home.yado(&["logs", "again"]).text().contains("the guest restarts: start 2"));
+    assert_eq!(home.processes(), process, "the process is another one");
+    home.yado(&["stop", "again"]).assert_success();
+    home.yado(&["rm", "again"]).assert_success();
+    home.assert_nothing_left();
+}
+
+#[test]
 fn a_paused_guest_stands_still() {
     let home = Home::new();
     home.yado(&["run", "-q", "debian", "--name", "clock", "--detach"]).assert_success();

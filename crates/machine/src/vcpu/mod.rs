@@ -14,6 +14,7 @@ use crate::board::Resets;
 use crate::buses::Buses;
 use crate::clock::Clock;
 use crate::lifecycle::{Crash, Lifecycle, Meeting, Outcome, Wanted};
+use crate::notice::{Notice, Notices};
 use crate::restart::Restart;
 use crate::timers::Timers;
 use chipset::ioapic::IoApic;
@@ -50,6 +51,7 @@ pub(crate) struct Common {
     pub(crate) lifecycle: Arc<Lifecycle>,
     pub(crate) resets: Resets,
     pub(crate) restart: Restart,
+    pub(crate) notices: Notices,
     pub(crate) tsc_hz: u64,
     pub(crate) log_exits: bool,
 }
@@ -279,7 +281,8 @@ impl Runner {
                     common.lifecycle.end(Outcome::NotRestarted(error.to_string()));
                     return false;
                 }
-                common.restart.tell(common.lifecycle.restarts().saturating_add(2));
+                let starts = common.lifecycle.restarts().saturating_add(2);
+                common.notices.tell(Notice::Restarted { starts });
                 common.lifecycle.restarted();
             }
         }

@@ -13,7 +13,7 @@ use guest::Poweroff;
 use machine::agent::Agent;
 use machine::console::Console;
 use machine::control::Server;
-use machine::{DiskConfig, DiskInterface, Machine, MachineConfig, Outcome};
+use machine::{DiskConfig, DiskInterface, Machine, MachineConfig, Notice, Outcome};
 use source::{Root, Source};
 use std::fs::File;
 use std::path::Path;
@@ -120,10 +120,20 @@ impl Guest {
         };
         let socket = registry::socket(&place.name)?;
         let (printed, commands) = (console.clone(), agent.clone());
-        machine.on_restart(move |starts| {
-            printed.note(&format!("the guest restarts: start {starts}"));
-            if let Some(agent) = &commands {
-                agent.machine_reset();
+        machine.on_notice(move |notice| match notice {
+            Notice::Restarted { starts } => {
+                printed.note(&format!("the guest restarts: start {starts}"));
+                if let Some(agent) = &commands {
+                    agent.machine_reset();
+                }
+            }
+            Notice::DiskFull { path } => {
+                let why = format!(
+                    "no space is left at {}: what the guest writes fails until some is freed",
+                    path.display()
+                );
+                printed.note(&why);
+                eprintln!("yado: {why}");
             }
         });
         let server = Server::new(&socket, machine.clone(), console.clone(), agent.clone())

@@ -1,16 +1,19 @@
 //! What a guest boots from: a Debian image built or found in the cache, a kept guest's own disk, or given files.
 
 use crate::arguments::{Flavour, Run};
+use crate::cache;
 use crate::exit::with_code;
 use crate::progress::Phases;
-use crate::registry::{self, Boot, Place};
+use crate::registry::{Boot, Place};
 use crate::signals;
 use crate::size::Size;
 use anyhow::Context;
+use debian::prune::{self, Policy};
 use debian::{Content, GuestFile, KernelFlavour, Phase};
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 /// The root disk of a guest.
@@ -133,7 +136,7 @@ fn command_line(default: &str, options: &Run) -> String {
 }
 
 fn build_debian(suite: &str, options: &Run, place: &Place, phases: &mut Phases) -> anyhow::Result<Source> {
-    let mut request = debian::Request::new(registry::cache_directory()?.join("debian"));
+    let mut request = debian::Request::new(cache::directory()?);
     request.suite = (!suite.is_empty()).then(|| suite.to_owned());
     request.mirrors.clone_from(&options.mirror);
     request.disk_size = options.disk_size.0;
@@ -163,7 +166,19 @@ fn build_debian(suite: &str, options: &Run, place: &Place, phases: &mut Phases) 
         if image.cached { "cached" } else { "built" },
         if image.offline { "; the mirror cannot be reached, so it may be out of date" } else { "" }
     ));
+    prune::mark_used(&image.disk);
+    prune::clear_interrupted(&request.cache);
+    if !image.cached {
+        // What a newer image has replaced; the next build will try again if this fails.
+        let _ = cache::remove(Policy::automatic(), &AtomicBool::new(true));
+    }
     let keeps = options.name.is_some();
+    let kept = |file: PathBuf| if keeps { keep(&file, &place.directory) } else { Ok(file) };
+    let kernel = options.kernel.clone().map_or_else(|| kept(image.kernel), Ok)?;
+    let initrd = match options.initrd.clone() {
+        Some(given) => Some(given.into()),
+        None => image.initrd.map(kept).transpose()?,
+    };
     let root = if keeps {
         let disk = place.directory.join("disk.raw");
         copy(&image.disk, &disk, phases)?;
@@ -171,13 +186,19 @@ fn build_debian(suite: &str, options: &Run, place: &Place, phases: &mut Phases) 
     } else {
         Root::Disposable(image.disk)
     };
-    let kernel = options.kernel.clone().unwrap_or(image.kernel);
-    let boot = Boot {
-        kernel,
-        initrd: options.initrd.clone().map(PathBuf::from).or(image.initrd),
-        cmdline: command_line(&image.cmdline, options),
-    };
+    let boot = Boot { kernel, initrd, cmdline: command_line(&image.cmdline, options) };
     Ok(Source { label: format!("debian:{}", image.codename), boot, root, agent: true, keeps, direct: false })
+}
+
+/// A kept guest's own kernel or initrd: its image may leave the cache before it does. Answers where it is.
+fn keep(file: &Path, directory: &Path) -> anyhow::Result<PathBuf> {
+    let name = file.file_name().with_context(|| format!("{}: not a file", file.display()))?;
+    let to = directory.join(name);
+    let _ = std::fs::remove_file(&to);
+    std::fs::hard_link(file, &to)
+        .or_else(|_| std::fs::copy(file, &to).map(|_| ()))
+        .with_context(|| format!("cannot keep {} at {}", file.display(), to.display()))?;
+    Ok(to)
 }
 
 /// The guest's own disk: a copy that shares blocks with the cache where the file system can.
@@ -196,13 +217,15 @@ fn copy(from: &std::path::Path, to: &std::path::Path, phases: &mut Phases) -> an
     .with_context(|| format!("cannot make the guest's disk {}", to.display()))
 }
 
-/// What yado adds to a guest: its agent, and the unit that starts it.
+/// What yado adds to a guest: its agent, the unit that starts it, and no login prompt where nobody logs in.
 fn agent_files() -> Vec<GuestFile> {
     let file = |path: &str, content| GuestFile { path: path.to_owned(), content };
     vec![
         file(guest::AGENT_PATH, Content::File(0o755, guest::AGENT.into())),
         file(guest::UNIT_PATH, Content::File(0o644, guest::UNIT.as_bytes().into())),
         file(guest::UNIT_WANT_PATH, Content::Link(guest::UNIT_PATH.to_owned())),
+        // The virtio console carries the agent's port; nobody looks at /dev/hvc0, so no login prompt waits there.
+        file("/etc/systemd/system/serial-getty@hvc0.service", Content::Link("/dev/null".to_owned())),
     ]
 }
 
