@@ -108,7 +108,7 @@ impl Core {
     }
 
     /// A vCPU in flat 64-bit mode at CPL 0 without an IDT, for tests of single instructions: identity paging of the
-    /// first 4 GiB by 1 GiB pages, tables at 0x1000 and 0x2000 of `memory`; SSE, AVX and x87 enabled.
+    /// first 4 GiB by global 1 GiB pages, tables at 0x1000 and 0x2000 of `memory`; SSE, AVX and x87 enabled.
     pub fn flat64(memory: GuestMemory) -> Result<Self, Error> {
         use cpu::{Segment, attr, cr0, cr4, efer};
         let topology = cpu::cpuid::Topology { apic_id: 0, cpus: 1 };
@@ -120,7 +120,7 @@ impl Core {
         let ram = core.mmu.memory.clone();
         let _ = ram.write(0x1000, &0x2007u64.to_le_bytes());
         for gib in 0..4u64 {
-            let _ = ram.write(0x2000 + gib * 8, &(gib << 30 | 0x87).to_le_bytes());
+            let _ = ram.write(0x2000 + gib * 8, &(gib << 30 | 0x187).to_le_bytes());
         }
         let state = &mut core.state;
         state.cr0 = cr0::PE | cr0::PG | cr0::NE | cr0::WP | cr0::MP | cr0::ET;

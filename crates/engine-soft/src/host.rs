@@ -37,6 +37,14 @@ pub(crate) fn write(to: *mut u8, from: &[u8]) {
     }
 }
 
+/// Bytes that a guest cannot guess.
+pub(crate) fn random() -> u64 {
+    let mut seed = 0u64;
+    // SAFETY: the buffer is eight bytes of our own.
+    let got = unsafe { libc::getrandom((&raw mut seed).cast(), 8, 0) };
+    if got == 8 { seed } else { std::ptr::from_ref(&seed) as u64 ^ u64::from(std::process::id()) }
+}
+
 #[derive(Clone, Copy)]
 #[repr(C, packed)]
 struct Unaligned<T>(T);

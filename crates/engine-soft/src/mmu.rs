@@ -6,7 +6,7 @@
 //! translated code, not for user pages reached by the supervisor under SMAP. Everything else takes the slow path,
 //! each time.
 
-use crate::state::{CpuState, TLB_ENTRIES, TLB_INVALID, TlbEntry, TlbTable, seg};
+use crate::state::{CpuState, PAGE_MASK, TLB_ENTRIES, TLB_INVALID, TLB_LASTING, TlbEntry, TlbTable, seg};
 use cpu::{cr0, cr4, efer, rflags};
 use memory::{GuestMemory, PAGE_SIZE, PageFlags};
 use std::sync::atomic::Ordering;
@@ -99,48 +99,50 @@ pub struct Mmu {
     pub memory: GuestMemory,
     /// Width of guest-physical addresses in bits, as CPUID says.
     pub physical_bits: u32,
-    /// Global marks of the supervisor tables' entries: all ones keeps the entry over a CR3 load.
-    global: Box<[[u64; TLB_ENTRIES]; 2]>,
-    /// log2 of the largest page of which the TLB may hold a part.
-    largest_shift: u32,
+    /// Large pages of which the TLB may hold parts, of the supervisor and of the user.
+    large: [Pages; 2],
     /// Counts every flush, and every invalidation of a page that code was fetched from, so that others who remember
     /// translations of code can tell.
     pub generation: u64,
     /// Counts those of them that global translations do not survive.
     pub global_generation: u64,
     /// Pages that code was fetched from since the last flush, of the supervisor and of the user.
-    fetched: [Fetched; 2],
+    fetched: [Pages; 2],
 }
 
 /// A set of pages, by hash: it may claim pages that are not in it. A data page that the guest invalidates, as at
 /// every copy on write, then costs nobody who remembers translations of code anything.
-struct Fetched {
+struct Pages {
     /// 4 KiB pages, by the low bits of their number.
     small: [u64; 128],
     /// Larger pages, by 2 MiB.
     large: [u64; 16],
-    /// A page of 1 GiB is among them.
-    huge: bool,
+    /// Those of 1 GiB.
+    huge: [u64; 16],
 }
 
-impl Fetched {
-    const NONE: Self = Self { small: [0; 128], large: [0; 16], huge: false };
+impl Pages {
+    const NONE: Self = Self { small: [0; 128], large: [0; 16], huge: [0; 16] };
 
     fn insert(&mut self, address: u64, page_shift: u32) {
         match page_shift {
             12 => self.small[(address >> 18) as usize % 128] |= 1 << (address >> 12 & 63),
             21 | 22 => self.large[(address >> 27) as usize % 16] |= 1 << (address >> 21 & 63),
-            _ => self.huge = true,
+            _ => self.huge[(address >> 36) as usize % 16] |= 1 << (address >> 30 & 63),
         }
     }
 
     fn contains(&self, address: u64) -> bool {
+        self.small[(address >> 18) as usize % 128] >> (address >> 12 & 63) & 1 != 0
+            || self.contains_large(address)
+    }
+
+    fn contains_large(&self, address: u64) -> bool {
         let large = |address: u64| self.large[(address >> 27) as usize % 16] >> (address >> 21 & 63) & 1 != 0;
-        self.huge
-            || self.small[(address >> 18) as usize % 128] >> (address >> 12 & 63) & 1 != 0
-            // The other half of a 4 MiB page of 32-bit paging, too.
-            || large(address)
+        // The other half of a 4 MiB page of 32-bit paging, too.
+        large(address)
             || large(address ^ 1 << 21)
+            || self.huge[(address >> 36) as usize % 16] >> (address >> 30 & 63) & 1 != 0
     }
 }
 
@@ -150,11 +152,10 @@ impl Mmu {
         Self {
             memory,
             physical_bits,
-            global: Box::new([[0; TLB_ENTRIES]; 2]),
-            largest_shift: 12,
+            large: [Pages::NONE, Pages::NONE],
             generation: 0,
             global_generation: 0,
-            fetched: [Fetched::NONE, Fetched::NONE],
+            fetched: [Pages::NONE, Pages::NONE],
         }
     }
 
@@ -192,16 +193,15 @@ impl Mmu {
         if access == Access::Fetch || guarded || (access == Access::Write && code) {
             return Ok(target);
         }
-        let linear = address & !(PAGE_SIZE - 1);
-        let entry = TlbEntry { tag: linear, addend: (page.host as u64).wrapping_sub(linear) };
-        let index = index(linear);
+        let linear = address & PAGE_MASK;
+        let lasting = if class == 1 || walk.global { TLB_LASTING } else { 0 };
+        let entry = TlbEntry { tag: linear, addend: (page.host as u64).wrapping_sub(linear) | lasting };
         let write = access == Access::Write;
-        if class == 0 {
-            self.global[usize::from(write)][index] = if walk.global { u64::MAX } else { 0 };
-        }
         let table = if write { &mut state.tlb_write[class] } else { &mut state.tlb_read[class] };
-        table.entries[index] = entry;
-        self.largest_shift = self.largest_shift.max(walk.page_shift);
+        table.entries[index(linear)] = entry;
+        if walk.page_shift > 12 {
+            self.large[class].insert(address, walk.page_shift);
+        }
         Ok(target)
     }
 
@@ -209,9 +209,8 @@ impl Mmu {
     pub fn lookup(state: &CpuState, address: u64, len: u64, write: bool, user: bool) -> Option<*mut u8> {
         let tables = if write { &state.tlb_write } else { &state.tlb_read };
         let entry = &tables[usize::from(user)].entries[index(address)];
-        let last = address.wrapping_add(len.wrapping_sub(1)) & !(PAGE_SIZE - 1);
-        (entry.tag == last && entry.tag == address & !(PAGE_SIZE - 1))
-            .then(|| address.wrapping_add(entry.addend) as *mut u8)
+        let last = address.wrapping_add(len.wrapping_sub(1)) & PAGE_MASK;
+        (entry.tag == last && entry.tag == address & PAGE_MASK).then(|| entry.host(address) as *mut u8)
     }
 
     /// Walks the page tables without the TLB, setting accessed and dirty bits.
@@ -242,13 +241,20 @@ impl Mmu {
 
     /// Forgets all translations, e.g. after a write to CR0, CR4's paging bits, EFER, or by another CPU's request.
     pub fn flush_all(&mut self, state: &mut CpuState) {
-        for table in state.tlb_read.iter_mut().chain(&mut state.tlb_write) {
-            clear(table);
+        for class in 0..2 {
+            self.flush_class(state, class);
         }
-        self.largest_shift = 12;
         self.generation = self.generation.wrapping_add(1);
         self.global_generation = self.global_generation.wrapping_add(1);
-        self.fetched = [Fetched::NONE, Fetched::NONE];
+        self.fetched = [Pages::NONE, Pages::NONE];
+    }
+
+    /// Empties the data TLB of a privilege class.
+    fn flush_class(&mut self, state: &mut CpuState, class: usize) {
+        clear(&mut state.tlb_read[class]);
+        clear(&mut state.tlb_write[class]);
+        state.hints.end(class);
+        self.large[class] = Pages::NONE;
     }
 
     /// Somebody is about to remember where code at `address` is, in a page of this size.
@@ -261,36 +267,31 @@ impl Mmu {
         if !state.cr4_has(cr4::PGE) {
             return self.flush_all(state);
         }
-        clear(&mut state.tlb_read[1]);
-        clear(&mut state.tlb_write[1]);
-        for (table, global) in
-            [&mut state.tlb_read[0], &mut state.tlb_write[0]].into_iter().zip(self.global.iter())
-        {
-            for (entry, keep) in table.entries.iter_mut().zip(global) {
-                entry.tag |= !keep;
+        self.flush_class(state, 1);
+        for table in [&mut state.tlb_read[0], &mut state.tlb_write[0]] {
+            for entry in &mut table.entries {
+                entry.tag |= (entry.addend & TLB_LASTING).wrapping_sub(1);
             }
         }
         self.generation = self.generation.wrapping_add(1);
-        self.fetched[1] = Fetched::NONE;
+        self.fetched[1] = Pages::NONE;
     }
 
     /// Forgets one page, global or not: INVLPG.
     pub fn invalidate_page(&mut self, state: &mut CpuState, address: u64) {
-        let shift = self.largest_shift;
-        for table in state.tlb_read.iter_mut().chain(&mut state.tlb_write) {
-            if shift == 12 {
+        for class in 0..2 {
+            if self.large[class].contains_large(address) {
+                // The page may be large, and its parts are spread over the tables.
+                self.flush_class(state, class);
+                continue;
+            }
+            for table in [&mut state.tlb_read[class], &mut state.tlb_write[class]] {
                 let entry = &mut table.entries[index(address)];
-                if entry.tag == address & !(PAGE_SIZE - 1) {
+                if entry.tag == address & PAGE_MASK {
                     entry.tag = TLB_INVALID;
                 }
-            } else {
-                // The page may be large, and its parts are spread over the table.
-                for entry in &mut table.entries {
-                    if entry.tag >> shift == address >> shift {
-                        entry.tag = TLB_INVALID;
-                    }
-                }
             }
+            state.hints.end_page(class, address);
         }
         let [supervisor, user] = [0, 1].map(|class: usize| self.fetched[class].contains(address));
         if supervisor || user {
@@ -309,11 +310,12 @@ impl Mmu {
         let Some(page) = self.memory.host_page(physical) else { return };
         for table in &mut state.tlb_write {
             for entry in &mut table.entries {
-                if entry.tag.wrapping_add(entry.addend) == page.host as u64 {
+                if entry.host(entry.tag) == page.host as u64 {
                     entry.tag = TLB_INVALID;
                 }
             }
         }
+        state.hints.end_host(page.host as u64);
     }
 
     /// Whether `address` is canonical for 48-bit linear addresses.

@@ -11,23 +11,38 @@
 //!
 //! `rflags` always holds the complete architectural value in Rust code.
 
+use crate::translate::hints::Hints;
 use crate::translate::linkage::Linkage;
 use cpu::{DescriptorTable, Registers, Segment, cr0, cr4, efer, rflags};
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// Entries of each software TLB table.
 pub const TLB_ENTRIES: usize = 1024;
 /// A tag that no address has.
 pub const TLB_INVALID: u64 = u64::MAX;
 
-/// One software TLB entry: `tag` is the linear address of the page (low 12 bits zero), and host = linear + `addend`.
+/// The bits of an address that number its 4 KiB page.
+pub const PAGE_MASK: u64 = !0xfff;
+/// Bit of a TLB entry's `addend`, whose low 12 bits mean nothing else: the translation outlives a load of CR3, or need
+/// not; translated code may remember it in its hints.
+pub const TLB_LASTING: u64 = 1;
+
+/// One software TLB entry: `tag` is the linear address of the page (low 12 bits zero), and host = linear + `addend`
+/// without [`TLB_LASTING`].
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct TlbEntry {
     /// Linear page address, or [`TLB_INVALID`].
     pub tag: u64,
-    /// Host address less linear address, wrapping.
+    /// Host address less linear address, wrapping; and [`TLB_LASTING`].
     pub addend: u64,
+}
+
+impl TlbEntry {
+    /// The host address of a linear address in the entry's page.
+    pub fn host(&self, linear: u64) -> u64 {
+        linear.wrapping_add(self.addend & PAGE_MASK)
+    }
 }
 
 /// One direct-mapped table, indexed by bits 12 and up of the linear address.
@@ -97,6 +112,32 @@ pub struct Msrs {
     pub mtrr_def_type: u64,
 }
 
+/// What other threads write to while a vCPU runs.
+#[derive(Debug, Default)]
+#[repr(C)]
+pub struct Doorbell {
+    /// Why somebody wants the vCPU; translated code polls it where it may close a loop.
+    pub kick: AtomicU32,
+    /// The salts of the jump cache by privilege class, as indirect jumps use them: none of them is right after a kick,
+    /// so that these jumps need not poll.
+    pub gates: [AtomicU64; 2],
+}
+
+impl Doorbell {
+    /// Makes translated code leave soon, to find `bits`.
+    pub fn ring(&self, bits: u32) {
+        self.kick.fetch_or(bits, Ordering::SeqCst);
+        for gate in &self.gates {
+            gate.store(0, Ordering::SeqCst);
+        }
+    }
+
+    /// The reasons to leave, if any.
+    pub fn rung(&self) -> u32 {
+        self.kick.load(Ordering::Relaxed)
+    }
+}
+
 /// All of one vCPU that translated code and both tiers touch. See the module page for what is where when.
 #[repr(C, align(64))]
 pub struct CpuState {
@@ -106,8 +147,8 @@ pub struct CpuState {
     pub rip: u64,
     /// The architectural flags.
     pub rflags: u64,
-    /// Set by [`cpu::Kick`] from any thread; translated code polls it.
-    pub kick: AtomicU32,
+    /// Written by [`cpu::Kick`] from any thread.
+    pub doorbell: Doorbell,
     /// Bit set of reasons for the dispatcher to look up before the next block, for the tiers' own use.
     pub attention: u32,
     /// The host's stack pointer while translated code runs.
@@ -168,6 +209,8 @@ pub struct CpuState {
     pub tlb_write: [TlbTable; 2],
     /// How translated code is entered, left and chained.
     pub linkage: Linkage,
+    /// What translated code remembers of the TLB at each access.
+    pub hints: Hints,
 }
 
 /// YMM registers as little-endian quadwords.
@@ -190,54 +233,37 @@ impl Default for X87 {
     }
 }
 
-const EMPTY: TlbTable = TlbTable { entries: [TlbEntry { tag: TLB_INVALID, addend: 0 }; TLB_ENTRIES] };
-
 impl CpuState {
-    /// The power-up state, on the heap (it is large).
+    /// The power-up state, on the heap (it is large, and most of it is not touched soon).
     pub fn new() -> Box<Self> {
-        let mut state = Box::new(Self {
-            gpr: [0; 16],
-            rip: 0,
-            rflags: rflags::FIXED,
-            kick: AtomicU32::new(0),
-            attention: 0,
-            host_rsp: 0,
-            tsc_offset: 0,
-            scratch: [0; 16],
-            mxcsr: 0x1f80,
-            host_mxcsr: 0x1f80,
-            segments: [Segment::default(); 6],
-            ldtr: Segment::default(),
-            tr: Segment::default(),
-            gdtr: DescriptorTable::default(),
-            idtr: DescriptorTable::default(),
-            cr0: 0,
-            cr2: 0,
-            cr3: 0,
-            cr4: 0,
-            cr8: 0,
-            efer: 0,
-            xcr0: 1,
-            dr: [0; 4],
-            dr6: 0,
-            dr7: 0,
-            msrs: Msrs {
-                pat: 0x0007_0406_0007_0406,
-                misc_enable: 1,
-                mtrr_def_type: 0x806,
-                ..Msrs::default()
-            },
-            shadow: Shadow::None,
-            nmi_blocked: false,
-            halted: false,
-            ymm: Vectors::default(),
-            x87: X87::default(),
-            tlb_read: [EMPTY; 2],
-            tlb_write: [EMPTY; 2],
-            linkage: Linkage::default(),
-        });
+        let mut state = Self::zeroed();
+        for table in state.tlb_read.iter_mut().chain(&mut state.tlb_write) {
+            table.entries.fill(TlbEntry { tag: TLB_INVALID, addend: 0 });
+        }
+        state.mxcsr = 0x1f80;
+        state.host_mxcsr = 0x1f80;
+        state.msrs.pat = 0x0007_0406_0007_0406;
+        state.msrs.misc_enable = 1;
+        state.msrs.mtrr_def_type = 0x806;
+        state.x87 = X87::default();
+        state.linkage.start();
+        state.hints.start(crate::host::random());
         state.set_registers(&Registers::default());
         state
+    }
+
+    #[allow(unsafe_code)]
+    fn zeroed() -> Box<Self> {
+        // SAFETY: the pointer is fresh from the allocator for this very layout, and all fields are integers, arrays of
+        // them, booleans and an enumeration with a variant 0, for which all zeros are a value.
+        unsafe {
+            let layout = std::alloc::Layout::new::<Self>();
+            let pointer = std::alloc::alloc_zeroed(layout);
+            if pointer.is_null() {
+                std::alloc::handle_alloc_error(layout);
+            }
+            Box::from_raw(pointer.cast())
+        }
     }
 
     /// All registers, in the engine-independent form.

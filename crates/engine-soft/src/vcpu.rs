@@ -11,16 +11,16 @@ use crate::cpu_core::{Core, attention};
 use crate::engine::Options;
 use crate::exception::Stop;
 use crate::signal;
-use crate::state::{CpuState, seg};
+use crate::state::{CpuState, Doorbell, seg};
 use crate::step::step;
 use crate::translate::{Config, Outcome, Translator};
 use crate::verify::Verifier;
 use cpu::{Error, Exit, Kick, Registers, Vcpu, VcpuConfig};
 use memory::GuestMemory;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Bits of [`CpuState::kick`].
+/// Bits of [`Doorbell::kick`].
 pub(crate) mod kick {
     /// Somebody wants `run` to return.
     pub(crate) const LEAVE: u32 = 1 << 0;
@@ -28,11 +28,11 @@ pub(crate) mod kick {
     pub(super) const CODE: u32 = 1 << 1;
 }
 
-/// The flag inside a vCPU's state that translated code polls, for other threads: gone when the vCPU is.
-struct Flag(Mutex<Option<*const AtomicU32>>);
+/// The doorbell inside a vCPU's state, for other threads: gone when the vCPU is.
+struct Flag(Mutex<Option<*const Doorbell>>);
 
 #[allow(unsafe_code)]
-// SAFETY: the pointer is to an atomic, and is only followed under the lock, which the vCPU takes to clear it.
+// SAFETY: the pointer is to atomics, and is only followed under the lock, which the vCPU takes to clear it.
 unsafe impl Send for Flag {}
 #[allow(unsafe_code)]
 // SAFETY: as above.
@@ -40,7 +40,7 @@ unsafe impl Sync for Flag {}
 
 impl Flag {
     fn new(state: &CpuState) -> Self {
-        Self(Mutex::new(Some(&raw const state.kick)))
+        Self(Mutex::new(Some(&raw const state.doorbell)))
     }
 
     fn set(&self, bits: u32) {
@@ -49,7 +49,7 @@ impl Flag {
             #[allow(unsafe_code)]
             // SAFETY: the vCPU clears the pointer under this lock before its state goes away.
             unsafe {
-                (*flag).fetch_or(bits, Ordering::SeqCst);
+                (*flag).ring(bits);
             }
         }
     }
@@ -179,8 +179,8 @@ impl SoftVcpu {
                 return Some(Stop::Continue);
             }
         }
-        if core.state.kick.load(Ordering::Relaxed) != 0 {
-            let bits = core.state.kick.swap(0, Ordering::SeqCst);
+        if core.state.doorbell.rung() != 0 {
+            let bits = core.state.doorbell.kick.swap(0, Ordering::SeqCst);
             if bits & kick::CODE != 0 {
                 self.foreign_writes();
             }

@@ -164,7 +164,7 @@ pub(crate) struct Verifier {
 impl Verifier {
     /// As [`Translator::run`] for one block; an error tells the difference.
     pub(crate) fn run(&mut self, core: &mut Core, translator: &mut Translator) -> Result<Outcome, Error> {
-        if core.state.kick.load(Ordering::Relaxed) != 0 {
+        if core.state.doorbell.rung() != 0 {
             return Ok(Outcome::Kicked);
         }
         if !core.state.code64() || !core.state.paging() {

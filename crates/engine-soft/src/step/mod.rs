@@ -58,7 +58,7 @@ impl Core {
 
     /// Another thread wants `run` to return.
     pub(crate) fn kicked(&self) -> bool {
-        self.state.kick.load(std::sync::atomic::Ordering::Relaxed) != 0
+        self.state.doorbell.rung() != 0
     }
 }
 

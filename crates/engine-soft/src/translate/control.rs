@@ -1,7 +1,8 @@
 //! Templates of the instructions that are not copied: stack, control flow, addresses.
 
 use super::emit::{Mem, cc, r};
-use super::generate::{Check, Generator, Origin, Site, host};
+use super::generate::{Check, Generator, Origin, Place, Site, host};
+use super::hints::STACK;
 use super::template::{Kind, Template};
 use super::thunk::{linked, spill};
 use iced_x86::{Code, Instruction, InstructionInfoFactory, OpKind, Register};
@@ -39,24 +40,25 @@ impl Generator {
             Kind::Absolute => return self.absolute(instruction, site),
             Kind::PushRegister => self.push_register(instruction.op0_register().number() as u8, site),
             Kind::PushImmediate => {
-                self.push_check(site);
+                let top = self.push_check(site);
                 let value = instruction.immediate(0) as u32;
-                self.out.store_imm(true, Mem::base(r::ADDR), value);
+                self.out.store_imm(true, top, value);
                 self.move_stack(-8);
             }
             Kind::PushMemory => {
                 self.load_operand(instruction, site)?;
                 self.out.store(kept(), r::ADDR);
-                self.push_check(site);
+                let top = self.push_check(site);
                 self.out.load(r::T1, kept());
-                self.out.store(Mem::base(r::ADDR), r::T1);
+                self.out.store(top, r::T1);
                 self.move_stack(-8);
             }
             Kind::PopRegister => self.pop_register(instruction.op0_register().number() as u8, site),
             Kind::Leave => {
-                self.check(r::BP, Check::read(8), site);
+                let place = Place { register: r::BP, disp: 0, hint: STACK[self.class] };
+                let saved = self.reach(place, Check::read(8), site);
                 self.out.lea(r::GUEST_SP, Mem::at(r::BP, 8));
-                self.out.load(r::BP, Mem::base(r::ADDR));
+                self.out.load(r::BP, saved);
             }
             Kind::PushFlags => self.push_flags(site),
             Kind::PopFlags => self.pop_flags(site),
@@ -65,8 +67,8 @@ impl Generator {
             Kind::ReadClock => self.read_clock(site),
             Kind::SwapBase => self.swap_base(),
             Kind::Return => {
-                self.check(r::GUEST_SP, Check::read(8), site);
-                self.out.load(r::ADDR, Mem::base(r::ADDR));
+                let top = self.pop_check(site);
+                self.out.load(r::ADDR, top);
                 let extra = if instruction.op_count() > 0 { i32::from(instruction.immediate16()) } else { 0 };
                 self.move_stack(8 + extra);
                 self.jump_found(Origin::new(site.offset, -8 - i64::from(extra)));
@@ -98,26 +100,33 @@ impl Generator {
     }
 
     /// Checks the quadword below the stack pointer for writing.
-    pub(super) fn push_check(&mut self, site: Site) {
-        self.out.lea(r::ADDR, Mem::at(r::GUEST_SP, -8));
-        self.check(r::ADDR, Check::write(8), site);
+    pub(super) fn push_check(&mut self, site: Site) -> Mem {
+        let place = Place { register: r::GUEST_SP, disp: -8, hint: STACK[self.class] };
+        self.reach(place, Check::write(8), site)
+    }
+
+    /// Checks the quadword at the stack pointer for reading.
+    pub(super) fn pop_check(&mut self, site: Site) -> Mem {
+        let place = Place { register: r::GUEST_SP, disp: 0, hint: STACK[self.class] };
+        self.reach(place, Check::read(8), site)
     }
 
     fn push_register(&mut self, guest: u8, site: Site) {
-        self.push_check(site);
+        let top = self.push_check(site);
         let from = self.operand(guest, r::T1);
-        self.out.store(Mem::base(r::ADDR), from);
+        self.out.store(top, from);
         self.move_stack(-8);
     }
 
     fn pop_register(&mut self, guest: u8, site: Site) {
-        self.check(r::GUEST_SP, Check::read(8), site);
+        let top = self.pop_check(site);
         // Before the load, which wins if it is RSP that is popped.
         self.move_stack(8);
+        let top = Mem { disp: -8, ..top };
         match host(guest) {
-            Some(to) => self.out.load(to, Mem::base(r::ADDR)),
+            Some(to) => self.out.load(to, top),
             None => {
-                self.out.load(r::T1, Mem::base(r::ADDR));
+                self.out.load(r::T1, top);
                 self.out.store(spill(guest), r::T1);
             }
         }
@@ -125,14 +134,14 @@ impl Generator {
 
     /// Pushes the address of the next instruction; `keep` what was there, for a call that faults after all.
     fn push_return(&mut self, site: Site, keep: bool) {
-        self.push_check(site);
+        let top = self.push_check(site);
         if keep {
-            self.out.load(r::T1, Mem::base(r::ADDR));
+            self.out.load(r::T1, top);
             self.out.store(overwritten(), r::T1);
         }
         self.out.load(r::T1, linked!(page_base));
         self.out.lea(r::T1, Mem::at(r::T1, i32::from(site.next)));
-        self.out.store(Mem::base(r::ADDR), r::T1);
+        self.out.store(top, r::T1);
         self.move_stack(-8);
     }
 
@@ -143,9 +152,9 @@ impl Generator {
             self.out.mov(r::ADDR, from);
             return Some(());
         }
-        let address = self.address(instruction)?;
-        self.check(address, Check::read(8), site);
-        self.out.load(r::ADDR, Mem::base(r::ADDR));
+        let place = self.place(instruction, false, false)?;
+        let operand = self.reach(place, Check::read(8), site);
+        self.out.load(r::ADDR, operand);
         Some(())
     }
 
@@ -194,9 +203,10 @@ impl Generator {
             _ => return None,
         };
         self.out.imm64(r::ADDR, instruction.memory_displacement64());
-        self.check(r::ADDR, Check { size, write, align: 0 }, site);
+        let place = Place { register: r::ADDR, disp: 0, hint: self.fresh_hint() };
+        let operand = self.reach(place, Check { size, write, align: 0 }, site);
         let opcode = 0x88 | u8::from(!write) << 1 | u8::from(size > 1);
-        self.out.op_mem(size == 8, &[opcode], r::AX, Mem::base(r::ADDR));
+        self.out.op_mem(size == 8, &[opcode], r::AX, operand);
         Some(())
     }
 
@@ -207,12 +217,8 @@ impl Generator {
 
     /// A jump that may close a loop looks for kicks.
     fn jump_polled(&mut self, target: i64, site: Site) {
-        if target <= i64::from(site.offset)
-            && let Ok(offset) = u16::try_from(target)
-        {
-            self.poll(offset, site.live_after);
-        }
-        self.jump_page(target);
+        let backward = target <= i64::from(site.offset);
+        self.jump_page(target, backward.then_some(site.live_after));
     }
 
     fn jump_conditional(&mut self, instruction: &Instruction, site: Site) {
@@ -222,13 +228,13 @@ impl Generator {
         if target > i64::from(site.offset) && target < 4096 {
             let field = self.out.jump_if(condition);
             self.links.push(super::generate::NewLink { field, stub: 0, target: target as u16 });
-            self.jump_page(i64::from(site.next));
+            self.jump_page(i64::from(site.next), None);
             return;
         }
         let past = self.out.jump_if(condition ^ 1);
         self.jump_polled(target, site);
         self.out.bind(past);
-        self.jump_page(i64::from(site.next));
+        self.jump_page(i64::from(site.next), None);
     }
 
     fn jump_count(&mut self, instruction: &Instruction, bytes: &[u8], site: Site) -> Option<()> {
@@ -246,7 +252,7 @@ impl Generator {
         }
         let taken = self.out.short(opcode);
         if site.next < 4096 {
-            self.jump_page(i64::from(site.next));
+            self.jump_page(i64::from(site.next), None);
             self.out.bind_short(taken);
         } else {
             // The way through the jump cache is long.
@@ -255,7 +261,7 @@ impl Generator {
             let target = instruction.near_branch_target() as i64;
             self.jump_polled(target, site);
             self.out.bind(not_taken);
-            self.jump_page(i64::from(site.next));
+            self.jump_page(i64::from(site.next), None);
             return Some(());
         }
         self.jump_polled(instruction.near_branch_target() as i64, site);

@@ -4,7 +4,7 @@ use super::emit::{Mem, r};
 use super::generate::{Check, Generator, Site, host};
 use super::template::{Fields, Template};
 use super::thunk::spill;
-use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind};
+use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 
 /// The parts of an instruction's encoding.
 struct Raw<'a> {
@@ -125,9 +125,9 @@ struct Spills {
 /// The encoding with new register numbers, ready to be written.
 struct Fixed {
     reg: u8,
-    /// Register operand of ModRM.rm; `None` for the memory operand at `base`.
+    /// Register operand of ModRM.rm; `None` for the memory operand.
     rm: Option<u8>,
-    base: u8,
+    memory: Mem,
     vvvv: u8,
     /// Number in the opcode byte.
     opcode: Option<u8>,
@@ -148,7 +148,8 @@ impl Generator {
         let raw = Raw::parse(bytes, fields.modrm)?;
         let facts = info.info(instruction);
         let memory = (0..instruction.op_count()).find(|&i| instruction.op_kind(i) == OpKind::Memory);
-        let mut base = r::ADDR;
+        let high = has_high_byte(instruction);
+        let mut reached = Mem::base(r::ADDR);
         if let Some(operand) = memory {
             let size = u8::try_from(instruction.memory_size().size()).ok().filter(|&s| s > 0 && s <= 64)?;
             let write = match facts.op_access(operand) {
@@ -157,18 +158,16 @@ impl Generator {
                 _ => return None,
             };
             let align = if template.aligned { size.trailing_zeros() as u8 } else { 0 };
-            let address = self.address(instruction)?;
-            self.check(address, Check { size, write, align }, site);
+            let place = self.place(instruction, write, high)?;
+            reached = self.reach(place, Check { size, write, align }, site);
         } else if (0..instruction.op_count()).any(|i| is_implicit_memory(instruction.op_kind(i))) {
             return None;
         }
         let mut spills = Spills::default();
         let reg8 = |number: u8| !raw.rex && raw.vex.is_none() && (4..8).contains(&number);
-        let mut high = false;
         let mut field = |this: &mut Self, number: u8, operand: Option<u8>, byte: bool| {
             let Some(operand) = operand else { return Some(number) };
             if byte && reg8(number) {
-                high = true;
                 return Some(number);
             }
             this.field(
@@ -179,7 +178,7 @@ impl Generator {
                 memory.is_some(),
             )
         };
-        let mut fixed = Fixed { reg: raw.reg(), rm: None, base, vvvv: raw.vvvv(), opcode: None };
+        let mut fixed = Fixed { reg: raw.reg(), rm: None, memory: reached, vvvv: raw.vvvv(), opcode: None };
         fixed.reg = field(self, fixed.reg, fields.reg, fields.reg8)?;
         if memory.is_none() {
             fixed.rm = Some(field(self, raw.rm(), fields.rm, fields.rm8)?);
@@ -193,13 +192,12 @@ impl Generator {
             // AH to BH cannot be named beside R14: lend the address RSI.
             self.out.mov(r::T1, r::SI);
             self.out.mov(r::SI, r::ADDR);
-            base = r::SI;
-            fixed.base = base;
+            fixed.memory = Mem::base(r::SI);
         } else if high && (fixed.reg >= 8 || fixed.rm.is_some_and(|rm| rm >= 8)) {
             return None;
         }
         self.write(&raw, &fixed, fields, high);
-        if base == r::SI {
+        if high && memory.is_some() {
             self.out.mov(r::SI, r::T1);
         }
         for &(guest, scratch, written) in spills.used.iter().take(spills.count) {
@@ -246,9 +244,13 @@ impl Generator {
     }
 
     fn write(&mut self, raw: &Raw<'_>, fixed: &Fixed, fields: Fields, high: bool) {
-        let b = fixed.opcode.or(fixed.rm).unwrap_or(fixed.base);
+        let b = fixed.opcode.or(fixed.rm).or(fixed.memory.base).unwrap_or(0);
         // Without ModRM and without an opcode register, B means nothing.
         let b = if fields.opcode.is_some() || fields.modrm { b } else { 0 };
+        let x = match fixed.memory.index {
+            Some((index, _)) if fields.modrm && fixed.rm.is_none() => index >> 3,
+            _ => 0,
+        };
         for &prefix in &raw.prefixes {
             // The others of one vCPU are devices, which use no locked access.
             if prefix != 0xf0 || !self.drop_lock {
@@ -256,11 +258,11 @@ impl Generator {
             }
         }
         if let Some(vex) = raw.vex {
-            let inverted = !(fixed.reg >> 3 << 7 | b >> 3 << 5) & 0xe0;
+            let inverted = !(fixed.reg >> 3 << 7 | x << 6 | b >> 3 << 5) & 0xe0;
             let last = vex.last & 0x87 | (!fixed.vvvv & 15) << 3;
             self.out.raw(&[0xc4, inverted | vex.map, last]);
         } else {
-            let rex = u8::from(raw.wide) << 3 | fixed.reg >> 3 << 2 | b >> 3;
+            let rex = u8::from(raw.wide) << 3 | fixed.reg >> 3 << 2 | x << 1 | b >> 3;
             if (rex != 0 || raw.rex) && !high {
                 self.out.byte(0x40 | rex);
             }
@@ -271,7 +273,7 @@ impl Generator {
         if fields.modrm {
             match fixed.rm {
                 Some(rm) => self.out.byte(0xc0 | (fixed.reg & 7) << 3 | rm & 7),
-                None => self.out.modrm_mem(fixed.reg, Mem::base(fixed.base)),
+                None => self.out.modrm_mem(fixed.reg, fixed.memory),
             }
         }
         self.out.raw(raw.tail);
@@ -291,4 +293,12 @@ fn is_implicit_memory(kind: OpKind) -> bool {
             | OpKind::MemoryESEDI
             | OpKind::MemoryESRDI
     )
+}
+
+/// AH to BH is an operand.
+fn has_high_byte(instruction: &Instruction) -> bool {
+    (0..instruction.op_count()).any(|i| {
+        instruction.op_kind(i) == OpKind::Register
+            && matches!(instruction.op_register(i), Register::AH | Register::CH | Register::DH | Register::BH)
+    })
 }

@@ -55,7 +55,10 @@ impl Mem {
 #[allow(missing_docs)]
 pub(super) mod cc {
     pub const O: u8 = 0;
+    pub const AE: u8 = 3;
+    pub const E: u8 = 4;
     pub const NE: u8 = 5;
+    pub const A: u8 = 7;
 }
 
 #[derive(Debug, Default)]
@@ -225,19 +228,30 @@ impl Emitter {
         self.vex38_mem(2, 0xf5, to, from, mask);
     }
 
-    /// `rorx to, [mem], count`: no flags.
-    pub(super) fn rorx_mem(&mut self, to: u8, mem: Mem, count: u8) {
-        let index = mem.index.map_or(0, |(index, _)| index);
-        let base = mem.base.unwrap_or(0);
-        let inverted = (to >> 3 << 7 | index >> 3 << 6 | base >> 3 << 5) ^ 0xe0;
-        self.raw(&[0xc4, inverted | 3, 0xfb, 0xf0]);
-        self.modrm_mem(to, mem);
-        self.byte(count);
+    /// `to` = `from` + `disp`: no flags.
+    pub(super) fn lea_or_mov(&mut self, to: u8, from: u8, disp: i32) {
+        match disp {
+            0 => self.mov(to, from),
+            _ => self.lea(to, Mem::at(from, disp)),
+        }
     }
 
-    pub(super) fn not(&mut self, to: u8) {
+    /// `ror to, count`, 64 bits; writes flags.
+    pub(super) fn ror(&mut self, to: u8, count: u8) {
         self.rex(true, 0, 0, to);
-        self.raw(&[0xf7, 0xd0 | to & 7]);
+        self.raw(&[0xc1, 0xc8 | to & 7, count]);
+    }
+
+    /// `cmp what, value`, 64 bits.
+    pub(super) fn cmp_imm(&mut self, what: u8, value: i32) {
+        self.rex(true, 0, 0, what);
+        match i8::try_from(value) {
+            Ok(short) => self.raw(&[0x83, 0xf8 | what & 7, short as u8]),
+            Err(_) => {
+                self.raw(&[0x81, 0xf8 | what & 7]);
+                self.dword(value as u32);
+            }
+        }
     }
 
     /// `jmp` to a cache offset already known.

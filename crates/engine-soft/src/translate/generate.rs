@@ -4,30 +4,43 @@
 //! it was before the instruction. Status flags that nobody reads before they are replaced are not kept.
 
 use super::emit::{Emitter, Mem, cc, r};
-use super::linkage::{JumpEntry, Linkage};
-use super::thunk::{self, LINKAGE, Thunks, linked, reason, spill};
-use crate::state::{CpuState, TlbEntry, TlbTable, seg};
-use iced_x86::{Instruction, Register};
+use super::hints::{self, Hint};
+use super::linkage::Linkage;
+use super::thunk::{self, LINKAGE, Renewal, Thunks, linked, reason, spill};
+use crate::state::{CpuState, Doorbell, seg};
+use iced_x86::{Instruction, InstructionInfoFactory, OpAccess, Register};
 use std::mem::{offset_of, size_of};
 
-/// What the miss stub tells of an access, packed into R13.
+/// What the stubs behind a check are told of an access, in R13: bits 32 to 63 are the offset of its hint in the state.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Descriptor(pub u32);
+pub(super) struct Descriptor(pub u64);
 
 impl Descriptor {
-    fn new(offset: u16, access: Check, saved: bool) -> Self {
+    /// Bits of the address that must be zero start here.
+    pub(super) const ALIGN_SHIFT: u8 = 24;
+    pub(super) const SIZE_SHIFT: u8 = 16;
+    pub(super) const HINT_SHIFT: u8 = 32;
+
+    fn new(offset: u16, access: Check, hint: u32, relative: bool, saved: bool) -> Self {
         Self(
-            u32::from(offset & 0xfff)
-                | u32::from(access.write) << 13
-                | u32::from(saved) << 14
-                | u32::from(access.size) << 16
-                | u32::from(access.align) << 24,
+            u64::from(offset & 0xfff)
+                | u64::from(relative) << 12
+                | u64::from(access.write) << 13
+                | u64::from(saved) << 14
+                | u64::from(access.size) << Self::SIZE_SHIFT
+                | ((1 << access.align) - 1) << Self::ALIGN_SHIFT
+                | (hints::offset(hint) as u64) << Self::HINT_SHIFT,
         )
     }
 
     /// Page offset of the instruction.
     pub(super) fn offset(self) -> u64 {
-        u64::from(self.0 & 0xfff)
+        self.0 & 0xfff
+    }
+
+    /// The host address less the linear one is wanted, not the host address.
+    pub(super) fn relative(self) -> bool {
+        self.0 >> 12 & 1 != 0
     }
 
     pub(super) fn write(self) -> bool {
@@ -40,14 +53,35 @@ impl Descriptor {
     }
 
     pub(super) fn size(self) -> u64 {
-        u64::from(self.0 >> 16 & 0xff)
+        self.0 >> Self::SIZE_SHIFT & 0xff
     }
 
     /// Bits of the address that must be zero.
     pub(super) fn align_mask(self) -> u64 {
-        (1 << (self.0 >> 24 & 7)) - 1
+        self.0 >> Self::ALIGN_SHIFT & 0xff
     }
 }
+
+/// Where an access goes: the linear address is `register` + `disp`, without `disp` if the register is ADDR.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Place {
+    pub register: u8,
+    pub disp: i32,
+    /// The hint to look at.
+    pub hint: u32,
+}
+
+/// A hint that an access of this block has looked at.
+#[derive(Debug, Clone, Copy)]
+struct Shared {
+    base: Register,
+    write: bool,
+    disp: i64,
+    hint: u32,
+}
+
+/// Displacements from one base share a hint if they are no farther apart: seldom on two pages.
+const NEAR: u64 = 256;
 
 /// A memory access to be checked.
 #[derive(Debug, Clone, Copy)]
@@ -80,14 +114,26 @@ pub(super) struct NewLink {
     pub target: u16,
 }
 
+/// A direct jump to another page.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct NewBridge {
+    /// Position of the stub that looks for its target.
+    pub stub: usize,
+    /// Page offset of the target.
+    pub target: u16,
+}
+
 enum Cold {
-    Miss { field: usize, address: u8, descriptor: Descriptor, hit: usize },
+    Miss { field: usize, place: Place, descriptor: Descriptor, renewal: Renewal, resume: usize },
     Exit { field: usize, why: u32, value: u32 },
 }
 
 pub(super) struct Generator {
     pub out: Emitter,
     pub links: Vec<NewLink>,
+    pub bridges: Vec<NewBridge>,
+    /// Number that the first of `bridges` gets.
+    pub first_bridge: u32,
     /// Number that the first of `links` gets.
     pub first_link: u32,
     pub thunks: Thunks,
@@ -97,6 +143,9 @@ pub(super) struct Generator {
     /// LOCK may be left out: there is one vCPU.
     pub drop_lock: bool,
     cold: Vec<Cold>,
+    /// Number that the next hint of this block gets.
+    pub next_hint: u32,
+    shared: Vec<Shared>,
 }
 
 /// The instruction being translated.
@@ -147,51 +196,102 @@ impl Origin {
 
 impl Generator {
     pub(super) fn new(thunks: Thunks, bmi2: bool, drop_lock: bool) -> Self {
-        let (out, links, cold) = (Emitter::default(), Vec::new(), Vec::new());
-        Self { out, links, first_link: 0, thunks, class: 0, bmi2, drop_lock, cold }
+        Self {
+            out: Emitter::default(),
+            links: Vec::new(),
+            bridges: Vec::new(),
+            first_bridge: 0,
+            first_link: 0,
+            thunks,
+            class: 0,
+            bmi2,
+            drop_lock,
+            cold: Vec::new(),
+            next_hint: 0,
+            shared: Vec::new(),
+        }
     }
 
-    /// Starts a block that will stand at `base`, with links numbered from `first_link`.
-    pub(super) fn start(&mut self, base: usize, first_link: u32, class: usize) {
+    /// Starts a block that will stand at `base`, with links, bridges and hints numbered from those given.
+    pub(super) fn start(&mut self, base: usize, [link, bridge, hint]: [u32; 3], class: usize) {
         self.out.bytes.clear();
         self.out.base = base;
         self.links.clear();
         self.cold.clear();
-        (self.first_link, self.class) = (first_link, class);
+        self.shared.clear();
+        self.bridges.clear();
+        (self.first_link, self.first_bridge, self.next_hint, self.class) = (link, bridge, hint, class);
     }
 
     /// Where generation stands, for [`Self::rewind`].
-    pub(super) fn mark(&self) -> (usize, usize, usize) {
-        (self.out.pos(), self.cold.len(), self.links.len())
+    pub(super) fn mark(&self) -> [usize; 4] {
+        [self.out.pos(), self.cold.len(), self.links.len(), self.bridges.len()]
     }
 
     /// Drops all that was generated since `mark`.
-    pub(super) fn rewind(&mut self, mark: (usize, usize, usize)) {
-        self.out.bytes.truncate(mark.0);
-        self.cold.truncate(mark.1);
-        self.links.truncate(mark.2);
+    pub(super) fn rewind(&mut self, [bytes, cold, links, bridges]: [usize; 4]) {
+        self.out.bytes.truncate(bytes);
+        self.cold.truncate(cold);
+        self.links.truncate(links);
+        self.bridges.truncate(bridges);
     }
 
-    /// The linear address of the memory operand, in the register answered: a guest register's own where the operand
-    /// is just that, else ADDR. `None` if the shape is not translated.
-    pub(super) fn address(&mut self, instruction: &Instruction) -> Option<u8> {
-        let segment = instruction.memory_segment();
-        let segment = match segment {
+    /// Where the memory operand is; emits what must be computed for that. `in_register` asks for it in ADDR. `None` if
+    /// the shape is not translated.
+    pub(super) fn place(&mut self, instruction: &Instruction, write: bool, in_register: bool) -> Option<Place> {
+        let segment = match instruction.memory_segment() {
             Register::FS => Some(seg::FS),
             Register::GS => Some(seg::GS),
             _ => None,
         };
-        let base = instruction.memory_base();
-        if segment.is_none()
+        let (base, index) = (instruction.memory_base(), instruction.memory_index());
+        let disp = instruction.memory_displacement64() as i64;
+        let simple = segment.is_none() && index == Register::None;
+        let hint = if simple && base == Register::RSP {
+            hints::STACK[self.class]
+        } else if simple && base != Register::None {
+            self.shared_hint(base, write, disp)
+        } else {
+            self.fresh_hint()
+        };
+        if simple
+            && !in_register
             && base.is_gpr64()
-            && instruction.memory_index() == Register::None
-            && instruction.memory_displacement64() == 0
             && let Some(register) = host(base.number() as u8)
+            && let Ok(disp) = i32::try_from(disp)
         {
-            return Some(register);
+            return Some(Place { register, disp, hint });
         }
         self.effective(instruction, r::ADDR, segment)?;
-        Some(r::ADDR)
+        Some(Place { register: r::ADDR, disp: 0, hint })
+    }
+
+    pub(super) fn fresh_hint(&mut self) -> u32 {
+        self.next_hint += 1;
+        self.next_hint - 1
+    }
+
+    fn shared_hint(&mut self, base: Register, write: bool, disp: i64) -> u32 {
+        let near = |s: &&Shared| s.base == base && s.write == write && s.disp.abs_diff(disp) <= NEAR;
+        if let Some(known) = self.shared.iter().find(near) {
+            return known.hint;
+        }
+        let hint = self.fresh_hint();
+        self.shared.push(Shared { base, write, disp, hint });
+        hint
+    }
+
+    /// An instruction was translated: hints of bases that it changes are not shared with what follows.
+    pub(super) fn executed(&mut self, instruction: &Instruction, info: &mut InstructionInfoFactory) {
+        if self.shared.is_empty() {
+            return;
+        }
+        for used in info.info(instruction).used_registers() {
+            if !matches!(used.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::None) {
+                let written = used.register().full_register();
+                self.shared.retain(|shared| shared.base.full_register() != written);
+            }
+        }
     }
 
     /// Emits `to` = effective address (plus segment base). Uses T1 and ADDR.
@@ -260,86 +360,86 @@ impl Generator {
         })
     }
 
-    fn tlb(&self, write: bool) -> i32 {
-        let table = if write { offset_of!(CpuState, tlb_write) } else { offset_of!(CpuState, tlb_read) };
-        (table + self.class * size_of::<TlbTable>()) as i32
-    }
-
-    /// Checks an access at the linear address in `address` and leaves the host address in ADDR. Uses T1 and T2.
-    pub(super) fn check(&mut self, address: u8, access: Check, site: Site) {
+    /// Checks an access and answers the operand that reaches it, which uses ADDR. Uses T1 and T2 too.
+    pub(super) fn reach(&mut self, place: Place, access: Check, site: Site) -> Mem {
         if !site.live {
-            self.check_plain(address, access, site, false);
+            self.reach_plain(place, access, site, false)
         } else if self.bmi2 {
-            self.check_flagless(address, access, site);
+            self.reach_flagless(place, access, site)
         } else {
             self.save_flags();
-            self.check_plain(address, access, site, true);
+            let operand = self.reach_plain(place, access, site, true);
             self.restore_flags();
+            operand
+        }
+    }
+
+    fn renewal(&self, place: Place, access: Check, live: bool) -> Renewal {
+        let stack = place.hint == hints::STACK[self.class];
+        Renewal { class: self.class, write: access.write, stack, live, relative: place.register != r::ADDR }
+    }
+
+    fn operand_at(place: Place) -> Mem {
+        match place.register {
+            r::ADDR => Mem::base(r::ADDR),
+            register => Mem::at(register, place.disp).with_index(r::ADDR, 0),
         }
     }
 
     /// The cheapest form, which replaces the flags.
-    fn check_plain(&mut self, address: u8, access: Check, site: Site, saved: bool) {
-        let tlb = self.tlb(access.write);
+    fn reach_plain(&mut self, place: Place, access: Check, site: Site, saved: bool) -> Mem {
+        let relative = place.register != r::ADDR;
+        let (negative_page, addend) = hint_fields(place.hint);
         let out = &mut self.out;
-        // Index: bits 12 to 21, times the size of an entry.
-        out.mov32(r::T1, address);
-        out.shr32(r::T1, 8);
-        out.and_imm(false, r::T1, 0x3ff0);
+        // The offset in the hint's page: in ADDR if only the addend is needed there, else in T1.
+        let offset = if relative { r::ADDR } else { r::T1 };
+        out.lea_or_mov(offset, place.register, place.disp);
+        out.op_mem(true, &[0x03], offset, negative_page);
         if access.align > 0 {
-            out.mov(r::T2, address);
-            out.and_imm(true, r::T2, -4096 | ((1 << access.align) - 1));
-        } else {
-            // The page of the last byte: an access that leaves its page matches nothing.
-            out.lea(r::T2, Mem::at(address, i32::from(access.size) - 1));
-            out.and_imm(true, r::T2, -4096);
+            // What is not aligned becomes very large.
+            out.ror(offset, access.align);
         }
-        let entry = Mem::at(r::SP, tlb).with_index(r::T1, 0);
-        let addend = Mem { disp: tlb + offset_of!(TlbEntry, addend) as i32, ..entry };
-        out.op_mem(true, &[0x3b], r::T2, entry);
-        let field = out.jump_if(cc::NE);
-        if address == r::ADDR {
-            out.op_mem(true, &[0x03], r::ADDR, addend);
-        } else {
+        out.cmp_imm(offset, (4096 - i32::from(access.size)) >> access.align);
+        let field = out.jump_if(cc::A);
+        if relative {
             out.load(r::ADDR, addend);
-            out.op_reg(true, &[0x01], address, r::ADDR);
+        } else {
+            out.op_mem(true, &[0x03], r::ADDR, addend);
         }
-        let (descriptor, hit) = (Descriptor::new(site.offset, access, saved), out.pos());
-        self.cold.push(Cold::Miss { field, address, descriptor, hit });
+        let descriptor = Descriptor::new(site.offset, access, place.hint, relative, saved);
+        let (renewal, resume) = (self.renewal(place, access, false), self.out.pos());
+        self.cold.push(Cold::Miss { field, place, descriptor, renewal, resume });
+        Self::operand_at(place)
     }
 
-    /// The form that leaves the flags alone (BMI2, LEA and JRCXZ).
-    fn check_flagless(&mut self, address: u8, access: Check, site: Site) {
-        let tlb = self.tlb(access.write);
+    /// The form that leaves the flags alone (BMI2, LEA and JRCXZ), and does not know addresses that are not aligned to
+    /// the access's size.
+    fn reach_flagless(&mut self, place: Place, access: Check, site: Site) -> Mem {
+        let relative = place.register != r::ADDR;
+        let (negative_page, addend) = hint_fields(place.hint);
+        let log = usize::from(access.size).next_power_of_two().trailing_zeros() as usize;
+        let mask = Mem::state(LINKAGE + offset_of!(Linkage, tag_masks) + log * 8);
         let out = &mut self.out;
-        let rcx = linked!(slots);
-        out.mov(r::ADDR, address);
-        out.pext(r::T1, r::ADDR, linked!(index_mask));
-        out.op_mem(false, &[0x8d], r::T1, Mem::base(r::T1).with_index(r::T1, 0));
-        out.store(rcx, r::CX);
-        let entry = Mem::at(r::SP, tlb).with_index(r::T1, 3);
-        let addend = Mem { disp: tlb + offset_of!(TlbEntry, addend) as i32, ..entry };
-        // T2 = what must equal the tag, CX = the tag, both without the bits that are zero in every valid tag; the
-        // invalid tag keeps ones above all real values.
-        let mask = Mem::state(LINKAGE + offset_of!(Linkage, tag_masks) + usize::from(access.align) * 8);
-        if access.align > 0 || access.size == 1 {
-            out.pext(r::T2, r::ADDR, mask);
-        } else {
-            out.lea(r::T2, Mem::at(r::ADDR, i32::from(access.size) - 1));
-            out.pext(r::T2, r::T2, mask);
-        }
-        out.rorx_mem(r::CX, entry, 12 - access.align);
-        out.not(r::CX);
-        out.lea(r::CX, Mem::at(r::CX, 1).with_index(r::T2, 0));
-        let equal = out.short(0xe3);
-        out.load(r::CX, rcx);
+        out.lea_or_mov(r::ADDR, place.register, place.disp);
+        out.load(r::T1, negative_page);
+        out.lea(r::T1, Mem::base(r::T1).with_index(r::ADDR, 0));
+        out.mov(r::T2, r::CX);
+        out.pext(r::CX, r::T1, mask);
+        let inside = out.short(0xe3);
+        out.mov(r::CX, r::T2);
         let field = out.jump();
-        out.bind_short(equal);
-        out.load(r::CX, rcx);
-        out.load(r::T1, addend);
-        out.lea(r::ADDR, Mem::base(r::ADDR).with_index(r::T1, 0));
-        let (descriptor, hit) = (Descriptor::new(site.offset, access, false), out.pos());
-        self.cold.push(Cold::Miss { field, address: r::ADDR, descriptor, hit });
+        out.bind_short(inside);
+        out.mov(r::CX, r::T2);
+        if relative {
+            out.load(r::ADDR, addend);
+        } else {
+            out.load(r::T1, addend);
+            out.lea(r::ADDR, Mem::base(r::ADDR).with_index(r::T1, 0));
+        }
+        let descriptor = Descriptor::new(site.offset, access, place.hint, relative, false);
+        let (renewal, resume) = (self.renewal(place, access, true), self.out.pos());
+        self.cold.push(Cold::Miss { field, place, descriptor, renewal, resume });
+        Self::operand_at(place)
     }
 
     pub(super) fn save_flags(&mut self) {
@@ -372,7 +472,7 @@ impl Generator {
 
     /// Leaves before the target of a jump if a kick is waiting.
     pub(super) fn poll(&mut self, target: u16, live: bool) {
-        let kick = Mem::state(offset_of!(CpuState, kick));
+        let kick = Mem::state(offset_of!(CpuState, doorbell) + offset_of!(Doorbell, kick));
         if !live {
             self.out.op_mem(false, &[0x83], 7, kick);
             self.out.byte(0);
@@ -389,65 +489,65 @@ impl Generator {
         self.out.mov(r::CX, r::T1);
     }
 
-    /// Jumps to a page offset, through a link if it is in this page.
-    pub(super) fn jump_page(&mut self, target: i64) {
-        if let Ok(offset) = u16::try_from(target)
-            && offset < 4096
-        {
+    /// Jumps to a page offset, through a link if it is in this page, else over a bridge; `poll` for kicks, with or
+    /// without live flags.
+    pub(super) fn jump_page(&mut self, target: i64, poll: Option<bool>) {
+        let (page, offset) = (target & !0xfff, (target & 0xfff) as u16);
+        if page != 0 {
+            self.out.load(r::ADDR, linked!(page_base));
+            // Targets are at most 2 GiB and a page away.
+            match i32::try_from(page) {
+                Ok(disp) => self.out.lea(r::ADDR, Mem::at(r::ADDR, disp)),
+                Err(_) => {
+                    self.out.imm64(r::T1, page as u64);
+                    self.out.lea(r::ADDR, Mem::base(r::ADDR).with_index(r::T1, 0));
+                }
+            }
+            self.out.store(linked!(page_base), r::ADDR);
+        }
+        if let Some(live) = poll {
+            self.poll(offset, live);
+        }
+        if page == 0 {
             let field = self.out.jump();
             self.links.push(NewLink { field, stub: 0, target: offset });
             return;
         }
-        self.out.load(r::ADDR, linked!(page_base));
-        // Targets are at most 2 GiB and a page away.
-        match i32::try_from(target) {
-            Ok(disp) => self.out.lea(r::ADDR, Mem::at(r::ADDR, disp)),
-            Err(_) => {
-                self.out.imm64(r::T1, target as u64);
-                self.out.lea(r::ADDR, Mem::base(r::ADDR).with_index(r::T1, 0));
-            }
-        }
-        self.jump_found(Origin::default());
+        let number = self.first_bridge as usize + self.bridges.len();
+        self.bridges.push(NewBridge { stub: 0, target: offset });
+        self.out.jump_mem(Mem::state(LINKAGE + offset_of!(Linkage, bridges) + number * 8));
     }
 
     /// Jumps to the linear address in ADDR through the jump cache, keeping the flags. A waiting kick is a miss.
     pub(super) fn jump_found(&mut self, origin: Origin) {
-        let salt = Mem::state(LINKAGE + offset_of!(Linkage, salt) + self.class * 8);
-        let jumps = LINKAGE + offset_of!(Linkage, jumps);
-        self.out.load(r::T1, salt);
-        self.out.lea(r::ADDR, Mem::base(r::ADDR).with_index(r::T1, 0));
+        let gate = offset_of!(CpuState, doorbell) + offset_of!(Doorbell, gates) + self.class * 8;
+        self.out.load(r::T1, Mem::state(gate));
+        self.out.lea(r::T2, Mem::base(r::ADDR).with_index(r::T1, 0));
         if self.bmi2 {
-            self.out.pext(r::T1, r::ADDR, linked!(jump_mask));
+            self.out.pext(r::T1, r::T2, linked!(jump_mask));
         } else {
             self.save_flags();
-            self.out.mov32(r::T1, r::ADDR);
+            self.out.mov32(r::T1, r::T2);
             self.out.shr32(r::T1, 1);
             self.out.and_imm(false, r::T1, super::linkage::JUMP_ENTRIES as i32 - 1);
             self.restore_flags();
         }
         let out = &mut self.out;
-        out.op_mem(false, &[0x8d], r::T1, Mem::base(r::T1).with_index(r::T1, 0));
         out.store(linked!(slots), r::CX);
-        let entry = Mem::state(jumps).with_index(r::T1, 3);
-        out.load(r::CX, entry);
-        out.lea(r::CX, Mem::base(r::CX).with_index(r::ADDR, 0));
-        // Keys of one index differ by 0, 1 or at least 8191, so eight times a kick (0 to 3) cannot make them equal.
-        out.load32(r::T2, Mem::state(offset_of!(CpuState, kick)));
-        out.lea(r::CX, Mem::base(r::CX).with_index(r::T2, 3));
+        out.load(r::CX, linked!(jump_keys).with_index(r::T1, 3));
+        out.lea(r::CX, Mem::base(r::CX).with_index(r::T2, 0));
         let found = out.short(0xe3);
         out.load(r::CX, linked!(slots));
         out.imm64(r::T1, origin.0);
         out.jump_to(self.thunks.exit(reason::LOOKUP));
         out.bind_short(found);
         out.load(r::CX, linked!(slots));
-        out.jump_mem(Mem { disp: entry.disp + offset_of!(JumpEntry, host) as i32, ..entry });
+        out.jump_mem(linked!(jump_hosts).with_index(r::T1, 3));
     }
 
-    /// The entry for jumps through the jump cache: the page is that of the address in ADDR, less the salt.
+    /// The entry for jumps through the jump cache: the page is that of the address in ADDR.
     pub(super) fn entry(&mut self, offset: u16) {
-        let unsalt = Mem::state(LINKAGE + offset_of!(Linkage, unsalt) + self.class * 8);
-        self.out.load(r::T1, unsalt);
-        self.out.lea(r::ADDR, Mem::at(r::ADDR, -i32::from(offset)).with_index(r::T1, 0));
+        self.out.lea_or_mov(r::ADDR, r::ADDR, -i32::from(offset));
         self.out.store(linked!(page_base), r::ADDR);
     }
 
@@ -455,11 +555,12 @@ impl Generator {
     pub(super) fn finish(&mut self) {
         for cold in std::mem::take(&mut self.cold) {
             match cold {
-                Cold::Miss { field, address, descriptor, hit } => {
+                Cold::Miss { field, place, descriptor, renewal, resume } => {
                     self.out.bind(field);
-                    self.out.mov(r::ADDR, address);
-                    self.out.lea_position(r::T2, hit);
-                    self.exit(reason::MISS, descriptor.0);
+                    self.out.lea_or_mov(r::ADDR, place.register, place.disp);
+                    self.out.lea_position(r::T2, resume);
+                    self.out.imm64(r::T1, descriptor.0);
+                    self.out.jump_to(self.thunks.renew(renewal));
                 }
                 Cold::Exit { field, why, value } => {
                     self.out.bind(field);
@@ -474,5 +575,17 @@ impl Generator {
             self.exit(reason::LINK, self.first_link.wrapping_add(i as u32));
         }
         self.links = links;
+        let mut bridges = std::mem::take(&mut self.bridges);
+        for (i, bridge) in bridges.iter_mut().enumerate() {
+            bridge.stub = self.out.pos();
+            self.exit(reason::BRIDGE, self.first_bridge.wrapping_add(i as u32));
+        }
+        self.bridges = bridges;
     }
+}
+
+/// The two fields of a hint.
+fn hint_fields(number: u32) -> (Mem, Mem) {
+    let at = hints::offset(number);
+    (Mem::state(at + offset_of!(Hint, negative_page)), Mem::state(at + offset_of!(Hint, addend)))
 }

@@ -3,21 +3,11 @@
 /// Entries of the jump cache.
 pub const JUMP_ENTRIES: usize = 16384;
 
-/// One remembered indirect target.
-///
-/// The key is the target's linear address plus a random salt that changes whenever a translation may have ended, so
-/// entries of the past, or of another privilege, match only by guessing 64 bits, and nothing needs to be cleared.
-#[derive(Debug, Clone, Copy, Default)]
-#[repr(C)]
-pub struct JumpEntry {
-    /// The key, negated, so that adding the key gives zero without touching flags.
-    pub negative_key: u64,
-    /// Host address of the block's entry for jumps that leave the key in the address register.
-    pub host: u64,
-}
+/// Direct jumps to other pages, of all translated code.
+pub const BRIDGES: usize = 1 << 17;
 
 /// Fields that translated code reaches through RSP.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 #[repr(C)]
 pub struct Linkage {
     /// Linear address of the guest page whose code runs: translated code is position independent.
@@ -42,47 +32,32 @@ pub struct Linkage {
     pub division_exit: u64,
     /// Temporaries of one instruction.
     pub slots: [u64; 4],
-    /// PEXT mask of the TLB's index.
-    pub index_mask: u64,
-    /// PEXT masks of what must equal a TLB tag, by log2 of the alignment asked for.
-    pub tag_masks: [u64; 6],
+    /// RAX and RCX while the stub behind a hint looks into the TLB.
+    pub kept: [u64; 2],
+    /// The bytes of a read from two pages.
+    pub gathered: [u8; 64],
+    /// PEXT masks of what must be zero in an offset from a hint's page, by log2 of the alignment asked for.
+    pub tag_masks: [u64; 7],
     /// PEXT mask of the jump cache's index.
     pub jump_mask: u64,
-    /// Salts of the jump cache, by privilege class.
-    pub salt: [u64; 2],
-    /// The same, negated.
-    pub unsalt: [u64; 2],
     /// Which translator's code the jump cache points to.
     pub owner: u64,
-    /// The jump cache.
-    pub jumps: [JumpEntry; JUMP_ENTRIES],
+    /// The jump cache's keys, negated, so that adding the key gives zero without touching flags. A key is a linear
+    /// address plus a random salt that changes whenever a translation may have ended: entries of the past, or of
+    /// another privilege, match only by guessing 64 bits, and nothing needs to be cleared.
+    pub jump_keys: [u64; JUMP_ENTRIES],
+    /// Host addresses of the blocks' entries for jumps that leave the linear address in the address register.
+    pub jump_hosts: [u64; JUMP_ENTRIES],
+    /// Where direct jumps to other pages lead: the host address of a block, or of the stub that looks for it.
+    pub bridges: [u64; BRIDGES],
 }
 
-impl Default for Linkage {
-    fn default() -> Self {
-        let mut tag_masks = [0; 6];
-        for (log, mask) in tag_masks.iter_mut().enumerate() {
+impl Linkage {
+    /// Sets up a linkage that is all zero.
+    pub(crate) fn start(&mut self) {
+        for (log, mask) in self.tag_masks.iter_mut().enumerate() {
             *mask = !0xfff | ((1 << log) - 1);
         }
-        Self {
-            page_base: 0,
-            enter: 0,
-            payload: [0; 3],
-            reason: 0,
-            flags: 0,
-            flags_saved: 0,
-            division: 0,
-            waiting: 0,
-            popf_stop: 0,
-            division_exit: 0,
-            slots: [0; 4],
-            index_mask: (crate::state::TLB_ENTRIES as u64 - 1) << 12,
-            tag_masks,
-            jump_mask: (JUMP_ENTRIES as u64 - 1) << 1,
-            salt: [0; 2],
-            unsalt: [0; 2],
-            owner: 0,
-            jumps: [JumpEntry::default(); JUMP_ENTRIES],
-        }
+        self.jump_mask = (JUMP_ENTRIES as u64 - 1) << 1;
     }
 }

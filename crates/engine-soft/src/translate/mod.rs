@@ -16,6 +16,7 @@ mod copy;
 mod emit;
 mod flags;
 mod generate;
+pub mod hints;
 pub mod linkage;
 mod store;
 mod system;
@@ -31,7 +32,7 @@ use cpu::{Error, cr0, cr4, rflags};
 use generate::{Descriptor, Generator, Origin};
 use iced_x86::InstructionInfoFactory;
 use std::sync::atomic::{AtomicU64, Ordering};
-use store::{Link, Store, Write};
+use store::{Bridge, Link, Store, Write};
 use template::Templates;
 
 pub(crate) use block::INSTRUCTIONS_MAX;
@@ -76,6 +77,7 @@ pub struct Statistics {
     pub entries: u64,
     pub exits_step: u64,
     pub exits_link: u64,
+    pub exits_bridge: u64,
     pub exits_lookup: u64,
     pub exits_kick: u64,
     pub tlb_misses: u64,
@@ -83,6 +85,11 @@ pub struct Statistics {
 
 /// Room that must be free in the cache before a block is translated: more than the largest block.
 const BLOCK_ROOM: usize = 64 << 10;
+
+/// Hints that must be free: more than a block has.
+const HINT_ROOM: usize = 4 * INSTRUCTIONS_MAX;
+/// Bridges that must be free, as well.
+const BRIDGE_ROOM: usize = 2 * INSTRUCTIONS_MAX;
 
 /// The template tier of one vCPU.
 pub struct Translator {
@@ -102,6 +109,8 @@ pub struct Translator {
     modes: [Mode; 2],
     /// The jump cache knows supervisor code that a load of CR3 may unmap, of this MMU generation.
     local: Option<u64>,
+    /// The jump cache's salts, by privilege class.
+    salts: [u64; 2],
     random: u64,
     identity: u64,
     /// Leave after every block.
@@ -132,7 +141,8 @@ impl Translator {
             generations: [u64::MAX; 2],
             modes: [Mode::default(); 2],
             local: None,
-            random: thunk::random_seed(),
+            salts: [1; 2],
+            random: crate::host::random(),
             identity: IDENTITY.fetch_add(1, Ordering::Relaxed),
             single: false,
             single_cpu: config.single_cpu,
@@ -182,6 +192,7 @@ impl Translator {
         }
         self.store.clear();
         self.cache.flush();
+        core.state.hints.reset();
         self.generations = [u64::MAX; 2];
         self.statistics.cache_flushes += 1;
         self.salt(&mut core.state, 0);
@@ -211,7 +222,9 @@ impl Translator {
     }
 
     fn kill(&mut self, core: &mut Core, address: u64, len: u64) {
-        let (killed, empty) = self.store.invalidate(&mut self.cache, &self.thunks, address, len);
+        let linkage = &mut core.state.linkage;
+        let (killed, empty) =
+            self.store.invalidate(&mut self.cache, &self.thunks, linkage, (address, len));
         self.statistics.blocks_killed += killed as u64;
         // The mark is the VM's: with more vCPUs another's translator may still need it.
         if empty && self.single_cpu {
@@ -242,9 +255,7 @@ impl Translator {
             state.linkage.owner = self.identity;
             let lookup = self.cache.address(self.thunks.exit(reason::LOOKUP));
             state.linkage.division_exit = self.cache.address(self.thunks.exit(reason::STEP));
-            for entry in &mut state.linkage.jumps {
-                entry.host = lookup;
-            }
+            state.linkage.jump_hosts.fill(lookup);
             self.generations = [u64::MAX; 2];
         }
         if self.local.is_some_and(|generation| generation != core.mmu.generation) {
@@ -277,18 +288,31 @@ impl Translator {
         z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^= z >> 31;
-        if let (Some(salt), Some(unsalt)) =
-            (state.linkage.salt.get_mut(class), state.linkage.unsalt.get_mut(class))
-        {
-            (*salt, *unsalt) = (z, z.wrapping_neg());
+        // Zero is what a kick leaves.
+        let z = z | 1;
+        if let (Some(salt), Some(gate)) = (self.salts.get_mut(class), state.doorbell.gates.get(class)) {
+            *salt = z;
+            gate.store(z, Ordering::SeqCst);
         }
+        self.store.close(class, &self.cache, &mut state.linkage);
+    }
+
+    /// Lets indirect jumps find their targets again after a kick; `false` if there is one now.
+    fn open(&self, state: &CpuState, class: usize) -> bool {
+        let (Some(&salt), Some(gate)) = (self.salts.get(class), state.doorbell.gates.get(class)) else {
+            return false;
+        };
+        if gate.load(Ordering::Relaxed) != salt {
+            gate.store(salt, Ordering::SeqCst);
+        }
+        state.doorbell.kick.load(Ordering::SeqCst) == 0
     }
 
     fn blocks(&mut self, core: &mut Core, mode: Mode) -> Outcome {
         let class = usize::from(mode.user);
         let mut first = true;
         loop {
-            if core.state.kick.load(Ordering::Relaxed) != 0 {
+            if !self.open(&core.state, class) {
                 return Outcome::Kicked;
             }
             // Only at first: what translated code did not find must be looked up properly.
@@ -317,9 +341,19 @@ impl Translator {
                         }
                         break None;
                     }
+                    reason::BRIDGE => {
+                        self.statistics.exits_bridge += 1;
+                        let number = link.payload[0] as u32;
+                        let target = self.store.bridges.get(number as usize).map_or(0, |b| b.target);
+                        core.state.rip = link.page_base.wrapping_add(u64::from(target));
+                        if !self.single {
+                            self.span(core, mode, number);
+                        }
+                        break None;
+                    }
                     reason::LOOKUP => {
                         self.statistics.exits_lookup += 1;
-                        core.state.rip = link.payload[1].wrapping_sub(link.salt[class]);
+                        core.state.rip = link.payload[1];
                         if !Mmu::canonical(core.state.rip)
                             && let Some((offset, stack)) = Origin(link.payload[0]).undo()
                         {
@@ -366,6 +400,17 @@ impl Translator {
         }
     }
 
+    /// Lets a bridge lead to the block at RIP, made if need be.
+    fn span(&mut self, core: &mut Core, mode: Mode, number: u32) {
+        let flushes = self.statistics.cache_flushes;
+        if let Some(to) = self.find(core, mode)
+            && flushes == self.statistics.cache_flushes
+        {
+            let linkage = &mut core.state.linkage;
+            self.store.span(usize::from(mode.user), number, to, &self.cache, linkage);
+        }
+    }
+
     /// The block at RIP; `None` if the single-step tier has to look at it.
     fn find(&mut self, core: &mut Core, mode: Mode) -> Option<u32> {
         let rip = core.state.rip;
@@ -389,28 +434,31 @@ impl Translator {
 
     /// Looks RIP up in the jump cache, as translated code does; if it is there, prepares to enter the block.
     fn recall(&self, state: &mut CpuState, class: usize) -> bool {
+        let Some((at, key)) = self.key(state.rip, class) else { return false };
         let link = &mut state.linkage;
-        let Some(&salt) = link.salt.get(class) else { return false };
-        let key = state.rip.wrapping_add(salt);
-        let at = (key >> 1) as usize & (linkage::JUMP_ENTRIES - 1);
-        match link.jumps.get(at) {
-            Some(entry) if entry.negative_key.wrapping_add(key) == 0 && !self.single => {
-                (link.enter, link.payload[1]) = (entry.host, key);
+        match (link.jump_keys.get(at), link.jump_hosts.get(at)) {
+            (Some(negative), Some(&host)) if negative.wrapping_add(key) == 0 && !self.single => {
+                (link.enter, link.payload[1]) = (host, state.rip);
                 true
             }
             _ => false,
         }
     }
 
+    /// Index and key of an address in the jump cache.
+    fn key(&self, rip: u64, class: usize) -> Option<(usize, u64)> {
+        let key = rip.wrapping_add(*self.salts.get(class)?);
+        Some(((key >> 1) as usize & (linkage::JUMP_ENTRIES - 1), key))
+    }
+
     /// Enters a block into the jump cache.
     fn remember(&mut self, state: &mut CpuState, rip: u64, number: u32, class: usize) {
         let Some(block) = self.store.get(number).filter(|block| !block.step) else { return };
-        let Some(&salt) = state.linkage.salt.get(class) else { return };
-        let key = rip.wrapping_add(salt);
-        let at = (key >> 1) as usize & (linkage::JUMP_ENTRIES - 1);
-        if let Some(entry) = state.linkage.jumps.get_mut(at) {
-            entry.negative_key = key.wrapping_neg();
-            entry.host = self.cache.address(block.entry);
+        let Some((at, key)) = self.key(rip, class) else { return };
+        let link = &mut state.linkage;
+        if let (Some(negative), Some(host)) = (link.jump_keys.get_mut(at), link.jump_hosts.get_mut(at)) {
+            *negative = key.wrapping_neg();
+            *host = self.cache.address(block.entry);
         }
     }
 
@@ -419,14 +467,18 @@ impl Translator {
     fn miss(&mut self, core: &mut Core) -> Option<()> {
         self.statistics.tlb_misses += 1;
         let link = &mut core.state.linkage;
-        let descriptor = Descriptor(link.payload[0] as u32);
+        let descriptor = Descriptor(link.payload[0]);
         let (address, go_on) = (link.payload[1], link.payload[2]);
+        let class = usize::from(core.state.cpl() == 3);
+        if core.state.hints.full(class) {
+            core.state.hints.end(class);
+        }
         let host = self.resolve(core, descriptor, address);
         let state = &mut core.state;
         let link = &mut state.linkage;
         match host {
             Some(host) => {
-                link.payload[1] = host;
+                link.payload[1] = if descriptor.relative() { host.wrapping_sub(address) } else { host };
                 link.enter = go_on;
                 Some(())
             }
@@ -441,11 +493,11 @@ impl Translator {
     }
 
     fn resolve(&mut self, core: &mut Core, access: Descriptor, address: u64) -> Option<u64> {
-        if (address & 0xfff) + access.size() > 4096
-            || address & access.align_mask() != 0
-            || !Mmu::canonical(address)
-        {
+        if address & access.align_mask() != 0 || !Mmu::canonical(address) {
             return None;
+        }
+        if (address & 0xfff) + access.size() > 4096 {
+            return if access.write() { None } else { self.gather(core, access, address) };
         }
         let kind = if access.write() { Access::Write } else { Access::Read };
         let privilege = Privilege::of(&core.state);
@@ -468,9 +520,26 @@ impl Translator {
         Some(host)
     }
 
+    /// A read that leaves its page: puts its bytes together and answers where they are.
+    fn gather(&mut self, core: &mut Core, access: Descriptor, address: u64) -> Option<u64> {
+        let privilege = Privilege::of(&core.state);
+        let (first, second) =
+            core.targets(address, access.size() as usize, Access::Read, privilege).ok()?;
+        let (head, tail) = (first.host?, second?.host?);
+        let gathered = core.state.linkage.gathered.get_mut(..access.size() as usize)?;
+        let (front, back) = gathered.split_at_mut_checked(crate::access::room_in_page(address))?;
+        crate::host::read(head, front);
+        crate::host::read(tail, back);
+        Some(gathered.as_ptr() as u64)
+    }
+
     /// Translates the block at a guest-physical address.
     fn translate(&mut self, core: &mut Core, physical: u64, mode: Mode) -> Option<u32> {
-        if self.cache.room() < BLOCK_ROOM {
+        let bridges = self.store.bridges.len() + BRIDGE_ROOM;
+        if self.cache.room() < BLOCK_ROOM
+            || !core.state.hints.room(HINT_ROOM)
+            || bridges > linkage::BRIDGES
+        {
             self.flush(core);
         }
         let (page, start) = (physical & !0xfff, (physical & 0xfff) as u16);
@@ -480,7 +549,10 @@ impl Translator {
         let options = Core::decoder_options(core.amd);
         block::plan(&mut self.plan, &self.bytes, (start, options), mode, &mut self.templates);
         let first_link = self.store.links.len() as u32;
-        self.generator.start(self.cache.next(), first_link, usize::from(mode.user));
+        let first_hint = core.state.hints.next();
+        let first_bridge = self.store.bridges.len() as u32;
+        let numbers = [first_link, first_bridge, first_hint];
+        self.generator.start(self.cache.next(), numbers, usize::from(mode.user));
         let mut block = Store::new_block(page, start, mode.bits(), self.plan.ranges);
         block.entry = self.cache.next();
         self.generator.entry(start);
@@ -490,11 +562,19 @@ impl Translator {
         if !self.cache.append(code) {
             return None;
         }
+        core.state.hints.take(self.generator.next_hint.wrapping_sub(first_hint));
         self.statistics.blocks += 1;
         self.statistics.host_bytes += code.len() as u64;
         let end = self.plan.items.last().map_or(start, |item| item.next);
         self.statistics.guest_bytes += u64::from(end.wrapping_sub(start));
         let base = block.entry;
+        for new in &self.generator.bridges {
+            let bridge = Bridge { stub: base + new.stub, target: new.target, to: None };
+            if let Some(host) = core.state.linkage.bridges.get_mut(self.store.bridges.len()) {
+                *host = self.cache.address(bridge.stub);
+            }
+            self.store.bridges.push(bridge);
+        }
         let number = self.store.add(block);
         for i in 0..self.generator.links.len() {
             let Some(&new) = self.generator.links.get(i) else { break };
@@ -534,13 +614,14 @@ impl Translator {
                 step = true;
                 break;
             }
+            self.generator.executed(&item.instruction, &mut self.info);
             done += 1;
             end = item.next;
         }
         if step {
             self.generator.exit(reason::STEP, u32::from(end));
         } else if !self.plan.controlled {
-            self.generator.jump_page(i64::from(end));
+            self.generator.jump_page(i64::from(end), None);
         }
         self.generator.finish();
         done

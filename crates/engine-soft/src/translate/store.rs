@@ -5,6 +5,7 @@
 
 use super::block::Range;
 use super::cache::CodeCache;
+use super::linkage::Linkage;
 use super::thunk::{Thunks, reason};
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
@@ -78,10 +79,24 @@ struct Page {
     slow_writes: u32,
 }
 
+/// A direct jump to another page.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Bridge {
+    /// Cache offset of the stub that looks for its target.
+    pub stub: usize,
+    /// Page offset of the target.
+    pub target: u16,
+    /// The block it leads to, if any.
+    pub to: Option<u32>,
+}
+
 #[derive(Default)]
 pub(super) struct Store {
     pub blocks: Vec<Block>,
     pub links: Vec<Link>,
+    pub bridges: Vec<Bridge>,
+    /// Bridges that lead somewhere, by privilege class.
+    pub open: [Vec<u32>; 2],
     index: NumberMap<u32>,
     pages: NumberMap<Page>,
 }
@@ -177,8 +192,8 @@ impl Store {
         &mut self,
         cache: &mut CodeCache,
         thunks: &Thunks,
-        address: u64,
-        len: u64,
+        linkage: &mut Linkage,
+        (address, len): (u64, u64),
     ) -> (usize, bool) {
         let base = address & !0xfff;
         let Some(mut page) = self.pages.remove(&base) else { return (0, true) };
@@ -207,11 +222,50 @@ impl Store {
             cache.patch_jump(block.entry + 1, thunks.exit(reason::LOOKUP));
             false
         });
+        if killed > 0 {
+            self.close_dead(cache, linkage);
+        }
         if page.blocks.is_empty() {
             return (killed, true);
         }
         self.pages.insert(base, page);
         (killed, false)
+    }
+
+    /// Takes the bridges to dead blocks away.
+    fn close_dead(&mut self, cache: &CodeCache, linkage: &mut Linkage) {
+        for open in &mut self.open {
+            open.retain(|&number| {
+                let Some(bridge) = self.bridges.get_mut(number as usize) else { return false };
+                let alive = bridge.to.and_then(|to| self.blocks.get(to as usize)).is_some_and(|b| b.alive);
+                if !alive {
+                    close(bridge, number, cache, linkage);
+                }
+                alive
+            });
+        }
+    }
+
+    /// Takes all bridges of a privilege class away: their pages may be others now.
+    pub(super) fn close(&mut self, class: usize, cache: &CodeCache, linkage: &mut Linkage) {
+        for number in std::mem::take(self.open.get_mut(class).unwrap_or(&mut Vec::new())) {
+            if let Some(bridge) = self.bridges.get_mut(number as usize) {
+                close(bridge, number, cache, linkage);
+            }
+        }
+    }
+
+    /// Lets a bridge lead to a block.
+    pub(super) fn span(&mut self, class: usize, number: u32, to: u32, cache: &CodeCache, linkage: &mut Linkage) {
+        if let Some(bridge) = self.bridges.get_mut(number as usize)
+            && let Some(block) = self.blocks.get(to as usize).filter(|block| block.alive && !block.step)
+            && let Some(open) = self.open.get_mut(class)
+            && let Some(host) = linkage.bridges.get_mut(number as usize)
+        {
+            bridge.to = Some(to);
+            *host = cache.address(block.direct);
+            open.push(number);
+        }
     }
 
     /// Guest-physical addresses of all pages with blocks.
@@ -222,7 +276,16 @@ impl Store {
     pub(super) fn clear(&mut self) {
         self.blocks.clear();
         self.links.clear();
+        self.bridges.clear();
+        self.open = Default::default();
         self.index.clear();
         self.pages.clear();
+    }
+}
+
+fn close(bridge: &mut Bridge, number: u32, cache: &CodeCache, linkage: &mut Linkage) {
+    bridge.to = None;
+    if let Some(host) = linkage.bridges.get_mut(number as usize) {
+        *host = cache.address(bridge.stub);
     }
 }

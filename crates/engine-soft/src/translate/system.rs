@@ -5,7 +5,7 @@
 //! interrupt shadow.
 
 use super::emit::{Emitter, Mem, cc, r};
-use super::generate::{Check, Generator, Site};
+use super::generate::{Check, Generator, Place, Site};
 use super::thunk::{self, linked};
 use crate::state::{CpuState, seg};
 use cpu::rflags;
@@ -34,7 +34,7 @@ const AND: u8 = 4;
 impl Generator {
     /// PUSHFQ: VM and RF are pushed as zero (Intel SDM 2, PUSHF).
     pub(super) fn push_flags(&mut self, site: Site) {
-        self.push_check(site);
+        let top = self.push_check(site);
         let out = &mut self.out;
         out.store(linked!(slots), r::AX);
         thunk::save_flags(out);
@@ -49,7 +49,7 @@ impl Generator {
         out.load32(r::T1, flags_field());
         imm_reg(out, AND, r::T1, !((rflags::STATUS | rflags::RF | rflags::VM) as u32));
         out.op_reg(false, &[0x09], r::AX, r::T1);
-        out.store(Mem::base(r::ADDR), r::T1);
+        out.store(top, r::T1);
         if site.live_after {
             out.load32(r::AX, linked!(flags_saved));
             thunk::restore_flags(out);
@@ -60,10 +60,10 @@ impl Generator {
 
     /// POPFQ at CPL 0: everything but VM, RF, VIF and VIP comes from the stack.
     pub(super) fn pop_flags(&mut self, site: Site) {
-        self.check(r::GUEST_SP, Check::read(8), site);
+        let top = self.pop_check(site);
         let changed =
             rflags::STATUS | rflags::IF | rflags::DF | rflags::IOPL | rflags::NT | rflags::AC | rflags::ID;
-        self.out.load(r::ADDR, Mem::base(r::ADDR));
+        self.out.load(r::ADDR, top);
         self.out.mov32(r::T1, r::ADDR);
         self.out.op_mem(false, &[0x23], r::T1, linked!(popf_stop));
         self.step_if(cc::NE, site);
@@ -185,7 +185,7 @@ impl Generator {
         let wide = bytes == 8;
         let (shift, scale) = if wide { (6, 3) } else { (5, 2) };
         let offset = instruction.op1_register().number() as u8;
-        let address = self.address(instruction)?;
+        let Place { register, disp, .. } = self.place(instruction, write, false)?;
         let from = self.operand(offset, r::T1);
         // T1 = the index of the word, signed.
         self.out.imm32(r::T2, shift);
@@ -195,15 +195,16 @@ impl Generator {
             self.out.op_reg(true, &[0x63], r::T1, from); // movsxd
             self.out.vex38_reg(2, 0xf7, r::T1, r::T2, r::T1);
         }
-        self.out.lea(r::ADDR, Mem::base(address).with_index(r::T1, scale));
-        self.check(r::ADDR, Check { size: bytes, write, align: 0 }, site);
+        self.out.lea(r::ADDR, Mem::at(register, disp).with_index(r::T1, scale));
+        let place = Place { register: r::ADDR, disp: 0, hint: self.fresh_hint() };
+        let word = self.reach(place, Check { size: bytes, write, align: 0 }, site);
         let from = self.operand(offset, r::T1);
         self.out.imm32(r::T2, u32::from(bytes) * 8 - 1);
         self.out.vex38_reg(2, 0xf5, r::T1, from, r::T2); // pext: the bit in the word
         if instruction.has_lock_prefix() && !self.drop_lock {
             self.out.byte(0xf0);
         }
-        self.out.op_mem(wide, &[0x0f, opcode], r::T1, Mem::base(r::ADDR));
+        self.out.op_mem(wide, &[0x0f, opcode], r::T1, word);
         Some(())
     }
 }

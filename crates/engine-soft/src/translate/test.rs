@@ -349,12 +349,12 @@ guest!(forever_count: "2: mov ecx, 2" "loop 2b" "jmp 2b");
 fn a_kick_ends_tight_loops_soon() {
     for code in [forever, forever_flags, forever_indirect, forever_count] {
         let mut machine = Machine::new(code);
-        let kick = std::ptr::from_ref(&machine.core.state.kick) as usize;
+        let doorbell = std::ptr::from_ref(&machine.core.state.doorbell) as usize;
         let late = std::thread::spawn(move || {
             std::thread::sleep(std::time::Duration::from_millis(20));
             // SAFETY: the machine outlives this thread, which is joined below.
-            let kick = unsafe { &*(kick as *const std::sync::atomic::AtomicU32) };
-            kick.store(1, Ordering::SeqCst);
+            let doorbell = unsafe { &*(doorbell as *const crate::state::Doorbell) };
+            doorbell.ring(1);
             std::time::Instant::now()
         });
         assert_eq!(machine.translator.run(&mut machine.core), Outcome::Kicked);

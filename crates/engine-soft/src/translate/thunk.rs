@@ -6,10 +6,12 @@
 #![allow(unsafe_code)]
 
 use super::cache::CodeCache;
-use super::emit::{Emitter, Mem, r};
+use super::emit::{Emitter, Mem, cc, r};
+use super::generate::Descriptor;
+use super::hints::{Hint, LOG_ENTRIES, hinted};
 use super::linkage::Linkage;
-use crate::state::CpuState;
-use std::mem::offset_of;
+use crate::state::{CpuState, TLB_LASTING, TlbEntry, TlbTable};
+use std::mem::{offset_of, size_of};
 
 /// Why translated code was left.
 #[allow(missing_docs)]
@@ -18,14 +20,47 @@ pub(super) mod reason {
     pub const STEP: u32 = 0;
     /// The exit of link R13 was taken for the first time.
     pub const LINK: u32 = 1;
-    /// The jump cache does not know the target; R14 is its address plus the salt.
+    /// The jump cache does not know the target; R14 is its address.
     pub const LOOKUP: u32 = 2;
     /// The TLB does not know the address R14; R13 describes the access, R15 is where to go on.
     pub const MISS: u32 = 3;
     /// A kick was seen before the instruction at page offset R13.
     pub const KICK: u32 = 4;
+    /// Bridge R13 was taken for the first time, or its target may have changed.
+    pub const BRIDGE: u32 = 5;
     /// How many there are.
-    pub const COUNT: usize = 5;
+    pub const COUNT: usize = 6;
+}
+
+/// The stub that looks into the TLB when an access is not where its hint says.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Renewal {
+    /// 1 for CPL 3, else 0.
+    pub class: usize,
+    pub write: bool,
+    /// The hint is the stack's, which is renewed from the TLB for writes even by a read.
+    pub stack: bool,
+    /// The flags are live.
+    pub live: bool,
+    /// ADDR becomes the addend, not the host address.
+    pub relative: bool,
+}
+
+impl Renewal {
+    const COUNT: usize = 32;
+
+    fn number(self) -> usize {
+        [self.class != 0, self.write, self.stack, self.live, self.relative]
+            .iter()
+            .fold(0, |number, &bit| number << 1 | usize::from(bit))
+    }
+
+    fn all() -> impl Iterator<Item = Self> {
+        (0..Self::COUNT).map(|number| {
+            let bit = |place: u32| number >> place & 1 != 0;
+            Self { class: number >> 4, write: bit(3), stack: bit(2), live: bit(1), relative: bit(0) }
+        })
+    }
 }
 
 /// Where the stubs are, as offsets into the cache.
@@ -33,6 +68,7 @@ pub(super) mod reason {
 pub(super) struct Thunks {
     enter: usize,
     exits: [usize; reason::COUNT],
+    renewals: [usize; Renewal::COUNT],
 }
 
 pub(super) const GPR: usize = offset_of!(CpuState, gpr);
@@ -69,9 +105,19 @@ impl Thunks {
             out.store_imm(false, linked!(reason), why as u32);
             out.jump_to(out.base + common);
         }
+        let mut renewals = [0; Renewal::COUNT];
+        for (renewal, at) in Renewal::all().zip(&mut renewals) {
+            *at = out.base + out.pos();
+            emit_renewal(&mut out, renewal, exits[reason::MISS as usize]);
+        }
         cache.append(&out.bytes);
         cache.keep();
-        Self { enter, exits }
+        Self { enter, exits, renewals }
+    }
+
+    /// Cache offset of a stub that renews hints: ADDR is the linear address, T1 a [`Descriptor`], T2 where to go on.
+    pub(super) fn renew(&self, renewal: Renewal) -> usize {
+        self.renewals.get(renewal.number()).copied().unwrap_or(self.enter)
     }
 
     /// Cache offset of the stub for `why`.
@@ -172,20 +218,103 @@ fn emit_leave(out: &mut Emitter, avx: bool) {
     out.byte(0xc3);
 }
 
+/// Looks into the TLB. What it finds becomes the hint, if it is lasting.
+fn emit_renewal(out: &mut Emitter, renewal: Renewal, miss: usize) {
+    let kept = [0, 8].map(|at| Mem::state(LINKAGE + offset_of!(Linkage, kept) + at));
+    out.store(kept[0], r::AX);
+    out.store(kept[1], r::CX);
+    if renewal.live {
+        save_flags(out);
+        out.store32(linked!(flags_saved), r::AX);
+    }
+    let restore = |out: &mut Emitter| {
+        if renewal.live {
+            out.load32(r::AX, linked!(flags_saved));
+            restore_flags(out);
+        }
+        out.load(r::AX, kept[0]);
+        out.load(r::CX, kept[1]);
+    };
+    let mut misses = Vec::new();
+    // The bits that must be zero.
+    out.mov32(r::CX, r::T1);
+    out.shr32(r::CX, Descriptor::ALIGN_SHIFT);
+    out.op_reg(false, &[0x85], r::CX, r::ADDR);
+    misses.push(out.jump_if(cc::NE));
+    // CX = the page of the last byte, AX = the offset of the entry of the first one's: an access that leaves its page
+    // matches nothing.
+    out.mov32(r::CX, r::T1);
+    out.shr32(r::CX, Descriptor::SIZE_SHIFT);
+    out.op_reg(false, &[0x0f, 0xb6], r::CX, r::CX);
+    out.lea(r::CX, Mem::at(r::CX, -1).with_index(r::ADDR, 0));
+    out.and_imm(true, r::CX, -4096);
+    out.mov32(r::AX, r::ADDR);
+    out.shr32(r::AX, 8);
+    out.and_imm(false, r::AX, ((crate::state::TLB_ENTRIES - 1) * size_of::<TlbEntry>()) as i32);
+    let entry = |write: bool, field: usize| {
+        let table = if write { offset_of!(CpuState, tlb_write) } else { offset_of!(CpuState, tlb_read) };
+        Mem::state(table + renewal.class * size_of::<TlbTable>() + field).with_index(r::AX, 0)
+    };
+    let (tag, addend) = (offset_of!(TlbEntry, tag), offset_of!(TlbEntry, addend));
+    let for_writes = renewal.write || renewal.stack;
+    out.op_mem(true, &[0x3b], r::CX, entry(for_writes, tag));
+    let other = out.jump_if(cc::NE);
+    out.load(r::AX, entry(for_writes, addend));
+    out.raw(&[0xa8, TLB_LASTING as u8]); // test al, imm8
+    let passing = out.jump_if(cc::E);
+    out.lea(r::AX, Mem::at(r::AX, -(TLB_LASTING as i32)));
+    emit_filling(out, renewal.class, &mut misses);
+    let done = out.pos();
+    if renewal.relative {
+        out.mov(r::ADDR, r::AX);
+    } else {
+        out.op_reg(true, &[0x01], r::AX, r::ADDR);
+    }
+    restore(out);
+    out.op_reg(false, &[0xff], 4, r::T2); // jmp r15
+    if renewal.stack && !renewal.write {
+        out.bind(other);
+        out.op_mem(true, &[0x3b], r::CX, entry(false, tag));
+        misses.push(out.jump_if(cc::NE));
+        out.load(r::AX, entry(false, addend));
+        out.and_imm(true, r::AX, !(TLB_LASTING as i32));
+        out.jump_to(out.base + done);
+    } else {
+        misses.push(other);
+    }
+    out.bind(passing);
+    out.jump_to(out.base + done);
+    for field in misses {
+        out.bind(field);
+    }
+    restore(out);
+    out.jump_to(miss);
+}
+
+/// Fills the hint of the descriptor in T1 with the addend in AX and the page in CX, and logs that. Uses T1.
+fn emit_filling(out: &mut Emitter, class: usize, full: &mut Vec<usize>) {
+    let filled = Mem::state(hinted!(filled) + class * 4);
+    let log = Mem::state(hinted!(logs) + class * LOG_ENTRIES * 4);
+    out.op_mem(false, &[0x81], 7, filled); // cmp dword [filled], entries
+    out.dword(LOG_ENTRIES as u32);
+    full.push(out.jump_if(cc::AE));
+    out.op_reg(true, &[0xc1], 5, r::T1); // shr r13, 32
+    out.byte(Descriptor::HINT_SHIFT);
+    let hint = |field: usize| Mem::at(r::SP, field as i32).with_index(r::T1, 0);
+    out.op_reg(true, &[0xf7], 3, r::CX); // neg rcx
+    out.store(hint(offset_of!(Hint, negative_page)), r::CX);
+    out.store(hint(offset_of!(Hint, addend)), r::AX);
+    out.load32(r::CX, filled);
+    out.store32(log.with_index(r::CX, 2), r::T1);
+    out.op_mem(false, &[0xff], 0, filled); // inc dword [filled]
+}
+
 /// Whether all x87 exceptions are masked. x87 state is in the host's registers while the vCPU runs.
 pub(super) fn x87_exceptions_masked() -> bool {
     let mut control = 0u16;
     // SAFETY: FNSTCW stores two bytes at the address given.
     unsafe { std::arch::asm!("fnstcw [{}]", in(reg) &raw mut control, options(nostack, preserves_flags)) };
     control & 0x3f == 0x3f
-}
-
-/// Bytes that a guest cannot guess.
-pub(super) fn random_seed() -> u64 {
-    let mut seed = 0u64;
-    // SAFETY: the buffer is eight bytes of our own.
-    let got = unsafe { libc::getrandom((&raw mut seed).cast(), 8, 0) };
-    if got == 8 { seed } else { std::ptr::from_ref(&seed) as u64 ^ u64::from(std::process::id()) }
 }
 
 /// A fault in translated code: a division's #DE becomes an exit before the instruction, for the single-step tier to

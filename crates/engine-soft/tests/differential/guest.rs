@@ -5,13 +5,13 @@ use cpu::cpuid::{Model, Topology};
 use cpu::{DescriptorTable, Segment, attr, cr0, cr4, efer, rflags};
 use engine_soft::cpu_core::{Core, Pending, attention};
 use engine_soft::exception::Stop;
-use engine_soft::state::{Shadow, seg};
+use engine_soft::state::{Doorbell, Shadow, seg};
 use engine_soft::step::step;
 use engine_soft::translate::{Config, Translator};
 use iced_x86::{Decoder, DecoderOptions, Instruction};
 use memory::{Backing, GuestMemory};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 /// Guest-physical places.
@@ -65,7 +65,7 @@ pub struct Guest {
 }
 
 /// Gets the engine out of code that never ends.
-fn watch(case: &AtomicU64, kick: usize) {
+fn watch(case: &AtomicU64, doorbell: usize) {
     let mut last = u64::MAX - 1;
     loop {
         std::thread::park_timeout(Duration::from_secs(2));
@@ -75,7 +75,7 @@ fn watch(case: &AtomicU64, kick: usize) {
         }
         if now == last {
             // SAFETY: the guest joins this thread before its state goes away.
-            unsafe { &*(kick as *const AtomicU32) }.store(1, Ordering::SeqCst);
+            unsafe { &*(doorbell as *const Doorbell) }.ring(1);
         }
         last = now;
     }
@@ -131,8 +131,8 @@ impl Guest {
         let data = memory.host_range(at::DATA, WRITABLE as u64, true).expect("in RAM");
         engine_soft::signal::prepare_thread().expect("a signal stack");
         let case = Arc::new(AtomicU64::new(0));
-        let (seen, kick) = (case.clone(), &raw const core.state.kick as usize);
-        let watchdog = Some(std::thread::spawn(move || watch(&seen, kick)));
+        let (seen, doorbell) = (case.clone(), &raw const core.state.doorbell as usize);
+        let watchdog = Some(std::thread::spawn(move || watch(&seen, doorbell)));
         Self { core, translator, data, case, watchdog }
     }
 
@@ -192,7 +192,7 @@ impl Guest {
     fn advance(&mut self, end: u64) -> bool {
         self.case.fetch_add(1, Ordering::Relaxed);
         let core = &mut self.core;
-        core.state.kick.store(0, Ordering::Relaxed);
+        core.state.doorbell.kick.store(0, Ordering::Relaxed);
         for _ in 0..200_000 {
             if core.state.cpl() == 0 || core.state.rip == end {
                 return false;
@@ -203,7 +203,7 @@ impl Guest {
                     return false;
                 }
             }
-            if core.state.kick.swap(0, Ordering::Relaxed) != 0 {
+            if core.state.doorbell.kick.swap(0, Ordering::Relaxed) != 0 {
                 return true;
             }
             if !matches!(step(core), Stop::Continue) {

@@ -94,7 +94,7 @@ fn a_long_repeat_can_be_interrupted() {
     let mut machine = Machine::new(copy);
     let state = &mut machine.core.state;
     (state.gpr[6], state.gpr[7], state.gpr[1]) = (DATA, DATA + 0x10_0000, 0x10_0000);
-    state.kick.store(1, std::sync::atomic::Ordering::Relaxed);
+    state.doorbell.ring(1);
     machine.step();
     let state = &machine.core.state;
     assert_eq!(state.rip, CODE);
