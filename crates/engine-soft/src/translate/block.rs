@@ -2,13 +2,17 @@
 
 use super::flags;
 use super::template::{Domain, Kind, Template, Templates};
-use iced_x86::{Decoder, DecoderOptions, Instruction};
+use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
 
 /// Longest block in instructions.
 pub(crate) const INSTRUCTIONS_MAX: usize = 64;
 /// How far liveness looks into successors, in instructions.
 const AHEAD_MAX: usize = 8;
 const PAGE: usize = 4096;
+/// Most bytes of one instruction, and so of the next page that are looked at.
+pub(super) const INSTRUCTION_BYTES: usize = 15;
+/// Instructions that start here or later may reach into the next page.
+pub(super) const MAY_CROSS: u16 = (PAGE - INSTRUCTION_BYTES + 1) as u16;
 
 /// What may run now besides integer instructions; also which TLB tables are used. Blocks are made for one mode.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -63,26 +67,35 @@ pub(super) struct Plan {
     pub controlled: bool,
     /// The instruction after the last item is for the single-step tier.
     pub step: bool,
+    /// The instruction after the last item reaches into the next page.
+    pub crosses: bool,
     /// Bytes on which the translation depends.
     pub ranges: [Range; 3],
 }
 
 /// Decodes the block at an offset of the page, with the decoder's options for the vendor's CPUs: an operand-size prefix
-/// of a near branch means something to AMD's only.
+/// of a near branch means something to AMD's only. If there is more than the page, it decodes only the instruction that
+/// reaches there.
 pub(super) fn plan(
     into: &mut Plan,
-    page: &[u8; PAGE],
+    bytes: &[u8],
     (start, options): (u16, u32),
     mode: Mode,
     templates: &mut Templates,
 ) {
     into.items.clear();
-    (into.controlled, into.step) = (false, false);
-    let bytes = page.get(usize::from(start)..).unwrap_or_default();
+    (into.controlled, into.step, into.crosses) = (false, false, false);
+    let most = if bytes.len() > PAGE { 1 } else { INSTRUCTIONS_MAX };
+    let page = bytes.get(..PAGE).unwrap_or_default();
+    let bytes = bytes.get(usize::from(start)..).unwrap_or_default();
     let mut decoder = Decoder::with_ip(64, bytes, u64::from(start), options);
-    while into.items.len() < INSTRUCTIONS_MAX && decoder.can_decode() {
+    while into.items.len() < most && decoder.can_decode() {
         let mut instruction = Instruction::default();
         decoder.decode_out(&mut instruction);
+        if decoder.last_error() == DecoderError::NoMoreBytes {
+            into.crosses = true;
+            break;
+        }
         let template = if instruction.is_invalid() { None } else { Some(templates.get(instruction.code())) };
         let Some(template) = template.filter(|t| t.kind != Kind::Step && mode.allows(t)) else {
             into.step = true;
@@ -114,7 +127,7 @@ fn controls(kind: Kind) -> bool {
     )
 }
 
-fn liveness(plan: &mut Plan, page: &[u8; PAGE]) {
+fn liveness(plan: &mut Plan, page: &[u8]) {
     let Some(last) = plan.items.last() else { return };
     let next = i64::from(last.next);
     let target = last.instruction.near_branch_target() as i64;
@@ -126,7 +139,7 @@ fn liveness(plan: &mut Plan, page: &[u8; PAGE]) {
             Kind::JumpIf | Kind::JumpCount => ahead(page, target, one) | ahead(page, next, two),
             _ => live,
         };
-    } else if !plan.step {
+    } else if !plan.step && !plan.crosses {
         live = ahead(page, next, one);
     }
     (plan.ranges[1], plan.ranges[2]) = (*one, *two);
@@ -138,7 +151,7 @@ fn liveness(plan: &mut Plan, page: &[u8; PAGE]) {
 }
 
 /// Status flags live at a page offset, as far as a short look tells; notes the bytes looked at.
-fn ahead(page: &[u8; PAGE], at: i64, range: &mut Range) -> u32 {
+fn ahead(page: &[u8], at: i64, range: &mut Range) -> u32 {
     let Some(bytes) = usize::try_from(at).ok().and_then(|at| page.get(at..)) else { return flags::STATUS };
     let mut decoder = Decoder::with_ip(64, bytes, at as u64, DecoderOptions::NONE);
     let (mut live, mut open) = (0, flags::STATUS);

@@ -64,7 +64,8 @@ impl Generator {
             Kind::PopFlags => self.pop_flags(site),
             Kind::ClearFlag => return self.clear_flag(instruction, site),
             Kind::SetInterrupt => return self.set_interrupt(site),
-            Kind::ReadClock => self.read_clock(site),
+            Kind::ReadClock => self.read_clock(instruction, site),
+            Kind::Repeat => return self.repeat(instruction, site),
             Kind::SwapBase => self.swap_base(),
             Kind::Return => {
                 let top = self.pop_check(site);
@@ -204,7 +205,7 @@ impl Generator {
         };
         self.out.imm64(r::ADDR, instruction.memory_displacement64());
         let place = Place { register: r::ADDR, disp: 0, hint: self.fresh_hint() };
-        let operand = self.reach(place, Check { size, write, align: 0 }, site);
+        let operand = self.reach(place, Check { size, write, align: 0, more: false }, site);
         let opcode = 0x88 | u8::from(!write) << 1 | u8::from(size > 1);
         self.out.op_mem(size == 8, &[opcode], r::AX, operand);
         Some(())
@@ -225,7 +226,7 @@ impl Generator {
         let target = instruction.near_branch_target() as i64;
         // The condition code is the low half of the opcode in both encodings.
         let condition = cc::O + condition(instruction);
-        if target > i64::from(site.offset) && target < 4096 {
+        if target > i64::from(site.offset) && Self::linked(target) {
             let field = self.out.jump_if(condition);
             self.links.push(super::generate::NewLink { field, stub: 0, target: target as u16 });
             self.jump_page(i64::from(site.next), None);
@@ -251,7 +252,7 @@ impl Generator {
             self.out.byte(0x67);
         }
         let taken = self.out.short(opcode);
-        if site.next < 4096 {
+        if Self::linked(i64::from(site.next)) {
             self.jump_page(i64::from(site.next), None);
             self.out.bind_short(taken);
         } else {
@@ -273,7 +274,7 @@ fn overwritten() -> Mem {
     slot(OVERWRITTEN)
 }
 
-fn kept() -> Mem {
+pub(super) fn kept() -> Mem {
     slot(KEPT)
 }
 

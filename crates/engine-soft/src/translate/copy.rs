@@ -2,9 +2,9 @@
 
 use super::emit::{Mem, r};
 use super::generate::{Check, Generator, Site, host};
-use super::template::{Fields, Template};
+use super::template::{Domain, Fields, Template};
 use super::thunk::spill;
-use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
+use iced_x86::{ConditionCode, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 
 /// The parts of an instruction's encoding.
 struct Raw<'a> {
@@ -159,10 +159,14 @@ impl Generator {
             };
             let align = if template.aligned { size.trailing_zeros() as u8 } else { 0 };
             let place = self.place(instruction, write, high)?;
-            reached = self.reach(place, Check { size, write, align }, site);
+            reached = self.reach(place, Check { size, write, align, more: false }, site);
         } else if (0..instruction.op_count()).any(|i| is_implicit_memory(instruction.op_kind(i))) {
             return None;
         }
+        let lone = memory.is_none()
+            && fields.rm.is_some()
+            && !(fields.reg.is_some() && raw.reg() == raw.rm())
+            && spilled_in_place(instruction, template);
         let mut spills = Spills::default();
         let reg8 = |number: u8| !raw.rex && raw.vex.is_none() && (4..8).contains(&number);
         let mut field = |this: &mut Self, number: u8, operand: Option<u8>, byte: bool| {
@@ -180,8 +184,10 @@ impl Generator {
         };
         let mut fixed = Fixed { reg: raw.reg(), rm: None, memory: reached, vvvv: raw.vvvv(), opcode: None };
         fixed.reg = field(self, fixed.reg, fields.reg, fields.reg8)?;
-        if memory.is_none() {
-            fixed.rm = Some(field(self, raw.rm(), fields.rm, fields.rm8)?);
+        match host(raw.rm()) {
+            None if lone => fixed.memory = spill(raw.rm()),
+            _ if memory.is_none() => fixed.rm = Some(field(self, raw.rm(), fields.rm, fields.rm8)?),
+            _ => {}
         }
         fixed.vvvv = field(self, fixed.vvvv, fields.vvvv, false)?;
         if fields.opcode.is_some() {
@@ -293,6 +299,28 @@ fn is_implicit_memory(kind: OpKind) -> bool {
             | OpKind::MemoryESEDI
             | OpKind::MemoryESRDI
     )
+}
+
+/// Whether a register operand in ModRM.rm may stand in memory instead, where spilled registers are: the instruction must
+/// mean the same, and its result must be all of the register, or leave the rest alone.
+fn spilled_in_place(instruction: &Instruction, template: &Template) -> bool {
+    use Mnemonic as M;
+    if template.domain != Domain::Integer {
+        return false;
+    }
+    let reads = match instruction.mnemonic() {
+        M::Cmp | M::Test | M::Movzx | M::Movsx | M::Movsxd | M::Imul | M::Popcnt | M::Lzcnt | M::Tzcnt => true,
+        M::Mul | M::Div | M::Idiv | M::Bsf | M::Bsr => true,
+        M::Mov | M::Add | M::Or | M::Adc | M::Sbb | M::And | M::Sub | M::Xor => false,
+        M::Inc | M::Dec | M::Neg | M::Not | M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror => false,
+        _ if instruction.condition_code() != ConditionCode::None => false,
+        _ => return false,
+    };
+    // A 32-bit result is zero-extended; the destination is the first operand, and may be the other register.
+    let is_destination = instruction.op0_kind() == OpKind::Register
+        && instruction.op_count() > 0
+        && template.fields.rm == Some(0);
+    reads || !is_destination || instruction.op0_register().size() != 4
 }
 
 /// AH to BH is an operand.

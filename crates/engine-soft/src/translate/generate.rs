@@ -3,6 +3,7 @@
 //! Every check of an instruction precedes its first effect, so that leaving at a check leaves the guest's state as
 //! it was before the instruction. Status flags that nobody reads before they are replaced are not kept.
 
+use super::block::MAY_CROSS;
 use super::emit::{Emitter, Mem, cc, r};
 use super::hints::{self, Hint};
 use super::linkage::Linkage;
@@ -27,6 +28,7 @@ impl Descriptor {
                 | u64::from(relative) << 12
                 | u64::from(access.write) << 13
                 | u64::from(saved) << 14
+                | u64::from(access.more) << 15
                 | u64::from(access.size) << Self::SIZE_SHIFT
                 | ((1 << access.align) - 1) << Self::ALIGN_SHIFT
                 | (hints::offset(hint) as u64) << Self::HINT_SHIFT,
@@ -45,6 +47,11 @@ impl Descriptor {
 
     pub(super) fn write(self) -> bool {
         self.0 >> 13 & 1 != 0
+    }
+
+    /// More than `size` bytes may be accessed: no page with code will do for writes.
+    pub(super) fn more(self) -> bool {
+        self.0 >> 15 & 1 != 0
     }
 
     /// The live flags are in `flags_saved`.
@@ -80,6 +87,8 @@ struct Shared {
     hint: u32,
 }
 
+/// Displacements from RSP that share the stack's hint: seldom on two pages, too.
+const STACK_TOP: std::ops::Range<i64> = -64..192;
 /// Displacements from one base share a hint if they are no farther apart: seldom on two pages.
 const NEAR: u64 = 256;
 
@@ -91,15 +100,17 @@ pub(super) struct Check {
     pub write: bool,
     /// log2 of the alignment it must have.
     pub align: u8,
+    /// More bytes of the page are accessed as well.
+    pub more: bool,
 }
 
 impl Check {
     pub(super) fn read(size: u8) -> Self {
-        Self { size, write: false, align: 0 }
+        Self { size, write: false, align: 0, more: false }
     }
 
     pub(super) fn write(size: u8) -> Self {
-        Self { size, write: true, align: 0 }
+        Self { size, write: true, align: 0, more: false }
     }
 }
 
@@ -125,7 +136,7 @@ pub(super) struct NewBridge {
 
 enum Cold {
     Miss { field: usize, place: Place, descriptor: Descriptor, renewal: Renewal, resume: usize },
-    Exit { field: usize, why: u32, value: u32 },
+    Exit { field: usize, why: u32, value: u32, saved: bool },
 }
 
 pub(super) struct Generator {
@@ -247,7 +258,7 @@ impl Generator {
         let (base, index) = (instruction.memory_base(), instruction.memory_index());
         let disp = instruction.memory_displacement64() as i64;
         let simple = segment.is_none() && index == Register::None;
-        let hint = if simple && base == Register::RSP {
+        let hint = if simple && base == Register::RSP && STACK_TOP.contains(&disp) {
             hints::STACK[self.class]
         } else if simple && base != Register::None {
             self.shared_hint(base, write, disp)
@@ -387,7 +398,7 @@ impl Generator {
     }
 
     /// The cheapest form, which replaces the flags.
-    fn reach_plain(&mut self, place: Place, access: Check, site: Site, saved: bool) -> Mem {
+    pub(super) fn reach_plain(&mut self, place: Place, access: Check, site: Site, saved: bool) -> Mem {
         let relative = place.register != r::ADDR;
         let (negative_page, addend) = hint_fields(place.hint);
         let out = &mut self.out;
@@ -467,7 +478,13 @@ impl Generator {
     /// Leaves for the single-step tier, out of line, if `condition` holds.
     pub(super) fn step_if(&mut self, condition: u8, site: Site) {
         let field = self.out.jump_if(condition);
-        self.cold.push(Cold::Exit { field, why: reason::STEP, value: u32::from(site.offset) });
+        self.step_when(field, site, false);
+    }
+
+    /// Leaves for the single-step tier if the jump at `field` is taken; the live flags are in `flags_saved` if so said.
+    pub(super) fn step_when(&mut self, field: usize, site: Site, saved: bool) {
+        let value = u32::from(site.offset);
+        self.cold.push(Cold::Exit { field, why: reason::STEP, value, saved });
     }
 
     /// Leaves before the target of a jump if a kick is waiting.
@@ -477,7 +494,7 @@ impl Generator {
             self.out.op_mem(false, &[0x83], 7, kick);
             self.out.byte(0);
             let field = self.out.jump_if(cc::NE);
-            self.cold.push(Cold::Exit { field, why: reason::KICK, value: u32::from(target) });
+            self.cold.push(Cold::Exit { field, why: reason::KICK, value: u32::from(target), saved: false });
             return;
         }
         self.out.mov(r::T1, r::CX);
@@ -489,7 +506,7 @@ impl Generator {
         self.out.mov(r::CX, r::T1);
     }
 
-    /// Jumps to a page offset, through a link if it is in this page, else over a bridge; `poll` for kicks, with or
+    /// Jumps to a page offset, through a link if it surely is in this page only, else over a bridge; `poll` for kicks, with or
     /// without live flags.
     pub(super) fn jump_page(&mut self, target: i64, poll: Option<bool>) {
         let (page, offset) = (target & !0xfff, (target & 0xfff) as u16);
@@ -508,7 +525,7 @@ impl Generator {
         if let Some(live) = poll {
             self.poll(offset, live);
         }
-        if page == 0 {
+        if Self::linked(target) {
             let field = self.out.jump();
             self.links.push(NewLink { field, stub: 0, target: offset });
             return;
@@ -516,6 +533,11 @@ impl Generator {
         let number = self.first_bridge as usize + self.bridges.len();
         self.bridges.push(NewBridge { stub: 0, target: offset });
         self.out.jump_mem(Mem::state(LINKAGE + offset_of!(Linkage, bridges) + number * 8));
+    }
+
+    /// Whether a jump to this offset is linked to the block there: in this page, and surely all in it.
+    pub(super) fn linked(target: i64) -> bool {
+        (0..i64::from(MAY_CROSS)).contains(&target)
     }
 
     /// Jumps to the linear address in ADDR through the jump cache, keeping the flags. A waiting kick is a miss.
@@ -562,8 +584,11 @@ impl Generator {
                     self.out.imm64(r::T1, descriptor.0);
                     self.out.jump_to(self.thunks.renew(renewal));
                 }
-                Cold::Exit { field, why, value } => {
+                Cold::Exit { field, why, value, saved } => {
                     self.out.bind(field);
+                    if saved {
+                        self.restore_flags();
+                    }
                     self.exit(why, value);
                 }
             }

@@ -24,8 +24,8 @@ mod template;
 mod thunk;
 
 use crate::cpu_core::{Core, attention};
-use crate::mmu::{Access, Mmu, Privilege};
-use crate::state::{CpuState, Shadow};
+use crate::mmu::{Access, Mmu, Privilege, Walk};
+use crate::state::{CpuState, PAGE_MASK, Shadow};
 use block::{Mode, Plan};
 use cache::CodeCache;
 use cpu::{Error, cr0, cr4, rflags};
@@ -101,8 +101,8 @@ pub struct Translator {
     info: InstructionInfoFactory,
     generator: Generator,
     plan: Plan,
-    /// The page that is being translated.
-    bytes: Box<[u8; 4096]>,
+    /// The page that is being translated, and the start of the next for an instruction that reaches there.
+    bytes: Box<[u8; 4096 + block::INSTRUCTION_BYTES]>,
     store: Store,
     /// What the salts were made for: MMU generations and modes, by privilege class.
     generations: [u64; 2],
@@ -136,7 +136,7 @@ impl Translator {
             info: InstructionInfoFactory::new(),
             generator: Generator::new(thunks, bmi2, config.single_cpu),
             plan: Plan::default(),
-            bytes: Box::new([0; 4096]),
+            bytes: Box::new([0; 4096 + block::INSTRUCTION_BYTES]),
             store: Store::default(),
             generations: [u64::MAX; 2],
             modes: [Mode::default(); 2],
@@ -418,18 +418,38 @@ impl Translator {
             return None;
         }
         let walk = core.mmu.walk(&core.state, rip, Access::Fetch, privilege(mode)).ok()?;
-        let number = match self.store.find(walk.physical, mode.bits()) {
+        let mut number = match self.store.find(walk.physical, mode.bits()) {
             Some(number) => number,
-            None => self.translate(core, walk.physical, mode)?,
+            None => self.translate(core, walk.physical, None, mode)?,
         };
-        if !self.single {
-            if !mode.user && !walk.global && core.state.cr4_has(cr4::PGE) {
-                self.local = Some(core.mmu.generation);
+        self.fetched(core, rip, &walk, mode);
+        if self.store.get(number).is_some_and(|block| block.crosses) {
+            let next = (rip | !PAGE_MASK).wrapping_add(1);
+            if !Mmu::canonical(next) {
+                return None;
             }
-            core.mmu.note_fetch(rip, walk.page_shift, mode.user);
+            let second = core.mmu.walk(&core.state, next, Access::Fetch, privilege(mode)).ok()?;
+            self.fetched(core, next, &second, mode);
+            number = match self.store.find_crossing(walk.physical, second.physical, mode.bits()) {
+                Some(number) => number,
+                None => self.translate(core, walk.physical, Some(second.physical), mode)?,
+            };
+        }
+        if !self.single {
             self.remember(&mut core.state, rip, number, usize::from(mode.user));
         }
         Some(number)
+    }
+
+    /// Code at an address is going to be remembered.
+    fn fetched(&mut self, core: &mut Core, address: u64, walk: &Walk, mode: Mode) {
+        if self.single {
+            return;
+        }
+        if !mode.user && !walk.global && core.state.cr4_has(cr4::PGE) {
+            self.local = Some(core.mmu.generation);
+        }
+        core.mmu.note_fetch(address, walk.page_shift, mode.user);
     }
 
     /// Looks RIP up in the jump cache, as translated code does; if it is there, prepares to enter the block.
@@ -504,6 +524,9 @@ impl Translator {
         let target = core.mmu.resolve(&mut core.state, address, kind, privilege).ok()?;
         let host = target.host? as u64;
         if access.write() && target.code {
+            if access.more() {
+                return None;
+            }
             match self.store.classify(target.physical, access.size()) {
                 Write::Code => return None,
                 // Flagged by another vCPU's translator: it has to hear of the write.
@@ -533,8 +556,14 @@ impl Translator {
         Some(gathered.as_ptr() as u64)
     }
 
-    /// Translates the block at a guest-physical address.
-    fn translate(&mut self, core: &mut Core, physical: u64, mode: Mode) -> Option<u32> {
+    /// Translates the block at a guest-physical address, or the instruction there that reaches into a second page.
+    fn translate(
+        &mut self,
+        core: &mut Core,
+        physical: u64,
+        second: Option<u64>,
+        mode: Mode,
+    ) -> Option<u32> {
         let bridges = self.store.bridges.len() + BRIDGE_ROOM;
         if self.cache.room() < BLOCK_ROOM
             || !core.state.hints.room(HINT_ROOM)
@@ -545,9 +574,15 @@ impl Translator {
         let (page, start) = (physical & !0xfff, (physical & 0xfff) as u16);
         // Before the bytes are read: no write may pass unseen from here on.
         core.mmu.protect_code(&mut core.state, page);
-        core.mmu.memory.read(page, self.bytes.as_mut_slice()).ok()?;
+        let (own, more) = self.bytes.split_at_mut_checked(4096)?;
+        core.mmu.memory.read(page, own).ok()?;
+        if let Some(second) = second {
+            core.mmu.protect_code(&mut core.state, second);
+            core.mmu.memory.read(second, more).ok()?;
+        }
         let options = Core::decoder_options(core.amd);
-        block::plan(&mut self.plan, &self.bytes, (start, options), mode, &mut self.templates);
+        let bytes = if second.is_some() { self.bytes.as_slice() } else { own };
+        block::plan(&mut self.plan, bytes, (start, options), mode, &mut self.templates);
         let first_link = self.store.links.len() as u32;
         let first_hint = core.state.hints.next();
         let first_bridge = self.store.bridges.len() as u32;
@@ -557,6 +592,12 @@ impl Translator {
         block.entry = self.cache.next();
         self.generator.entry(start);
         block.direct = self.cache.next() + self.generator.out.pos();
+        if second.is_some() && self.plan.crosses {
+            // Bytes that no CPU takes for an instruction.
+            (self.plan.crosses, self.plan.step) = (false, true);
+        }
+        block.crosses = self.plan.crosses && self.plan.items.is_empty();
+        block.second = second.map(|second| (second, block::INSTRUCTION_BYTES as u16));
         block.step = self.generate(start) == 0;
         let code = &self.generator.out.bytes;
         if !self.cache.append(code) {

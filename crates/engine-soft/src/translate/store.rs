@@ -52,10 +52,23 @@ pub(super) struct Block {
     pub direct: usize,
     /// It holds no instruction: the first is for the single-step tier.
     pub step: bool,
+    /// It holds no instruction: the first reaches into the next page, and which that is, is not known here.
+    pub crosses: bool,
+    /// The page into which its only instruction reaches, and how far.
+    pub second: Option<(u64, u16)>,
     ranges: [Range; 3],
     /// Links that jump here.
     incoming: Vec<u32>,
     alive: bool,
+}
+
+impl Block {
+    /// The byte ranges of a page on which the block depends.
+    fn ranges_of(&self, page: u64) -> [Range; 4] {
+        let [a, b, c] = if page == self.page { self.ranges } else { [(0, 0); 3] };
+        let second = self.second.filter(|second| second.0 == page).map_or(0, |second| second.1);
+        [a, b, c, (0, second)]
+    }
 }
 
 /// A direct jump that can be patched.
@@ -98,6 +111,8 @@ pub(super) struct Store {
     /// Bridges that lead somewhere, by privilege class.
     pub open: [Vec<u32>; 2],
     index: NumberMap<u32>,
+    /// Blocks whose instruction reaches into a second page, by their and its address and mode.
+    crossings: HashMap<(u64, u64, u8), u32>,
     pages: NumberMap<Page>,
 }
 
@@ -133,6 +148,11 @@ impl Store {
         self.index.get(&key(address, mode)).copied()
     }
 
+    /// The block of the instruction that starts at `address` and reaches into the page at `second`.
+    pub(super) fn find_crossing(&self, address: u64, second: u64, mode: u8) -> Option<u32> {
+        self.crossings.get(&(address, second, mode)).copied()
+    }
+
     pub(super) fn get(&self, number: u32) -> Option<&Block> {
         self.blocks.get(number as usize)
     }
@@ -146,14 +166,37 @@ impl Store {
         for &(from, to) in &block.ranges {
             page.granules |= granules(u64::from(from), u64::from(to));
         }
-        self.index.insert(key(block.page | u64::from(block.start), block.mode), number);
+        let address = block.page | u64::from(block.start);
+        match block.second {
+            None => {
+                self.index.insert(key(address, block.mode), number);
+            }
+            Some((second, len)) => {
+                self.crossings.insert((address, second, block.mode), number);
+                let page = self.pages.entry(second).or_default();
+                page.blocks.push(number);
+                page.granules |= granules(0, u64::from(len));
+            }
+        }
         self.blocks.push(block);
         number
     }
 
     pub(super) fn new_block(page: u64, start: u16, mode: u8, ranges: [Range; 3]) -> Block {
         let (entry, direct) = (0, 0);
-        Block { page, start, mode, entry, direct, step: false, ranges, incoming: Vec::new(), alive: true }
+        Block {
+            page,
+            start,
+            mode,
+            entry,
+            direct,
+            step: false,
+            crosses: false,
+            second: None,
+            ranges,
+            incoming: Vec::new(),
+            alive: true,
+        }
     }
 
     /// Lets link `number` go to block `to`, if that is on the same page.
@@ -202,16 +245,25 @@ impl Store {
         page.granules = 0;
         page.blocks.retain(|&number| {
             let Some(block) = self.blocks.get_mut(number as usize) else { return false };
-            let hit = block.ranges.iter().any(|r| u64::from(r.0) < to && u64::from(r.1) > from && r.0 < r.1);
+            if !block.alive {
+                // It died of a write to its other page.
+                return false;
+            }
+            let ranges = block.ranges_of(base);
+            let hit = ranges.iter().any(|r| u64::from(r.0) < to && u64::from(r.1) > from && r.0 < r.1);
             if !hit {
-                for &(from, to) in &block.ranges {
+                for &(from, to) in &ranges {
                     page.granules |= granules(u64::from(from), u64::from(to));
                 }
                 return true;
             }
             killed += 1;
             block.alive = false;
-            self.index.remove(&key(block.page | u64::from(block.start), block.mode));
+            let address = block.page | u64::from(block.start);
+            match block.second {
+                None => drop(self.index.remove(&key(address, block.mode))),
+                Some((second, _)) => drop(self.crossings.remove(&(address, second, block.mode))),
+            }
             for number in std::mem::take(&mut block.incoming) {
                 if let Some(link) = self.links.get(number as usize) {
                     cache.patch_jump(link.field, link.stub);
@@ -279,6 +331,7 @@ impl Store {
         self.bridges.clear();
         self.open = Default::default();
         self.index.clear();
+        self.crossings.clear();
         self.pages.clear();
     }
 }

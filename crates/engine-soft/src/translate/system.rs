@@ -4,12 +4,13 @@
 //! to become interruptible, STI and POPF that would let it in are left to the single-step tier, which knows the
 //! interrupt shadow.
 
+use super::control::kept;
 use super::emit::{Emitter, Mem, cc, r};
 use super::generate::{Check, Generator, Place, Site};
 use super::thunk::{self, linked};
 use crate::state::{CpuState, seg};
 use cpu::rflags;
-use iced_x86::{Code, Instruction};
+use iced_x86::{Code, Instruction, OpKind, Register};
 use std::mem::{offset_of, size_of};
 
 /// 32 bits of the state's RFLAGS: no flag is above.
@@ -142,8 +143,8 @@ impl Generator {
         Some(())
     }
 
-    /// RDTSC: the host's, less the guest's zero.
-    pub(super) fn read_clock(&mut self, site: Site) {
+    /// RDTSC and RDTSCP: the host's, less the guest's zero.
+    pub(super) fn read_clock(&mut self, instruction: &Instruction, site: Site) {
         if site.live {
             self.save_flags();
         }
@@ -152,9 +153,82 @@ impl Generator {
         out.raw(&[0x48, 0xc1, 0xe2, 32, 0x48, 0x09, 0xd0]); // shl rdx, 32; or rax, rdx
         out.op_mem(true, &[0x03], r::AX, Mem::state(offset_of!(CpuState, tsc_offset)));
         out.raw(&[0x48, 0x89, 0xc2, 0x48, 0xc1, 0xea, 32, 0x89, 0xc0]); // mov rdx, rax; shr rdx, 32; mov eax, eax
+        if instruction.code() == Code::Rdtscp {
+            let identity = offset_of!(CpuState, msrs) + offset_of!(crate::state::Msrs, tsc_aux);
+            out.load32(r::CX, Mem::state(identity));
+        }
         if site.live {
             self.restore_flags();
         }
+    }
+
+    /// MOVS and STOS with REP, DF clear, and all they access within one page each. The rest is for the single-step
+    /// tier, which goes page by page too.
+    pub(super) fn repeat(&mut self, instruction: &Instruction, site: Site) -> Option<()> {
+        let (opcode, log, copies) = match instruction.code() {
+            Code::Stosb_m8_AL => (&[0xf3, 0xaa][..], 0, false),
+            Code::Stosw_m16_AX => (&[0x66, 0xf3, 0xab][..], 1, false),
+            Code::Stosd_m32_EAX => (&[0xf3, 0xab][..], 2, false),
+            Code::Stosq_m64_RAX => (&[0xf3, 0x48, 0xab][..], 3, false),
+            Code::Movsb_m8_m8 => (&[0xf3, 0xa4][..], 0, true),
+            Code::Movsw_m16_m16 => (&[0x66, 0xf3, 0xa5][..], 1, true),
+            Code::Movsd_m32_m32 => (&[0xf3, 0xa5][..], 2, true),
+            Code::Movsq_m64_m64 => (&[0xf3, 0x48, 0xa5][..], 3, true),
+            _ => return None,
+        };
+        let plain = |i: u32| match instruction.op_kind(i) {
+            OpKind::MemoryESRDI => true,
+            OpKind::MemorySegRSI => !matches!(instruction.memory_segment(), Register::FS | Register::GS),
+            kind => kind == OpKind::Register,
+        };
+        if !instruction.has_rep_prefix() || !plain(0) || !plain(1) {
+            return None;
+        }
+        let saved = site.live;
+        if saved {
+            self.save_flags();
+        }
+        let pointers: &[u8] = if copies { &[r::DI, r::SI] } else { &[r::DI] };
+        self.out.op_mem(false, &[0xf7], 0, flags_field()); // test
+        self.out.dword(rflags::DF as u32);
+        let leave = self.out.jump_if(cc::NE);
+        self.step_when(leave, site, saved);
+        self.out.op_reg(true, &[0x85], r::CX, r::CX);
+        let nothing = self.out.jump_if(cc::E);
+        self.out.cmp_imm(r::CX, 4096 >> log);
+        let leave = self.out.jump_if(cc::A);
+        self.step_when(leave, site, saved);
+        for &pointer in pointers {
+            self.out.mov32(r::T1, pointer);
+            self.out.and_imm(false, r::T1, 0xfff);
+            self.out.lea(r::T1, Mem::base(r::T1).with_index(r::CX, log));
+            self.out.cmp_imm(r::T1, 4096);
+            let leave = self.out.jump_if(cc::A);
+            self.step_when(leave, site, saved);
+        }
+        let place = |register: u8, hint: u32| Place { register, disp: 0, hint };
+        let hint = self.fresh_hint();
+        self.reach_plain(place(r::DI, hint), Check { more: true, ..Check::write(1) }, site, saved);
+        if copies {
+            self.out.store(kept(), r::ADDR);
+            let hint = self.fresh_hint();
+            self.reach_plain(place(r::SI, hint), Check::read(1), site, saved);
+            self.out.load(r::T1, kept());
+            self.out.op_reg(true, &[0x01], r::ADDR, r::SI);
+        } else {
+            self.out.mov(r::T1, r::ADDR);
+        }
+        self.out.op_reg(true, &[0x01], r::T1, r::DI);
+        self.out.raw(opcode);
+        self.out.op_reg(true, &[0x29], r::T1, r::DI);
+        if copies {
+            self.out.op_reg(true, &[0x29], r::ADDR, r::SI);
+        }
+        self.out.bind(nothing);
+        if saved {
+            self.restore_flags();
+        }
+        Some(())
     }
 
     pub(super) fn swap_base(&mut self) {
@@ -197,7 +271,7 @@ impl Generator {
         }
         self.out.lea(r::ADDR, Mem::at(register, disp).with_index(r::T1, scale));
         let place = Place { register: r::ADDR, disp: 0, hint: self.fresh_hint() };
-        let word = self.reach(place, Check { size: bytes, write, align: 0 }, site);
+        let word = self.reach(place, Check { size: bytes, write, align: 0, more: false }, site);
         let from = self.operand(offset, r::T1);
         self.out.imm32(r::T2, u32::from(bytes) * 8 - 1);
         self.out.vex38_reg(2, 0xf5, r::T1, from, r::T2); // pext: the bit in the word

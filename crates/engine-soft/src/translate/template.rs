@@ -57,8 +57,10 @@ pub(super) enum Kind {
     ClearFlag,
     /// STI at CPL 0.
     SetInterrupt,
-    /// RDTSC.
+    /// RDTSC and RDTSCP.
     ReadClock,
+    /// MOVS and STOS with REP.
+    Repeat,
     /// SWAPGS at CPL 0.
     SwapBase,
 }
@@ -127,15 +129,33 @@ impl Templates {
     fn make(&self, code: Code) -> Template {
         let step =
             Template { kind: Kind::Step, domain: Domain::Integer, fields: Fields::default(), aligned: false };
+        if repeats(code) {
+            return Template { kind: Kind::Repeat, ..step };
+        }
         let Some(fields) = fields(code) else { return step };
         let Some(domain) = domain(code, self.avx) else { return step };
         let kind = kind(code, domain);
         let present = |f: &CpuidFeature| feature::supported(*f, &self.cpuid);
-        if kind != Kind::Nop && !code.cpuid_features().iter().all(present) {
+        if (kind != Kind::Nop || code == Code::Serialize) && !code.cpuid_features().iter().all(present) {
             return step;
         }
         Template { kind, domain, fields, aligned: domain_aligned(code, domain) }
     }
+}
+
+/// String instructions that are translated if they are repeated.
+fn repeats(code: Code) -> bool {
+    matches!(
+        code,
+        Code::Stosb_m8_AL
+            | Code::Stosw_m16_AX
+            | Code::Stosd_m32_EAX
+            | Code::Stosq_m64_RAX
+            | Code::Movsb_m8_m8
+            | Code::Movsw_m16_m16
+            | Code::Movsd_m32_m32
+            | Code::Movsq_m64_m64
+    )
 }
 
 /// The fields, or `None` if some operand is of a kind that is not copied.
@@ -186,7 +206,7 @@ fn domain(code: Code, avx: bool) -> Option<Domain> {
         let found = match feature {
             F::INTEL8086 | F::INTEL186 | F::INTEL286 | F::INTEL386 | F::INTEL486 | F::X64 => Domain::Integer,
             F::CMOV | F::CX8 | F::CMPXCHG16B | F::MULTIBYTENOP | F::PAUSE | F::PREFETCHW => Domain::Integer,
-            F::CET_IBT | F::TSC => Domain::Integer,
+            F::CET_IBT | F::TSC | F::RDTSCP | F::SERIALIZE => Domain::Integer,
             F::POPCNT if is_x86_feature_detected!("popcnt") => Domain::Integer,
             F::LZCNT if is_x86_feature_detected!("lzcnt") => Domain::Integer,
             F::BMI1 if is_x86_feature_detected!("bmi1") => Domain::Integer,
@@ -244,7 +264,9 @@ fn kind(code: Code, domain: Domain) -> Kind {
         Code::Popfq => return Kind::PopFlags,
         Code::Cli | Code::Cld => return Kind::ClearFlag,
         Code::Sti => return Kind::SetInterrupt,
-        Code::Rdtsc => return Kind::ReadClock,
+        Code::Rdtsc | Code::Rdtscp => return Kind::ReadClock,
+        // Writes to code are seen at once by all that follows.
+        Code::Serialize => return Kind::Nop,
         Code::Swapgs => return Kind::SwapBase,
         _ => {}
     }
