@@ -99,6 +99,8 @@ pub struct Mmu {
     pub memory: GuestMemory,
     /// Width of guest-physical addresses in bits, as CPUID says.
     pub physical_bits: u32,
+    /// A load of CR3 has something to forget, in the tables of the supervisor and of the user.
+    passing: [bool; 2],
     /// Large pages of which the TLB may hold parts, of the supervisor and of the user.
     large: [Pages; 2],
     /// Counts every flush, and every invalidation of a page that code was fetched from, so that others who remember
@@ -152,6 +154,7 @@ impl Mmu {
         Self {
             memory,
             physical_bits,
+            passing: [false; 2],
             large: [Pages::NONE, Pages::NONE],
             generation: 0,
             global_generation: 0,
@@ -199,6 +202,7 @@ impl Mmu {
         let write = access == Access::Write;
         let table = if write { &mut state.tlb_write[class] } else { &mut state.tlb_read[class] };
         table.entries[index(linear)] = entry;
+        self.passing[class] |= class == 1 || !walk.global;
         if walk.page_shift > 12 {
             self.large[class].insert(address, walk.page_shift);
         }
@@ -255,6 +259,7 @@ impl Mmu {
         clear(&mut state.tlb_write[class]);
         state.hints.end(class);
         self.large[class] = Pages::NONE;
+        self.passing[class] = false;
     }
 
     /// Somebody is about to remember where code at `address` is, in a page of this size.
@@ -267,10 +272,15 @@ impl Mmu {
         if !state.cr4_has(cr4::PGE) {
             return self.flush_all(state);
         }
-        self.flush_class(state, 1);
-        for table in [&mut state.tlb_read[0], &mut state.tlb_write[0]] {
-            for entry in &mut table.entries {
-                entry.tag |= (entry.addend & TLB_LASTING).wrapping_sub(1);
+        if self.passing[1] {
+            self.flush_class(state, 1);
+        }
+        if self.passing[0] {
+            self.passing[0] = false;
+            for table in [&mut state.tlb_read[0], &mut state.tlb_write[0]] {
+                for entry in &mut table.entries {
+                    entry.tag |= (entry.addend & TLB_LASTING).wrapping_sub(1);
+                }
             }
         }
         self.generation = self.generation.wrapping_add(1);

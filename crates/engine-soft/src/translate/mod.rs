@@ -23,6 +23,7 @@ mod system;
 mod template;
 mod thunk;
 
+use crate::access::room_in_page;
 use crate::cpu_core::{Core, attention};
 use crate::mmu::{Access, Mmu, Privilege, Walk};
 use crate::state::{CpuState, PAGE_MASK, Shadow};
@@ -545,12 +546,21 @@ impl Translator {
 
     /// A read that leaves its page: puts its bytes together and answers where they are.
     fn gather(&mut self, core: &mut Core, access: Descriptor, address: u64) -> Option<u64> {
-        let privilege = Privilege::of(&core.state);
-        let (first, second) =
-            core.targets(address, access.size() as usize, Access::Read, privilege).ok()?;
-        let (head, tail) = (first.host?, second?.host?);
+        let (user, room) = (core.state.cpl() == 3, room_in_page(address));
+        let next = address.wrapping_add(room as u64);
+        let rest = (access.size() as usize).checked_sub(room)?;
+        let known = |at, len: usize| Mmu::lookup(&core.state, at, len as u64, false, user);
+        let (head, tail) = match (known(address, room), known(next, rest)) {
+            (Some(head), Some(tail)) => (head, tail),
+            _ => {
+                let privilege = Privilege::of(&core.state);
+                let (first, second) =
+                    core.targets(address, access.size() as usize, Access::Read, privilege).ok()?;
+                (first.host?, second?.host?)
+            }
+        };
         let gathered = core.state.linkage.gathered.get_mut(..access.size() as usize)?;
-        let (front, back) = gathered.split_at_mut_checked(crate::access::room_in_page(address))?;
+        let (front, back) = gathered.split_at_mut_checked(room)?;
         crate::host::read(head, front);
         crate::host::read(tail, back);
         Some(gathered.as_ptr() as u64)
