@@ -6,7 +6,7 @@
 //! translated code, not for user pages reached by the supervisor under SMAP. Everything else takes the slow path,
 //! each time.
 
-use crate::state::{CpuState, PAGE_MASK, TLB_ENTRIES, TLB_INVALID, TLB_LASTING, TlbEntry, TlbTable, seg};
+use crate::state::{CpuState, PAGE_MASK, TLB_ENTRIES, TLB_INVALID, TlbEntry, TlbTable, seg};
 use cpu::{cr0, cr4, efer, rflags};
 use memory::{GuestMemory, PAGE_SIZE, PageFlags};
 use std::sync::atomic::Ordering;
@@ -197,12 +197,13 @@ impl Mmu {
             return Ok(target);
         }
         let linear = address & PAGE_MASK;
-        let lasting = if class == 1 || walk.global { TLB_LASTING } else { 0 };
-        let entry = TlbEntry { tag: linear, addend: (page.host as u64).wrapping_sub(linear) | lasting };
+        let lasting = class == 1 || walk.global;
+        let entry = TlbEntry { tag: linear, addend: (page.host as u64).wrapping_sub(linear) };
         let write = access == Access::Write;
         let table = if write { &mut state.tlb_write[class] } else { &mut state.tlb_read[class] };
         table.entries[index(linear)] = entry;
-        self.passing[class] |= class == 1 || !walk.global;
+        table.lasting[index(linear)] = u8::from(lasting);
+        self.passing[class] |= class == 1 || !lasting;
         if walk.page_shift > 12 {
             self.large[class].insert(address, walk.page_shift);
         }
@@ -278,8 +279,8 @@ impl Mmu {
         if self.passing[0] {
             self.passing[0] = false;
             for table in [&mut state.tlb_read[0], &mut state.tlb_write[0]] {
-                for entry in &mut table.entries {
-                    entry.tag |= (entry.addend & TLB_LASTING).wrapping_sub(1);
+                for (entry, lasting) in table.entries.iter_mut().zip(&table.lasting) {
+                    entry.tag |= u64::from(*lasting).wrapping_sub(1);
                 }
             }
         }

@@ -23,25 +23,20 @@ pub const TLB_INVALID: u64 = u64::MAX;
 
 /// The bits of an address that number its 4 KiB page.
 pub const PAGE_MASK: u64 = !0xfff;
-/// Bit of a TLB entry's `addend`, whose low 12 bits mean nothing else: the translation outlives a load of CR3, or need
-/// not; translated code may remember it in its hints.
-pub const TLB_LASTING: u64 = 1;
-
-/// One software TLB entry: `tag` is the linear address of the page (low 12 bits zero), and host = linear + `addend`
-/// without [`TLB_LASTING`].
+/// One software TLB entry: `tag` is the linear address of the page (low 12 bits zero), and host = linear + `addend`.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct TlbEntry {
     /// Linear page address, or [`TLB_INVALID`].
     pub tag: u64,
-    /// Host address less linear address, wrapping; and [`TLB_LASTING`].
+    /// Host address less linear address, wrapping.
     pub addend: u64,
 }
 
 impl TlbEntry {
     /// The host address of a linear address in the entry's page.
     pub fn host(&self, linear: u64) -> u64 {
-        linear.wrapping_add(self.addend & PAGE_MASK)
+        linear.wrapping_add(self.addend)
     }
 }
 
@@ -51,6 +46,9 @@ impl TlbEntry {
 pub struct TlbTable {
     /// The entries.
     pub entries: [TlbEntry; TLB_ENTRIES],
+    /// By entry, 1 if the translation outlives a load of CR3, or need not: translated code may remember it in its
+    /// hints. Else 0.
+    pub lasting: [u8; TLB_ENTRIES],
 }
 
 /// The index of segment registers in [`CpuState::segments`], in encoding order.

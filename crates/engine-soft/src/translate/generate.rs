@@ -8,7 +8,7 @@ use super::emit::{Emitter, Mem, cc, r};
 use super::hints::{self, Hint};
 use super::linkage::Linkage;
 use super::thunk::{self, LINKAGE, Renewal, Thunks, linked, reason, spill};
-use crate::state::{CpuState, Doorbell, seg};
+use crate::state::{CpuState, Doorbell, TLB_ENTRIES, TlbEntry, TlbTable, seg};
 use iced_x86::{Instruction, InstructionInfoFactory, OpAccess, Register};
 use std::mem::{offset_of, size_of};
 
@@ -87,8 +87,6 @@ struct Shared {
     hint: u32,
 }
 
-/// Displacements from RSP that share the stack's hint: seldom on two pages, too.
-const STACK_TOP: std::ops::Range<i64> = -64..192;
 /// Displacements from one base share a hint if they are no farther apart: seldom on two pages.
 const NEAR: u64 = 256;
 
@@ -154,9 +152,12 @@ pub(super) struct Generator {
     /// LOCK may be left out: there is one vCPU.
     pub drop_lock: bool,
     cold: Vec<Cold>,
+    first_hint: u32,
     /// Number that the next hint of this block gets.
     pub next_hint: u32,
     shared: Vec<Shared>,
+    /// Hints of this block, counted from its first, that are no good.
+    pub unsteady: Vec<u32>,
 }
 
 /// The instruction being translated.
@@ -218,8 +219,10 @@ impl Generator {
             bmi2,
             drop_lock,
             cold: Vec::new(),
+            first_hint: 0,
             next_hint: 0,
             shared: Vec::new(),
+            unsteady: Vec::new(),
         }
     }
 
@@ -231,7 +234,8 @@ impl Generator {
         self.cold.clear();
         self.shared.clear();
         self.bridges.clear();
-        (self.first_link, self.first_bridge, self.next_hint, self.class) = (link, bridge, hint, class);
+        (self.first_link, self.first_bridge, self.class) = (link, bridge, class);
+        (self.first_hint, self.next_hint) = (hint, hint);
     }
 
     /// Where generation stands, for [`Self::rewind`].
@@ -258,9 +262,7 @@ impl Generator {
         let (base, index) = (instruction.memory_base(), instruction.memory_index());
         let disp = instruction.memory_displacement64() as i64;
         let simple = segment.is_none() && index == Register::None;
-        let hint = if simple && base == Register::RSP && STACK_TOP.contains(&disp) {
-            hints::STACK[self.class]
-        } else if simple && base != Register::None {
+        let hint = if simple && base != Register::None {
             self.shared_hint(base, write, disp)
         } else {
             self.fresh_hint()
@@ -374,6 +376,10 @@ impl Generator {
     /// Checks an access and answers the operand that reaches it, which uses ADDR. Uses T1 and T2 too.
     pub(super) fn reach(&mut self, place: Place, access: Check, site: Site) -> Mem {
         if !site.live {
+            let number = place.hint.wrapping_sub(self.first_hint);
+            if self.unsteady.contains(&number) {
+                return self.reach_lookup(place, access, site);
+            }
             self.reach_plain(place, access, site, false)
         } else if self.bmi2 {
             self.reach_flagless(place, access, site)
@@ -421,6 +427,33 @@ impl Generator {
         let (renewal, resume) = (self.renewal(place, access, false), self.out.pos());
         self.cold.push(Cold::Miss { field, place, descriptor, renewal, resume });
         Self::operand_at(place)
+    }
+
+    /// The form that looks into the TLB itself, and replaces the flags.
+    fn reach_lookup(&mut self, place: Place, access: Check, site: Site) -> Mem {
+        let table = if access.write { offset_of!(CpuState, tlb_write) } else { offset_of!(CpuState, tlb_read) };
+        let entry = Mem::state(table + self.class * size_of::<TlbTable>()).with_index(r::T1, 0);
+        let out = &mut self.out;
+        out.lea_or_mov(r::ADDR, place.register, place.disp);
+        out.mov32(r::T1, r::ADDR);
+        out.shr32(r::T1, 8);
+        out.and_imm(false, r::T1, ((TLB_ENTRIES - 1) * size_of::<TlbEntry>()) as i32);
+        if access.align > 0 {
+            out.mov(r::T2, r::ADDR);
+            out.and_imm(true, r::T2, -4096 | ((1 << access.align) - 1));
+        } else {
+            // The page of the last byte: an access that leaves its page matches nothing.
+            out.lea_or_mov(r::T2, r::ADDR, i32::from(access.size) - 1);
+            out.and_imm(true, r::T2, -4096);
+        }
+        out.op_mem(true, &[0x3b], r::T2, entry);
+        let field = out.jump_if(cc::NE);
+        out.op_mem(true, &[0x03], r::ADDR, Mem { disp: entry.disp + offset_of!(TlbEntry, addend) as i32, ..entry });
+        let descriptor = Descriptor::new(site.offset, access, place.hint, false, false);
+        let at = Place { register: r::ADDR, disp: 0, hint: place.hint };
+        let (renewal, resume) = (self.renewal(at, access, false), self.out.pos());
+        self.cold.push(Cold::Miss { field, place: at, descriptor, renewal, resume });
+        Mem::base(r::ADDR)
     }
 
     /// The form that leaves the flags alone (BMI2, LEA and JRCXZ), and does not know addresses that are not aligned to

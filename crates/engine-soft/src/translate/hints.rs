@@ -8,6 +8,9 @@
 //! ends hints, by a log of those filled since the last time, one per privilege class: nothing is paid for hints that
 //! were not filled, and each filling is undone at most once. Hints of the supervisor are filled from global
 //! translations only, which lets them survive a load of CR3.
+//!
+//! Some accesses go to another page nearly each time, and a hint that is wrong costs a mispredicted jump and its
+//! renewal. They are found in the log when it is full, and their blocks are made again with a TLB lookup in their place.
 
 use crate::state::{CpuState, PAGE_MASK};
 use std::mem::{offset_of, size_of};
@@ -138,6 +141,14 @@ impl Hints {
                 *hint = empty;
             }
         }
+    }
+
+    /// The hints of the last fillings of a class, newest last.
+    pub(super) fn last(&self, class: usize, count: usize) -> impl Iterator<Item = u32> + '_ {
+        let filled = (self.filled[class] as usize).min(LOG_ENTRIES);
+        let first = offset(0);
+        let log = self.logs[class].get(filled.saturating_sub(count)..filled).unwrap_or_default();
+        log.iter().map(move |&at| ((at as usize).wrapping_sub(first) / size_of::<Hint>()) as u32)
     }
 
     /// Whether the log of a class has no room left.

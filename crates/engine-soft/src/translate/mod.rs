@@ -32,8 +32,10 @@ use cache::CodeCache;
 use cpu::{Error, cr0, cr4, rflags};
 use generate::{Descriptor, Generator, Origin};
 use iced_x86::InstructionInfoFactory;
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use store::{Bridge, Link, Store, Write};
+use std::time::{Duration, Instant};
+use store::{Bridge, Link, NumberMap, Store, Write};
 use template::Templates;
 
 pub(crate) use block::INSTRUCTIONS_MAX;
@@ -87,6 +89,13 @@ pub struct Statistics {
 /// Room that must be free in the cache before a block is translated: more than the largest block.
 const BLOCK_ROOM: usize = 64 << 10;
 
+/// A log of hints that is full after this time has some that are no good.
+const SOON: Duration = Duration::from_micros(hints::LOG_ENTRIES as u64 / 12);
+/// The fillings that are looked at then.
+const RECENT: usize = 1024;
+/// Hints filled so often among those are no good.
+const UNSTEADY: u32 = 16;
+
 /// Hints that must be free: more than a block has.
 const HINT_ROOM: usize = 4 * INSTRUCTIONS_MAX;
 /// Bridges that must be free, as well.
@@ -112,6 +121,10 @@ pub struct Translator {
     local: Option<u64>,
     /// The jump cache's salts, by privilege class.
     salts: [u64; 2],
+    /// Hints that are no good, counted from the first of their blocks, by the blocks' addresses and modes.
+    unsteady: HashMap<(u64, u8), Vec<u32>>,
+    /// When hints were last found to be no good.
+    settled: Instant,
     random: u64,
     identity: u64,
     /// Leave after every block.
@@ -143,6 +156,8 @@ impl Translator {
             modes: [Mode::default(); 2],
             local: None,
             salts: [1; 2],
+            unsteady: HashMap::new(),
+            settled: Instant::now(),
             random: crate::host::random(),
             identity: IDENTITY.fetch_add(1, Ordering::Relaxed),
             single: false,
@@ -192,6 +207,7 @@ impl Translator {
             }
         }
         self.store.clear();
+        self.unsteady.clear();
         self.cache.flush();
         core.state.hints.reset();
         self.generations = [u64::MAX; 2];
@@ -492,6 +508,7 @@ impl Translator {
         let (address, go_on) = (link.payload[1], link.payload[2]);
         let class = usize::from(core.state.cpl() == 3);
         if core.state.hints.full(class) {
+            self.settle(core, class);
             core.state.hints.end(class);
         }
         let host = self.resolve(core, descriptor, address);
@@ -509,6 +526,33 @@ impl Translator {
                 }
                 state.rip = link.page_base.wrapping_add(descriptor.offset());
                 None
+            }
+        }
+    }
+
+    /// The log of hints is full. If that was soon, finds those that are filled again and again, and has their blocks
+    /// made without them.
+    fn settle(&mut self, core: &mut Core, class: usize) {
+        let now = Instant::now();
+        let soon = now.duration_since(std::mem::replace(&mut self.settled, now)) < SOON;
+        if !soon {
+            return;
+        }
+        let mut fillings: NumberMap<u32> = NumberMap::default();
+        for hint in core.state.hints.last(class, RECENT) {
+            *fillings.entry(u64::from(hint)).or_default() += 1;
+        }
+        for (hint, count) in fillings {
+            if count < UNSTEADY {
+                continue;
+            }
+            let Some(block) = self.store.owner(hint as u32) else { continue };
+            let address = block.page | u64::from(block.start);
+            let number = (hint as u32).wrapping_sub(block.hints.0);
+            let known = self.unsteady.entry((address, block.mode)).or_default();
+            if !known.contains(&number) {
+                known.push(number);
+                self.kill(core, address, 1);
             }
         }
     }
@@ -598,6 +642,10 @@ impl Translator {
         let first_bridge = self.store.bridges.len() as u32;
         let numbers = [first_link, first_bridge, first_hint];
         self.generator.start(self.cache.next(), numbers, usize::from(mode.user));
+        self.generator.unsteady.clear();
+        if let Some(unsteady) = self.unsteady.get(&(physical, mode.bits())) {
+            self.generator.unsteady.extend(unsteady);
+        }
         let mut block = Store::new_block(page, start, mode.bits(), self.plan.ranges);
         block.entry = self.cache.next();
         self.generator.entry(start);
@@ -613,7 +661,8 @@ impl Translator {
         if !self.cache.append(code) {
             return None;
         }
-        core.state.hints.take(self.generator.next_hint.wrapping_sub(first_hint));
+        block.hints = (first_hint, self.generator.next_hint.wrapping_sub(first_hint));
+        core.state.hints.take(block.hints.1);
         self.statistics.blocks += 1;
         self.statistics.host_bytes += code.len() as u64;
         let end = self.plan.items.last().map_or(start, |item| item.next);

@@ -56,6 +56,8 @@ pub(super) struct Block {
     pub crosses: bool,
     /// The page into which its only instruction reaches, and how far.
     pub second: Option<(u64, u16)>,
+    /// Its hints: the number of the first, and how many.
+    pub hints: (u32, u32),
     ranges: [Range; 3],
     /// Links that jump here.
     incoming: Vec<u32>,
@@ -143,6 +145,14 @@ fn granules(from: u64, to: u64) -> u128 {
 }
 
 impl Store {
+    /// The block to which a hint belongs.
+    pub(super) fn owner(&self, hint: u32) -> Option<&Block> {
+        // Hints are handed out in the order of blocks.
+        let after = self.blocks.partition_point(|block| block.hints.0 <= hint);
+        let block = self.blocks.get(after.checked_sub(1)?)?;
+        (block.alive && hint - block.hints.0 < block.hints.1).then_some(block)
+    }
+
     /// The block that starts at guest-physical `address`.
     pub(super) fn find(&self, address: u64, mode: u8) -> Option<u32> {
         self.index.get(&key(address, mode)).copied()
@@ -193,6 +203,7 @@ impl Store {
             step: false,
             crosses: false,
             second: None,
+            hints: (0, 0),
             ranges,
             incoming: Vec::new(),
             alive: true,

@@ -10,7 +10,7 @@ use super::emit::{Emitter, Mem, cc, r};
 use super::generate::Descriptor;
 use super::hints::{Hint, LOG_ENTRIES, hinted};
 use super::linkage::Linkage;
-use crate::state::{CpuState, TLB_LASTING, TlbEntry, TlbTable};
+use crate::state::{CpuState, TLB_ENTRIES, TlbEntry, TlbTable};
 use std::mem::{offset_of, size_of};
 
 /// Why translated code was left.
@@ -250,7 +250,7 @@ fn emit_renewal(out: &mut Emitter, renewal: Renewal, miss: usize) {
     out.and_imm(true, r::CX, -4096);
     out.mov32(r::AX, r::ADDR);
     out.shr32(r::AX, 8);
-    out.and_imm(false, r::AX, ((crate::state::TLB_ENTRIES - 1) * size_of::<TlbEntry>()) as i32);
+    out.and_imm(false, r::AX, ((TLB_ENTRIES - 1) * size_of::<TlbEntry>()) as i32);
     let entry = |write: bool, field: usize| {
         let table = if write { offset_of!(CpuState, tlb_write) } else { offset_of!(CpuState, tlb_read) };
         Mem::state(table + renewal.class * size_of::<TlbTable>() + field).with_index(r::AX, 0)
@@ -259,10 +259,14 @@ fn emit_renewal(out: &mut Emitter, renewal: Renewal, miss: usize) {
     let for_writes = renewal.write || renewal.stack;
     out.op_mem(true, &[0x3b], r::CX, entry(for_writes, tag));
     let other = out.jump_if(cc::NE);
+    // CX = whether it is lasting.
+    out.mov32(r::CX, r::AX);
+    out.shr32(r::CX, size_of::<TlbEntry>().trailing_zeros() as u8);
+    let lasting = Mem { disp: entry(for_writes, 0).disp + offset_of!(TlbTable, lasting) as i32, ..Mem::base(r::SP) };
+    out.op_mem(false, &[0x0f, 0xb6], r::CX, lasting.with_index(r::CX, 0));
     out.load(r::AX, entry(for_writes, addend));
-    out.raw(&[0xa8, TLB_LASTING as u8]); // test al, imm8
+    out.op_reg(false, &[0x85], r::CX, r::CX);
     let passing = out.jump_if(cc::E);
-    out.lea(r::AX, Mem::at(r::AX, -(TLB_LASTING as i32)));
     emit_filling(out, renewal.class, &mut misses);
     let done = out.pos();
     if renewal.relative {
@@ -277,7 +281,6 @@ fn emit_renewal(out: &mut Emitter, renewal: Renewal, miss: usize) {
         out.op_mem(true, &[0x3b], r::CX, entry(false, tag));
         misses.push(out.jump_if(cc::NE));
         out.load(r::AX, entry(false, addend));
-        out.and_imm(true, r::AX, !(TLB_LASTING as i32));
         out.jump_to(out.base + done);
     } else {
         misses.push(other);
@@ -291,7 +294,7 @@ fn emit_renewal(out: &mut Emitter, renewal: Renewal, miss: usize) {
     out.jump_to(miss);
 }
 
-/// Fills the hint of the descriptor in T1 with the addend in AX and the page in CX, and logs that. Uses T1.
+/// Fills the hint of the descriptor in T1 with the addend in AX and the page of ADDR, and logs that. Uses T1 and CX.
 fn emit_filling(out: &mut Emitter, class: usize, full: &mut Vec<usize>) {
     let filled = Mem::state(hinted!(filled) + class * 4);
     let log = Mem::state(hinted!(logs) + class * LOG_ENTRIES * 4);
@@ -301,6 +304,8 @@ fn emit_filling(out: &mut Emitter, class: usize, full: &mut Vec<usize>) {
     out.op_reg(true, &[0xc1], 5, r::T1); // shr r13, 32
     out.byte(Descriptor::HINT_SHIFT);
     let hint = |field: usize| Mem::at(r::SP, field as i32).with_index(r::T1, 0);
+    out.mov(r::CX, r::ADDR);
+    out.and_imm(true, r::CX, -4096);
     out.op_reg(true, &[0xf7], 3, r::CX); // neg rcx
     out.store(hint(offset_of!(Hint, negative_page)), r::CX);
     out.store(hint(offset_of!(Hint, addend)), r::AX);
