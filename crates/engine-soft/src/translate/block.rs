@@ -2,12 +2,14 @@
 
 use super::flags;
 use super::template::{Domain, Kind, Template, Templates};
-use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
+use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, OpKind};
 
 /// Longest block in instructions.
 pub(crate) const INSTRUCTIONS_MAX: usize = 64;
 /// How far liveness looks into successors, in instructions.
-const AHEAD_MAX: usize = 8;
+const AHEAD_MAX: usize = 16;
+/// Accesses for which live flags are saved once instead of being kept from harm at each.
+const SAVED_ACCESSES_MIN: usize = 3;
 const PAGE: usize = 4096;
 /// Most bytes of one instruction, and so of the next page that are looked at.
 pub(super) const INSTRUCTION_BYTES: usize = 15;
@@ -54,6 +56,8 @@ pub(super) struct Item {
     /// Status flags live before and after it.
     pub live_before: u32,
     pub live_after: u32,
+    /// The live flags are in memory while it runs: it leaves them alone, and checks of accesses need not.
+    pub saved: bool,
 }
 
 /// A byte range of the page, from and to.
@@ -102,7 +106,7 @@ pub(super) fn plan(
             break;
         };
         let (offset, next) = (instruction.ip() as u16, instruction.next_ip() as u16);
-        into.items.push(Item { instruction, template, offset, next, live_before: 0, live_after: 0 });
+        into.items.push(Item { instruction, template, offset, next, live_before: 0, live_after: 0, saved: false });
         if controls(template.kind) {
             into.controlled = true;
             break;
@@ -111,6 +115,7 @@ pub(super) fn plan(
     let end = into.items.last().map_or(start, |item| item.next);
     into.ranges = [(start, end.saturating_add(15).min(PAGE as u16)), (0, 0), (0, 0)];
     liveness(into, page);
+    stretches(into);
 }
 
 /// The instruction ends a block.
@@ -148,6 +153,40 @@ fn liveness(plan: &mut Plan, page: &[u8]) {
         live = flags::before(&item.instruction, live);
         item.live_before = live;
     }
+}
+
+/// Finds stretches of instructions that pass live flags on and access memory more often than saving the flags is worth.
+fn stretches(plan: &mut Plan) {
+    let passes = |item: &Item| item.live_before != 0 && passes(item);
+    for stretch in plan.items.chunk_by_mut(|a, b| passes(a) && passes(b)) {
+        let accesses = stretch.iter().filter(|item| accesses(item)).count();
+        if accesses >= SAVED_ACCESSES_MIN && stretch.iter().all(passes) {
+            stretch.iter_mut().for_each(|item| item.saved = true);
+        }
+    }
+}
+
+/// The instruction neither reads nor writes status flags, nor ends the block.
+fn passes(item: &Item) -> bool {
+    let quiet = matches!(
+        item.template.kind,
+        Kind::Copy
+            | Kind::Lea
+            | Kind::Nop
+            | Kind::Absolute
+            | Kind::PushRegister
+            | Kind::PushImmediate
+            | Kind::PushMemory
+            | Kind::PopRegister
+            | Kind::Leave
+    );
+    quiet && (item.instruction.rflags_read() | item.instruction.rflags_modified()) & flags::STATUS == 0
+}
+
+fn accesses(item: &Item) -> bool {
+    let memory = (0..item.instruction.op_count()).any(|i| item.instruction.op_kind(i) == OpKind::Memory);
+    memory && item.template.kind != Kind::Lea && item.template.kind != Kind::Nop
+        || item.instruction.is_stack_instruction()
 }
 
 /// Status flags live at a page offset, as far as a short look tells; notes the bytes looked at.

@@ -167,8 +167,10 @@ pub(super) struct Site {
     pub offset: u16,
     /// Page offset of the next.
     pub next: u16,
-    /// Some status flag is needed by it or later.
+    /// Some status flag is needed by it or later, and is in the host's flags.
     pub live: bool,
+    /// Those needed are in `flags_saved`.
+    pub saved: bool,
     /// The status flags needed after it.
     pub live_after: bool,
     /// The block goes on after it, or leaves for the single-step tier without looking for events.
@@ -380,7 +382,7 @@ impl Generator {
             if self.unsteady.contains(&number) {
                 return self.reach_lookup(place, access, site);
             }
-            self.reach_plain(place, access, site, false)
+            self.reach_plain(place, access, site, site.saved)
         } else if self.bmi2 {
             self.reach_flagless(place, access, site)
         } else {
@@ -449,26 +451,35 @@ impl Generator {
         out.op_mem(true, &[0x3b], r::T2, entry);
         let field = out.jump_if(cc::NE);
         out.op_mem(true, &[0x03], r::ADDR, Mem { disp: entry.disp + offset_of!(TlbEntry, addend) as i32, ..entry });
-        let descriptor = Descriptor::new(site.offset, access, place.hint, false, false);
+        let descriptor = Descriptor::new(site.offset, access, place.hint, false, site.saved);
         let at = Place { register: r::ADDR, disp: 0, hint: place.hint };
         let (renewal, resume) = (self.renewal(at, access, false), self.out.pos());
         self.cold.push(Cold::Miss { field, place: at, descriptor, renewal, resume });
         Mem::base(r::ADDR)
     }
 
-    /// The form that leaves the flags alone (BMI2, LEA and JRCXZ), and does not know addresses that are not aligned to
-    /// the access's size.
+    /// The form that leaves the flags alone (BMI2, LEA and JRCXZ). Up to eight bytes it does not know addresses that are
+    /// not aligned to the access's size; vectors seldom are.
     fn reach_flagless(&mut self, place: Place, access: Check, site: Site) -> Mem {
         let relative = place.register != r::ADDR;
         let (negative_page, addend) = hint_fields(place.hint);
         let log = usize::from(access.size).next_power_of_two().trailing_zeros() as usize;
-        let mask = Mem::state(LINKAGE + offset_of!(Linkage, tag_masks) + log * 8);
+        let aligned = log <= 3 || access.align > 0;
+        let mask = |log: usize| Mem::state(LINKAGE + offset_of!(Linkage, tag_masks) + log * 8);
         let out = &mut self.out;
         out.lea_or_mov(r::ADDR, place.register, place.disp);
         out.load(r::T1, negative_page);
         out.lea(r::T1, Mem::base(r::T1).with_index(r::ADDR, 0));
         out.mov(r::T2, r::CX);
-        out.pext(r::CX, r::T1, mask);
+        if aligned {
+            out.pext(r::CX, r::T1, mask(log));
+        } else {
+            // The pages of the first and the last byte, less the hint's, are zero if their sum is.
+            out.lea(r::CX, Mem::at(r::T1, i32::from(access.size) - 1));
+            out.pext(r::T1, r::T1, mask(0));
+            out.pext(r::CX, r::CX, mask(0));
+            out.lea(r::CX, Mem::base(r::CX).with_index(r::T1, 0));
+        }
         let inside = out.short(0xe3);
         out.mov(r::CX, r::T2);
         let field = out.jump();

@@ -695,11 +695,19 @@ impl Translator {
         let (mut done, mut end) = (0, start);
         let mut step = self.plan.step;
         let count = self.plan.items.len();
+        let mut saved = false;
         for (place, item) in self.plan.items.iter().enumerate() {
+            match (saved, item.saved) {
+                (false, true) => self.generator.save_flags(),
+                (true, false) => self.generator.restore_flags(),
+                _ => {}
+            }
+            saved = item.saved;
             let site = generate::Site {
                 offset: item.offset,
                 next: item.next,
-                live: item.live_before != 0,
+                live: item.live_before != 0 && !saved,
+                saved,
                 live_after: item.live_after != 0,
                 followed: place + 1 < count || self.plan.step,
             };
@@ -717,6 +725,9 @@ impl Translator {
             self.generator.executed(&item.instruction, &mut self.info);
             done += 1;
             end = item.next;
+        }
+        if saved {
+            self.generator.restore_flags();
         }
         if step {
             self.generator.exit(reason::STEP, u32::from(end));
