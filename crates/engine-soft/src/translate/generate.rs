@@ -531,6 +531,14 @@ impl Generator {
         self.cold.push(Cold::Exit { field, why: reason::STEP, value, saved });
     }
 
+    /// Leaves before an instruction, or between two parts of it, if a kick is waiting. Writes flags.
+    pub(super) fn kick_when(&mut self, site: Site, saved: bool) {
+        self.out.op_mem(false, &[0x83], 7, Mem::state(offset_of!(CpuState, doorbell) + offset_of!(Doorbell, kick)));
+        self.out.byte(0);
+        let field = self.out.jump_if(cc::NE);
+        self.cold.push(Cold::Exit { field, why: reason::KICK, value: u32::from(site.offset), saved });
+    }
+
     /// Leaves before the target of a jump if a kick is waiting.
     pub(super) fn poll(&mut self, target: u16, live: bool) {
         let kick = Mem::state(offset_of!(CpuState, doorbell) + offset_of!(Doorbell, kick));

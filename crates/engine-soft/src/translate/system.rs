@@ -162,8 +162,8 @@ impl Generator {
         }
     }
 
-    /// MOVS and STOS with REP, DF clear, and all they access within one page each. The rest is for the single-step
-    /// tier, which goes page by page too.
+    /// MOVS and STOS with REP and DF clear, as far as they access whole elements in one page each; then the next pages.
+    /// The rest is for the single-step tier.
     pub(super) fn repeat(&mut self, instruction: &Instruction, site: Site) -> Option<()> {
         let (opcode, log, copies) = match instruction.code() {
             Code::Stosb_m8_AL => (&[0xf3, 0xaa][..], 0, false),
@@ -188,43 +188,54 @@ impl Generator {
         if saved {
             self.save_flags();
         }
-        let pointers: &[u8] = if copies { &[r::DI, r::SI] } else { &[r::DI] };
         self.out.op_mem(false, &[0xf7], 0, flags_field()); // test
         self.out.dword(rflags::DF as u32);
-        let leave = self.out.jump_if(cc::NE);
-        self.step_when(leave, site, saved);
+        let backward = self.out.jump_if(cc::NE);
+        self.step_when(backward, site, saved);
+        let again = self.out.pos();
         self.out.op_reg(true, &[0x85], r::CX, r::CX);
-        let nothing = self.out.jump_if(cc::E);
-        self.out.cmp_imm(r::CX, 4096 >> log);
-        let leave = self.out.jump_if(cc::A);
-        self.step_when(leave, site, saved);
+        let done = self.out.jump_if(cc::E);
+        self.kick_when(site, saved);
+        let place = |this: &mut Self, register| Place { register, disp: 0, hint: this.fresh_hint() };
+        // The addends: RDI's in the slot of what is kept, RSI's in ADDR.
+        let to = place(self, r::DI);
+        self.reach_plain(to, Check { more: true, ..Check::write(1) }, site, saved);
+        self.out.store(kept(), r::ADDR);
+        if copies {
+            let from = place(self, r::SI);
+            self.reach_plain(from, Check::read(1), site, saved);
+        }
+        // T2 = the elements that are all in the page.
+        self.out.mov(r::T2, r::CX);
+        let pointers: &[u8] = if copies { &[r::DI, r::SI] } else { &[r::DI] };
         for &pointer in pointers {
             self.out.mov32(r::T1, pointer);
+            self.out.op_reg(false, &[0xf7], 2, r::T1); // not
             self.out.and_imm(false, r::T1, 0xfff);
-            self.out.lea(r::T1, Mem::base(r::T1).with_index(r::CX, log));
-            self.out.cmp_imm(r::T1, 4096);
-            let leave = self.out.jump_if(cc::A);
-            self.step_when(leave, site, saved);
+            self.out.lea(r::T1, Mem::at(r::T1, 1));
+            self.out.shr32(r::T1, log);
+            self.out.op_reg(true, &[0x39], r::T1, r::T2); // cmp T2, T1
+            self.out.op_reg(true, &[0x0f, 0x47], r::T2, r::T1); // cmova T2, T1
         }
-        let place = |register: u8, hint: u32| Place { register, disp: 0, hint };
-        let hint = self.fresh_hint();
-        self.reach_plain(place(r::DI, hint), Check { more: true, ..Check::write(1) }, site, saved);
-        if copies {
-            self.out.store(kept(), r::ADDR);
-            let hint = self.fresh_hint();
-            self.reach_plain(place(r::SI, hint), Check::read(1), site, saved);
-            self.out.load(r::T1, kept());
-            self.out.op_reg(true, &[0x01], r::ADDR, r::SI);
-        } else {
-            self.out.mov(r::T1, r::ADDR);
-        }
+        self.out.op_reg(true, &[0x85], r::T2, r::T2);
+        let crossing = self.out.jump_if(cc::E);
+        self.step_when(crossing, site, saved);
+        // CX = those, T2 = the others.
+        self.out.op_reg(true, &[0x29], r::T2, r::CX); // sub
+        self.out.op_reg(true, &[0x87], r::T2, r::CX); // xchg
+        self.out.load(r::T1, kept());
         self.out.op_reg(true, &[0x01], r::T1, r::DI);
+        if copies {
+            self.out.op_reg(true, &[0x01], r::ADDR, r::SI);
+        }
         self.out.raw(opcode);
         self.out.op_reg(true, &[0x29], r::T1, r::DI);
         if copies {
             self.out.op_reg(true, &[0x29], r::ADDR, r::SI);
         }
-        self.out.bind(nothing);
+        self.out.mov(r::CX, r::T2);
+        self.out.jump_to(self.out.base + again);
+        self.out.bind(done);
         if saved {
             self.restore_flags();
         }
