@@ -8,7 +8,6 @@ use crate::fetch::Decoded;
 use crate::mmu::Mmu;
 use cpu::{attr, cr0, cr4, efer};
 use iced_x86::{CpuidFeature, OpKind, Register};
-use std::sync::atomic::Ordering;
 
 /// CR0 bits that exist.
 const CR0_KNOWN: u64 = cr0::PE
@@ -63,7 +62,7 @@ pub(crate) fn mov_cr(core: &mut Core, d: &Decoded) -> Result<(), Trap> {
         _ => {
             if std::mem::replace(&mut core.state.cr8, value) != value {
                 // The machine's local APIC has to know before the next instruction.
-                core.state.kick.fetch_or(crate::vcpu::kick::LEAVE, Ordering::Relaxed);
+                core.state.doorbell.ring(crate::vcpu::kick::LEAVE);
             }
             core.state.attention |= attention::MODE;
             Ok(())

@@ -106,7 +106,15 @@ pub(super) fn plan(
             break;
         };
         let (offset, next) = (instruction.ip() as u16, instruction.next_ip() as u16);
-        into.items.push(Item { instruction, template, offset, next, live_before: 0, live_after: 0, saved: false });
+        into.items.push(Item {
+            instruction,
+            template,
+            offset,
+            next,
+            live_before: 0,
+            live_after: 0,
+            saved: false,
+        });
         if controls(template.kind) {
             into.controlled = true;
             break;

@@ -309,7 +309,9 @@ fn spilled_in_place(instruction: &Instruction, template: &Template) -> bool {
         return false;
     }
     let reads = match instruction.mnemonic() {
-        M::Cmp | M::Test | M::Movzx | M::Movsx | M::Movsxd | M::Imul | M::Popcnt | M::Lzcnt | M::Tzcnt => true,
+        M::Cmp | M::Test | M::Movzx | M::Movsx | M::Movsxd | M::Imul | M::Popcnt | M::Lzcnt | M::Tzcnt => {
+            true
+        }
         M::Mul | M::Div | M::Idiv | M::Bsf | M::Bsr => true,
         M::Mov | M::Add | M::Or | M::Adc | M::Sbb | M::And | M::Sub | M::Xor => false,
         M::Inc | M::Dec | M::Neg | M::Not | M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror => false,

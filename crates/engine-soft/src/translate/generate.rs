@@ -255,7 +255,12 @@ impl Generator {
 
     /// Where the memory operand is; emits what must be computed for that. `in_register` asks for it in ADDR. `None` if
     /// the shape is not translated.
-    pub(super) fn place(&mut self, instruction: &Instruction, write: bool, in_register: bool) -> Option<Place> {
+    pub(super) fn place(
+        &mut self,
+        instruction: &Instruction,
+        write: bool,
+        in_register: bool,
+    ) -> Option<Place> {
         let segment = match instruction.memory_segment() {
             Register::FS => Some(seg::FS),
             Register::GS => Some(seg::GS),
@@ -433,7 +438,8 @@ impl Generator {
 
     /// The form that looks into the TLB itself, and replaces the flags.
     fn reach_lookup(&mut self, place: Place, access: Check, site: Site) -> Mem {
-        let table = if access.write { offset_of!(CpuState, tlb_write) } else { offset_of!(CpuState, tlb_read) };
+        let table =
+            if access.write { offset_of!(CpuState, tlb_write) } else { offset_of!(CpuState, tlb_read) };
         let entry = Mem::state(table + self.class * size_of::<TlbTable>()).with_index(r::T1, 0);
         let out = &mut self.out;
         out.lea_or_mov(r::ADDR, place.register, place.disp);
@@ -450,7 +456,12 @@ impl Generator {
         }
         out.op_mem(true, &[0x3b], r::T2, entry);
         let field = out.jump_if(cc::NE);
-        out.op_mem(true, &[0x03], r::ADDR, Mem { disp: entry.disp + offset_of!(TlbEntry, addend) as i32, ..entry });
+        out.op_mem(
+            true,
+            &[0x03],
+            r::ADDR,
+            Mem { disp: entry.disp + offset_of!(TlbEntry, addend) as i32, ..entry },
+        );
         let descriptor = Descriptor::new(site.offset, access, place.hint, false, site.saved);
         let at = Place { register: r::ADDR, disp: 0, hint: place.hint };
         let (renewal, resume) = (self.renewal(at, access, false), self.out.pos());
@@ -533,7 +544,12 @@ impl Generator {
 
     /// Leaves before an instruction, or between two parts of it, if a kick is waiting. Writes flags.
     pub(super) fn kick_when(&mut self, site: Site, saved: bool) {
-        self.out.op_mem(false, &[0x83], 7, Mem::state(offset_of!(CpuState, doorbell) + offset_of!(Doorbell, kick)));
+        self.out.op_mem(
+            false,
+            &[0x83],
+            7,
+            Mem::state(offset_of!(CpuState, doorbell) + offset_of!(Doorbell, kick)),
+        );
         self.out.byte(0);
         let field = self.out.jump_if(cc::NE);
         self.cold.push(Cold::Exit { field, why: reason::KICK, value: u32::from(site.offset), saved });

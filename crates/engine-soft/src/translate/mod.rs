@@ -240,8 +240,7 @@ impl Translator {
 
     fn kill(&mut self, core: &mut Core, address: u64, len: u64) {
         let linkage = &mut core.state.linkage;
-        let (killed, empty) =
-            self.store.invalidate(&mut self.cache, &self.thunks, linkage, (address, len));
+        let (killed, empty) = self.store.invalidate(&mut self.cache, &self.thunks, linkage, (address, len));
         self.statistics.blocks_killed += killed as u64;
         // The mark is the VM's: with more vCPUs another's translator may still need it.
         if empty && self.single_cpu {
@@ -611,18 +610,9 @@ impl Translator {
     }
 
     /// Translates the block at a guest-physical address, or the instruction there that reaches into a second page.
-    fn translate(
-        &mut self,
-        core: &mut Core,
-        physical: u64,
-        second: Option<u64>,
-        mode: Mode,
-    ) -> Option<u32> {
+    fn translate(&mut self, core: &mut Core, physical: u64, second: Option<u64>, mode: Mode) -> Option<u32> {
         let bridges = self.store.bridges.len() + BRIDGE_ROOM;
-        if self.cache.room() < BLOCK_ROOM
-            || !core.state.hints.room(HINT_ROOM)
-            || bridges > linkage::BRIDGES
-        {
+        if self.cache.room() < BLOCK_ROOM || !core.state.hints.room(HINT_ROOM) || bridges > linkage::BRIDGES {
             self.flush(core);
         }
         let (page, start) = (physical & !0xfff, (physical & 0xfff) as u16);

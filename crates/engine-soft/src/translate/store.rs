@@ -319,7 +319,14 @@ impl Store {
     }
 
     /// Lets a bridge lead to a block.
-    pub(super) fn span(&mut self, class: usize, number: u32, to: u32, cache: &CodeCache, linkage: &mut Linkage) {
+    pub(super) fn span(
+        &mut self,
+        class: usize,
+        number: u32,
+        to: u32,
+        cache: &CodeCache,
+        linkage: &mut Linkage,
+    ) {
         if let Some(bridge) = self.bridges.get_mut(number as usize)
             && let Some(block) = self.blocks.get(to as usize).filter(|block| block.alive && !block.step)
             && let Some(open) = self.open.get_mut(class)

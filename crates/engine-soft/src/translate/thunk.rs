@@ -262,7 +262,8 @@ fn emit_renewal(out: &mut Emitter, renewal: Renewal, miss: usize) {
     // CX = whether it is lasting.
     out.mov32(r::CX, r::AX);
     out.shr32(r::CX, size_of::<TlbEntry>().trailing_zeros() as u8);
-    let lasting = Mem { disp: entry(for_writes, 0).disp + offset_of!(TlbTable, lasting) as i32, ..Mem::base(r::SP) };
+    let lasting =
+        Mem { disp: entry(for_writes, 0).disp + offset_of!(TlbTable, lasting) as i32, ..Mem::base(r::SP) };
     out.op_mem(false, &[0x0f, 0xb6], r::CX, lasting.with_index(r::CX, 0));
     out.load(r::AX, entry(for_writes, addend));
     out.op_reg(false, &[0x85], r::CX, r::CX);
