@@ -1,7 +1,8 @@
 //! The code cache: one memfd mapped twice, writable here and executable there, never both at one address.
 //!
 //! The only place that makes executable memory, and, with [`super::thunk`], the only `unsafe` of the translator.
-//! Code is appended; nothing is freed until the whole cache is flushed.
+//! Code is appended; nothing is freed until the whole cache is flushed. What is seldom run stands in a part of its own,
+//! so that pages and cache lines of the other part are full of what is run.
 #![allow(unsafe_code)]
 
 use cpu::Error;
@@ -12,6 +13,9 @@ pub(super) struct CodeCache {
     execute: NonNull<u8>,
     size: usize,
     used: usize,
+    /// Where the part for code that is seldom run starts, and its next code.
+    cold: usize,
+    cold_used: usize,
     /// What stays over a flush: the thunks.
     kept: usize,
 }
@@ -51,7 +55,10 @@ impl CodeCache {
         // SAFETY: the mappings keep the file alive; the descriptor is not used again.
         unsafe { libc::close(fd) };
         match (write, execute) {
-            (Some(write), Some(execute)) => Ok(Self { write, execute, size, used: 0, kept: 0 }),
+            (Some(write), Some(execute)) => {
+                let cold = size / 8 * 5;
+                Ok(Self { write, execute, size, used: 0, cold, cold_used: cold, kept: 0 })
+            }
             (Some(write), None) => {
                 // SAFETY: our own mapping, not used again.
                 unsafe { libc::munmap(write.as_ptr().cast(), size) };
@@ -66,25 +73,33 @@ impl CodeCache {
         self.used
     }
 
+    /// Offset at which the next code that is seldom run will stand.
+    pub(super) fn next_cold(&self) -> usize {
+        self.cold_used
+    }
+
     pub(super) fn used(&self) -> usize {
-        self.used
+        self.used + self.cold_used - self.cold
     }
 
-    /// Bytes still free.
+    /// Bytes still free in both parts.
     pub(super) fn room(&self) -> usize {
-        self.size.saturating_sub(self.used)
+        (self.cold - self.used).min(self.size - self.cold_used)
     }
 
-    /// Appends code, aligning the end; `false` if it does not fit.
-    pub(super) fn append(&mut self, code: &[u8]) -> bool {
-        if code.len() > self.room() {
+    /// Appends code and code that is seldom run, aligning the ends; `false` if they do not fit.
+    pub(super) fn append(&mut self, code: &[u8], cold: &[u8]) -> bool {
+        if code.len().max(cold.len()) > self.room() {
             return false;
         }
-        // SAFETY: the range [used, used + len) was checked to be inside the writable mapping.
-        unsafe {
-            std::ptr::copy_nonoverlapping(code.as_ptr(), self.write.as_ptr().add(self.used), code.len())
-        };
-        self.used = (self.used + code.len()).next_multiple_of(16).min(self.size);
+        for (at, bytes) in [(self.used, code), (self.cold_used, cold)] {
+            // SAFETY: the range [at, at + len) was checked to be inside its part of the writable mapping.
+            unsafe {
+                std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.write.as_ptr().add(at), bytes.len())
+            };
+        }
+        self.used = (self.used + code.len()).next_multiple_of(16).min(self.cold);
+        self.cold_used = (self.cold_used + cold.len()).min(self.size);
         true
     }
 
@@ -96,11 +111,12 @@ impl CodeCache {
     /// Frees all code but what is kept.
     pub(super) fn flush(&mut self) {
         self.used = self.kept;
+        self.cold_used = self.cold;
     }
 
     /// Overwrites `bytes` of existing code. No thread runs this cache's code meanwhile.
     pub(super) fn patch(&mut self, offset: usize, bytes: &[u8]) {
-        if offset.checked_add(bytes.len()).is_some_and(|end| end <= self.used) {
+        if offset.checked_add(bytes.len()).is_some_and(|end| end <= self.size) {
             // SAFETY: the range was checked to be inside the writable mapping.
             unsafe {
                 std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.write.as_ptr().add(offset), bytes.len())

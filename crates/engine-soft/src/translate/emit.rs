@@ -283,10 +283,7 @@ impl Emitter {
 
     /// Lets a jump whose displacement is at `field` come here.
     pub(super) fn bind(&mut self, field: usize) {
-        let distance = (self.pos() - field - 4) as u32;
-        if let Some(bytes) = self.bytes.get_mut(field..field + 4) {
-            bytes.copy_from_slice(&distance.to_le_bytes());
-        }
+        self.bind_to(field, self.base + self.pos());
     }
 
     pub(super) fn bind_short(&mut self, field: usize) {
@@ -297,12 +294,20 @@ impl Emitter {
         }
     }
 
-    /// `lea to, [rip + (position)]` with a position of this buffer.
-    pub(super) fn lea_position(&mut self, to: u8, position: usize) {
+    /// Lets a jump whose displacement is at `field` go to `target`, an offset of the cache.
+    pub(super) fn bind_to(&mut self, field: usize, target: usize) {
+        let distance = (target as u32).wrapping_sub((self.base + field + 4) as u32);
+        if let Some(bytes) = self.bytes.get_mut(field..field + 4) {
+            bytes.copy_from_slice(&distance.to_le_bytes());
+        }
+    }
+
+    /// `lea to, [rip + ...]` of an offset of the cache.
+    pub(super) fn lea_offset(&mut self, to: u8, offset: usize) {
         self.rex(true, to, 0, 0);
         self.raw(&[0x8d, (to & 7) << 3 | 5]);
-        let next = self.pos() + 4;
-        self.dword((position as u32).wrapping_sub(next as u32));
+        let next = self.base + self.pos() + 4;
+        self.dword((offset as u32).wrapping_sub(next as u32));
     }
 
     /// `jmp [mem]`.

@@ -117,7 +117,7 @@ impl Check {
 pub(super) struct NewLink {
     /// Position of the displacement to patch.
     pub field: usize,
-    /// Position of the stub that asks for the link.
+    /// Cache offset of the stub that asks for the link.
     pub stub: usize,
     /// Page offset of the target.
     pub target: u16,
@@ -126,7 +126,7 @@ pub(super) struct NewLink {
 /// A direct jump to another page.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct NewBridge {
-    /// Position of the stub that looks for its target.
+    /// Cache offset of the stub that looks for its target.
     pub stub: usize,
     /// Page offset of the target.
     pub target: u16,
@@ -139,6 +139,8 @@ enum Cold {
 
 pub(super) struct Generator {
     pub out: Emitter,
+    /// The code of the block that is seldom run, when finished.
+    pub seldom: Emitter,
     pub links: Vec<NewLink>,
     pub bridges: Vec<NewBridge>,
     /// Number that the first of `bridges` gets.
@@ -212,6 +214,7 @@ impl Generator {
     pub(super) fn new(thunks: Thunks, bmi2: bool, drop_lock: bool) -> Self {
         Self {
             out: Emitter::default(),
+            seldom: Emitter::default(),
             links: Vec::new(),
             bridges: Vec::new(),
             first_bridge: 0,
@@ -228,10 +231,11 @@ impl Generator {
         }
     }
 
-    /// Starts a block that will stand at `base`, with links, bridges and hints numbered from those given.
-    pub(super) fn start(&mut self, base: usize, [link, bridge, hint]: [u32; 3], class: usize) {
+    /// Starts a block whose parts will stand at `bases`, with links, bridges and hints numbered from those given.
+    pub(super) fn start(&mut self, bases: [usize; 2], [link, bridge, hint]: [u32; 3], class: usize) {
         self.out.bytes.clear();
-        self.out.base = base;
+        self.seldom.bytes.clear();
+        [self.out.base, self.seldom.base] = bases;
         self.links.clear();
         self.cold.clear();
         self.shared.clear();
@@ -641,19 +645,22 @@ impl Generator {
         self.out.store(linked!(page_base), r::ADDR);
     }
 
-    /// Emits what is seldom run.
+    /// Emits what is seldom run, to stand elsewhere: see [`Self::seldom`].
     pub(super) fn finish(&mut self) {
+        std::mem::swap(&mut self.out, &mut self.seldom);
+        // From here on, `out` is what is seldom run.
         for cold in std::mem::take(&mut self.cold) {
+            let here = self.out.base + self.out.pos();
             match cold {
                 Cold::Miss { field, place, descriptor, renewal, resume } => {
-                    self.out.bind(field);
+                    self.seldom.bind_to(field, here);
                     self.out.lea_or_mov(r::ADDR, place.register, place.disp);
-                    self.out.lea_position(r::T2, resume);
+                    self.out.lea_offset(r::T2, self.seldom.base + resume);
                     self.out.imm64(r::T1, descriptor.0);
                     self.out.jump_to(self.thunks.renew(renewal));
                 }
                 Cold::Exit { field, why, value, saved } => {
-                    self.out.bind(field);
+                    self.seldom.bind_to(field, here);
                     if saved {
                         self.restore_flags();
                     }
@@ -663,17 +670,18 @@ impl Generator {
         }
         let mut links = std::mem::take(&mut self.links);
         for (i, link) in links.iter_mut().enumerate() {
-            link.stub = self.out.pos();
-            self.out.bind(link.field);
+            link.stub = self.out.base + self.out.pos();
+            self.seldom.bind_to(link.field, link.stub);
             self.exit(reason::LINK, self.first_link.wrapping_add(i as u32));
         }
         self.links = links;
         let mut bridges = std::mem::take(&mut self.bridges);
         for (i, bridge) in bridges.iter_mut().enumerate() {
-            bridge.stub = self.out.pos();
+            bridge.stub = self.out.base + self.out.pos();
             self.exit(reason::BRIDGE, self.first_bridge.wrapping_add(i as u32));
         }
         self.bridges = bridges;
+        std::mem::swap(&mut self.out, &mut self.seldom);
     }
 }
 

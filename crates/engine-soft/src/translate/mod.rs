@@ -73,6 +73,7 @@ pub struct Statistics {
     pub blocks: u64,
     pub guest_bytes: u64,
     pub host_bytes: u64,
+    pub cold_bytes: u64,
     pub cache_flushes: u64,
     pub blocks_killed: u64,
     pub slow_writes: u64,
@@ -631,7 +632,8 @@ impl Translator {
         let first_hint = core.state.hints.next();
         let first_bridge = self.store.bridges.len() as u32;
         let numbers = [first_link, first_bridge, first_hint];
-        self.generator.start(self.cache.next(), numbers, usize::from(mode.user));
+        let bases = [self.cache.next(), self.cache.next_cold()];
+        self.generator.start(bases, numbers, usize::from(mode.user));
         self.generator.unsteady.clear();
         if let Some(unsteady) = self.unsteady.get(&(physical, mode.bits())) {
             self.generator.unsteady.extend(unsteady);
@@ -647,19 +649,20 @@ impl Translator {
         block.crosses = self.plan.crosses && self.plan.items.is_empty();
         block.second = second.map(|second| (second, block::INSTRUCTION_BYTES as u16));
         block.step = self.generate(start) == 0;
-        let code = &self.generator.out.bytes;
-        if !self.cache.append(code) {
+        let (code, cold) = (&self.generator.out.bytes, &self.generator.seldom.bytes);
+        if !self.cache.append(code, cold) {
             return None;
         }
         block.hints = (first_hint, self.generator.next_hint.wrapping_sub(first_hint));
         core.state.hints.take(block.hints.1);
         self.statistics.blocks += 1;
         self.statistics.host_bytes += code.len() as u64;
+        self.statistics.cold_bytes += cold.len() as u64;
         let end = self.plan.items.last().map_or(start, |item| item.next);
         self.statistics.guest_bytes += u64::from(end.wrapping_sub(start));
         let base = block.entry;
         for new in &self.generator.bridges {
-            let bridge = Bridge { stub: base + new.stub, target: new.target, to: None };
+            let bridge = Bridge { stub: new.stub, target: new.target, to: None };
             if let Some(host) = core.state.linkage.bridges.get_mut(self.store.bridges.len()) {
                 *host = self.cache.address(bridge.stub);
             }
@@ -669,7 +672,7 @@ impl Translator {
         for i in 0..self.generator.links.len() {
             let Some(&new) = self.generator.links.get(i) else { break };
             let link =
-                Link { field: base + new.field, stub: base + new.stub, target: new.target, from: number };
+                Link { field: base + new.field, stub: new.stub, target: new.target, from: number };
             self.store.links.push(link);
             if !self.single
                 && let Some(to) = self.store.find(page | u64::from(new.target), mode.bits())

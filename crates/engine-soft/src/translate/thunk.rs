@@ -110,7 +110,7 @@ impl Thunks {
             *at = out.base + out.pos();
             emit_renewal(&mut out, renewal, exits[reason::MISS as usize]);
         }
-        cache.append(&out.bytes);
+        cache.append(&out.bytes, &[]);
         cache.keep();
         Self { enter, exits, renewals }
     }
