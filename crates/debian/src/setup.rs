@@ -1,9 +1,8 @@
 //! What maintainer scripts would have made, as far as a system needs it to boot: accounts, PAM, names, the console,
 //! the network, APT's sources.
 //!
-//! Everything else is left to the scripts themselves, which `yado-configure.service` runs inside the guest soon after
-//! the first boot. What is
-//! written here is what those scripts write, so they find it as they would leave it.
+//! Everything else is left to the scripts themselves, which `yado-configure.service` runs inside the guest soon after the first
+//! boot, or dpkg when it is first used. What is written here is what those scripts write, so they find it as they would leave it.
 
 use crate::accounts::Accounts;
 use crate::dpkg::OwnFile;
@@ -98,12 +97,30 @@ const OWN_FILES: [(&str, u16, &str); 10] = [
         "usr/lib/yado/configure",
         0o755,
         "#!/bin/sh\n\
-         # Runs the maintainer scripts of the packages that the image was built from, then never again.\n\
-         # They run where /run/systemd is hidden: a script that sees no running systemd enables its units without a reload and\n\
-         # a start each, which together take longer than all the rest; both are done once at the end.\n\
+         # Runs the maintainer scripts of the packages that the image was built from, then never again. Called by a unit soon after\n\
+         # the first boot, and by dpkg before it does anything else: packages can be installed only upon configured ones.\n\
+         [ -e /var/lib/yado/configured ] && exit 0\n\
+         case \"$YADO_CONFIGURE$DPKG_FRONTEND_LOCKED\" in\n\
+         '') [ \"$(id -u)\" = 0 ] || exit 0\n\
+         \texport YADO_CONFIGURE=begun\n\
+         \tflock -o /run/yado-configure.lock \"$0\" </dev/null >&2 && exit 0\n\
+         \techo 'yado: not all packages could be configured; `dpkg --audit` lists them' >&2\n\
+         \t# dpkg must go on, for it is what repairs packages.\n\
+         \t[ -n \"$DPKG_HOOK_ACTION\" ]\n\
+         \texit ;;\n\
+         begun) ;;\n\
+         # dpkg under this script, or under apt, which orders configuration itself.\n\
+         *) exit 0 ;;\n\
+         esac\n\
+         export YADO_CONFIGURE=busy\n\
          set -e\n\
          export DEBIAN_FRONTEND=noninteractive DEBCONF_NONINTERACTIVE_SEEN=true\n\
          export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8\n\
+         # dpkg does not wait for its lock; proc_locks(5) has its inode.\n\
+         touch /var/lib/dpkg/lock-frontend\n\
+         while grep -q \":$(stat -c %i /var/lib/dpkg/lock-frontend) \" /proc/locks; do sleep 1; done\n\
+         # Scripts run where /run/systemd is hidden: one that sees no running systemd enables its units without a reload and\n\
+         # a start each, which together take longer than all the rest; both are done once at the end.\n\
          unshare --mount --propagation private sh -ec '\n\
          mount -t tmpfs -o mode=755 tmpfs /run/systemd\n\
          exec dpkg --configure -a --force-confdef --force-confold --force-unsafe-io\n\
@@ -208,7 +225,7 @@ const OWN_FILES: [(&str, u16, &str); 10] = [
 ];
 
 /// Settings of the administrator, as an installer would write them.
-const ADMINISTRATOR_FILES: [(&str, u16, &str); 9] = [
+const ADMINISTRATOR_FILES: [(&str, u16, &str); 10] = [
     (
         "etc/fstab",
         0o644,
@@ -223,6 +240,12 @@ const ADMINISTRATOR_FILES: [(&str, u16, &str); 9] = [
         "etc/apt/apt.conf.d/90yado",
         0o644,
         "// The first boot's configuration of packages holds the lock for a while.\nDPkg::Lock::Timeout \"600\";\n",
+    ),
+    (
+        "etc/dpkg/dpkg.cfg.d/yado",
+        0o644,
+        "# Packages can be installed only upon configured ones: the first boot's configuration comes first.\n\
+         pre-invoke=/usr/lib/yado/configure\n",
     ),
     // Timers that were never run fire at once when they are enabled; updates need not be the guest's first act.
     ("etc/systemd/system/apt-daily.timer.d/yado.conf", 0o644, "[Timer]\nPersistent=false\n"),

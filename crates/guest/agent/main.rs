@@ -21,6 +21,7 @@ use core::ffi::CStr;
 
 mod account;
 mod device;
+mod disks;
 mod init;
 #[path = "../src/kernel_line.rs"]
 #[allow(dead_code)] // Shared with the host, which uses the other half.
@@ -92,7 +93,12 @@ fn run(arguments: &[&CStr]) -> i32 {
     let source = match words.as_slice() {
         [b"--device", path] => CString::new(*path).ok().map(Source::Path),
         [b"--fd", number] => descriptor(number).map(|fd| Source::Inherited(Some(fd))),
-        [] => Some(Source::from_kernel_line()),
+        [] => {
+            if !is_init {
+                disks::wait();
+            }
+            Some(Source::from_kernel_line())
+        }
         // The kernel hands init whatever words of its command line it does not know.
         _ if is_init => Some(Source::from_kernel_line()),
         _ => None,

@@ -22,21 +22,22 @@ fn load_one(file: &CString) -> Result<(), Errno> {
     sys::load_module(&sys::open(file, O_RDONLY)?, compressed)
 }
 
-/// Loads the driver of the port to the host, if it is a module of the running kernel (Linux 6.1 of Debian 12). udev would do
-/// so too, but late in the boot.
-pub fn load_port_driver() {
+/// Virtio over PCI, where it is a module of the running kernel (Linux 6.1 of Debian 12), in the order of need.
+const VIRTIO: [&[u8]; 5] = [
+    b"virtio/virtio",
+    b"virtio/virtio_ring",
+    b"virtio/virtio_pci_legacy_dev",
+    b"virtio/virtio_pci_modern_dev",
+    b"virtio/virtio_pci",
+];
+
+/// Loads a virtio driver, by its place under `drivers`, if it is a module of the running kernel. udev would do so too, but late in
+/// the boot.
+pub fn load_virtio_driver(name: &[u8]) {
     let release = sys::read_file(c"/proc/sys/kernel/osrelease", 256).unwrap_or_default();
     let drivers = [&b"/lib/modules/"[..], release.trim_ascii(), b"/kernel/drivers/"].concat();
-    let names = [
-        &b"virtio/virtio"[..],
-        b"virtio/virtio_ring",
-        b"virtio/virtio_pci_legacy_dev",
-        b"virtio/virtio_pci_modern_dev",
-        b"virtio/virtio_pci",
-        b"char/virtio_console",
-    ];
     let mut files = Vec::new();
-    for name in names {
+    for name in VIRTIO.into_iter().chain([name]) {
         for ending in [&b".ko"[..], b".ko.xz", b".ko.zst"] {
             let Ok(file) = CString::new([&drivers, name, ending].concat()) else { continue };
             if sys::exists(&file) {
@@ -44,6 +45,6 @@ pub fn load_port_driver() {
             }
         }
     }
-    // What cannot be loaded shows in that no port appears.
+    // What cannot be loaded shows in that no device appears.
     load(files);
 }

@@ -105,7 +105,8 @@ fn no_file_of_the_agents_leaks_into_commands() {
     let session = guest.shell("ls /proc/$$/fd");
     assert_eq!(guest.finish(session).text(), "0\n1\n2\n");
     guest.client.abandon(waiting);
-    assert_eq!(guest.finish(waiting).code(), 128 + 1, "hung up");
+    let code = guest.finish(waiting).code();
+    assert!([128 + 1, 128 + 9].contains(&code), "neither hung up nor killed: {code}");
 }
 
 #[test]
