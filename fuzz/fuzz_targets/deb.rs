@@ -7,7 +7,7 @@ use debian::tree::{Device, Keep, Metadata, Package, Root, Tree};
 use std::io::{self, Read};
 use yado_fuzz::Input;
 use yado_fuzz::kernels::Packing;
-use yado_fuzz::packages::{ar, deb, tar_member};
+use yado_fuzz::packages::{ar, deb, sound, tar_member};
 
 /// What is read of a data part.
 const DATA_MAX: u64 = 4 << 20;
@@ -59,7 +59,7 @@ impl Tree for Image {
 fn unpack(file: &[u8]) {
     let Ok((control, data)) = debian::deb::open(file) else { return };
     assert!(control.iter().all(|file| !file.name.contains('/')));
-    let writer = ext4::Writer::new(Nowhere(0), &ext4::Options::new(16 << 20)).expect("a sound size");
+    let writer = ext4::Writer::new(Nowhere(0), &ext4::Options::new(4 << 20)).expect("a sound size");
     let mut image = Image(writer);
     let keep = Keep { wants: |path| path.ends_with(".ko"), essence: |_, bytes| bytes };
     let mut root = Root::new(&mut image, keep, 0).expect("an empty tree");
@@ -137,7 +137,6 @@ libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     let mut input = Input(data);
     let kind = input.u8();
     let control = tar_member(b'0', b"./control", b"", b"Package: a\n");
-    let packing = Packing::of(kind >> 4);
     let file = match kind & 7 {
         0 => input.take(usize::MAX).to_vec(),
         // Anything as a stream.
@@ -146,11 +145,11 @@ libfuzzer_sys::fuzz_target!(|data: &[u8]| {
             let name = format!("data.tar{suffix}");
             ar(&[("control.tar", &control), (&name, input.take(usize::MAX))])
         }
-        2 => deb(input.take(usize::MAX), b"", packing),
-        3 => deb(&control, input.take(usize::MAX), packing),
+        2 => deb(input.take(usize::MAX), b"", Packing::Plain),
+        3 => deb(&control, input.take(usize::MAX), Packing::Plain),
         // A sound package broken in a few places.
         4 => {
-            let mut file = deb(&control, &tar_member(b'0', b"etc/a", b"", b"hello"), packing);
+            let mut file = sound(kind >> 4);
             input.patch(&mut file);
             file
         }

@@ -6,7 +6,7 @@ use machine::boot::{Module, Request, layout, load, takes_modules};
 use memory::{Backing, GuestMemory};
 use std::cell::RefCell;
 use yado_fuzz::Input;
-use yado_fuzz::kernels::{Packing, bzimage, elf32, elf64, multiboot, pack};
+use yado_fuzz::kernels::{Packing, bzimage, elf32, elf64, multiboot, pack, sound};
 
 const RAM: u64 = 32 << 20;
 
@@ -26,7 +26,7 @@ fn file(kind: u8, input: &mut Input<'_>) -> Vec<u8> {
         }
         // A broken image, or a broken stream in it.
         2..=6 => {
-            let mut image = bzimage(&pack(&elf64(), Packing::of(kind & 15)));
+            let mut image = sound(kind & 15);
             input.patch(&mut image);
             image
         }

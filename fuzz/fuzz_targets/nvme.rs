@@ -3,10 +3,10 @@
 
 use chipset::pci::{Function, command};
 use device::block::{Controller, Geometry, Operation, Outcome};
-use device::{MsiSink, Notify, VmTime};
-use memory::{Backing, GuestMemory};
+use device::{Line, MsiSink, Notify, VmTime};
+use memory::GuestMemory;
 use nvme::{Nvme, NvmeConfig};
-use yado_fuzz::Input;
+use yado_fuzz::{Input, enable_msix, ram};
 
 const NOW: VmTime = VmTime(0);
 const RAM: u64 = 0x2_0000;
@@ -89,14 +89,21 @@ fn pointer(input: &mut Input<'_>) -> u64 {
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     let mut input = Input(data);
-    let memory = GuestMemory::new(&[(0, RAM)], Backing::Private).expect("memory of the host");
+    let memory = ram(RAM);
     let setup = input.u8();
     let block_size = if setup & 8 == 0 { 512 } else { 4096 };
     let geometry =
         Geometry { capacity: CAPACITY, block_size, read_only: setup & 16 != 0, discard: setup & 32 == 0 };
     let disk = NvmeConfig { geometry, serial: "fuzz".into(), uuid: [7; 16] };
-    let mut nvme = Nvme::new(memory.clone(), MsiSink::unconnected(), Notify::unconnected(), disk);
+    let sink = MsiSink::unconnected();
+    let mut nvme = Nvme::new(memory.clone(), sink, Notify::unconnected(), disk);
     nvme.config_mut().write(4, 2, u32::from(command::BUS_MASTER | command::MEMORY));
+    nvme.config_written(4);
+    // Else by wire, which ends nowhere.
+    nvme.config_mut().connect_interrupt(0, 16, Line::unconnected());
+    if setup & 64 != 0 {
+        enable_msix(&mut nvme);
+    }
     let mut driver = Driver { nvme, memory, tails: [0; 4], heads: [0; 4], id: 0 };
     if setup & 7 != 0 {
         driver.bring_up(setup & 3);

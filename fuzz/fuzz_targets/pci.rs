@@ -3,14 +3,13 @@
 #![no_main]
 
 use chipset::ioapic::{IoApic, PINS};
-use chipset::pci::{Host, Window};
+use chipset::pci::{Host, Window, command};
 use device::block::{Controller, Geometry};
 use device::{Access, Device, MsiSink, Notify, VmTime};
-use memory::{Backing, GuestMemory};
 use nvme::{Nvme, NvmeConfig};
 use std::sync::{Arc, Mutex};
 use virtio::{Block, Console, Rng};
-use yado_fuzz::Input;
+use yado_fuzz::{Input, enable_msix, ram};
 
 const NOW: VmTime = VmTime(0);
 const PORTS: Window = Window { base: 0xc000, len: 0x1000 };
@@ -18,7 +17,7 @@ const MMIO32: Window = Window { base: 0xc000_0000, len: 0x2000_0000 };
 const MMIO64: Window = Window { base: 0x40_0000_0000, len: 0x40_0000_0000 };
 
 fn bus() -> (Host, Arc<Mutex<Nvme>>) {
-    let memory = GuestMemory::new(&[(0, 1 << 16)], Backing::Private).expect("memory of the host");
+    let memory = ram(1 << 16);
     let (sink, notify) = (MsiSink::unconnected(), Notify::unconnected());
     let ioapic = IoApic::new(0, PINS, sink.clone());
     let host = Host::new([16u8, 17, 18, 19].map(|gsi| (gsi, ioapic.line(gsi.into()))), |_| {});
@@ -53,6 +52,14 @@ libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     let mut input = Input(data);
     let (host, nvme) = bus();
     let mut device = host.clone();
+    if input.u8() & 1 != 0 {
+        for (_, function) in host.functions().iter().skip(1) {
+            let mut function = function.lock().expect("no panic before");
+            function.config_mut().write(4, 2, u32::from(command::MEMORY | command::BUS_MASTER));
+            function.config_written(4);
+            enable_msix(&mut *function);
+        }
+    }
     while !input.is_empty() {
         let action = input.u8();
         let size = 1u8 << (action >> 4 & 3);

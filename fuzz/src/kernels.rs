@@ -1,6 +1,7 @@
 //! Kernel files that load, to be broken in one place at a time.
 
 use std::io::Write;
+use std::sync::OnceLock;
 
 /// How the payload of a bzImage is packed.
 #[derive(Clone, Copy)]
@@ -93,6 +94,13 @@ pub fn bzimage(payload: &[u8]) -> Vec<u8> {
     let paragraphs = ((file.len() - 1024) / 16) as u32;
     file[0x1f4..0x1f8].copy_from_slice(&paragraphs.to_le_bytes());
     file
+}
+
+/// A bzImage that loads, packed in one of the ways; made once.
+pub fn sound(packing: u8) -> Vec<u8> {
+    static MADE: [OnceLock<Vec<u8>>; 5] = [const { OnceLock::new() }; 5];
+    let number = packing % 5;
+    MADE[usize::from(number)].get_or_init(|| bzimage(&pack(&elf64(), Packing::of(number)))).clone()
 }
 
 /// Packs as a kernel build does. Bytes are packed in raw form where the format has one, so that a fuzzer's bytes

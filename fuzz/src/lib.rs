@@ -1,7 +1,41 @@
 //! What the fuzz targets share: reading structure out of a fuzzer's bytes, and making the files that they break.
 
+use chipset::pci::{Function, MSIX_CAPABILITY};
+use device::VmTime;
+use memory::{Backing, GuestMemory};
+use std::cell::RefCell;
+
 pub mod kernels;
 pub mod packages;
+
+/// Switches a function's MSI-X on, with all of its vectors unmasked. The table is in BAR 0.
+pub fn enable_msix(function: &mut dyn Function) {
+    let config = function.config();
+    let mut at = config.read(0x34, 1) as u16;
+    while at != 0 && config.read(at, 1) != u32::from(MSIX_CAPABILITY) {
+        at = config.read(at + 1, 1) as u16;
+    }
+    let vectors = u64::from(config.read(at + 2, 2) & 0x7ff) + 1;
+    let table = u64::from(config.read(at + 4, 4) & !7);
+    function.config_mut().write(at + 2, 2, 0x8000);
+    function.config_written(at + 2);
+    for vector in 0..vectors {
+        function.bar_write(0, table + vector * 16, 8, 0xfee0_0000, VmTime(0));
+        function.bar_write(0, table + vector * 16 + 8, 8, vector, VmTime(0));
+    }
+}
+
+/// Zeroed RAM of `len` bytes, mapped once: mapping takes longer than most cases do.
+pub fn ram(len: u64) -> GuestMemory {
+    thread_local!(static MEMORY: RefCell<Option<GuestMemory>> = const { RefCell::new(None) });
+    MEMORY.with_borrow_mut(|memory| {
+        let memory = memory.get_or_insert_with(|| {
+            GuestMemory::new(&[(0, len)], Backing::Private).expect("memory of the host")
+        });
+        memory.fill(0, len, 0).expect("in RAM");
+        memory.clone()
+    })
+}
 
 /// A fuzzer's bytes, taken from the front; zeroes where they end.
 pub struct Input<'a>(pub &'a [u8]);

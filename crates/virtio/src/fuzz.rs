@@ -5,7 +5,7 @@
 //! reach the rings.
 
 use crate::{Block, Console, Rng};
-use chipset::pci::{Function, command};
+use chipset::pci::{Function, MSIX_CAPABILITY, command};
 use device::block::{Controller, Geometry, Outcome};
 use device::serial::Endpoint;
 use device::{MsiSink, Notify, VmTime};
@@ -19,8 +19,9 @@ const QUEUE_SIZE: u16 = 8;
 const BUFFERS: u64 = 0x8000;
 const NOW: VmTime = VmTime(0);
 
+const MSIX_TABLE: u64 = 0x4000;
 /// Places that are worth reading and writing: common configuration, ISR, device configuration, notifications, MSI-X.
-const PLACES: [u64; 6] = [0, 0x1000, 0x2000, 0x3000, 0x4000, 0x6000];
+const PLACES: [u64; 6] = [0, 0x1000, 0x2000, 0x3000, MSIX_TABLE, 0x6000];
 
 /// Sets the device up as a driver does, agreeing to those of `features` that it offers.
 fn bring_up(function: &mut dyn Function, memory: &GuestMemory, features: u64) {
@@ -57,6 +58,35 @@ fn bring_up(function: &mut dyn Function, memory: &GuestMemory, features: u64) {
     write(20, 1, 15);
 }
 
+/// Switches MSI-X on, all vectors unmasked, and lets each queue have one.
+fn interrupts(function: &mut dyn Function) {
+    let mut at = function.config().read(0x34, 1) as u16;
+    // Ids and links: no more capabilities than there is room for.
+    for _ in 0..48 {
+        if at == 0 || function.config().read(at, 1) == u32::from(MSIX_CAPABILITY) {
+            break;
+        }
+        at = function.config().read(at.wrapping_add(1), 1) as u16;
+    }
+    function.config_mut().write(at.wrapping_add(2), 2, 0x8000);
+    function.config_written(at);
+    for vector in 0..8u64 {
+        let entry = MSIX_TABLE.wrapping_add(vector.wrapping_mul(16));
+        function.bar_write(0, entry, 8, 0xfee0_0000, NOW);
+        function.bar_write(0, entry.wrapping_add(8), 8, vector, NOW);
+        function.bar_write(0, 22, 2, vector, NOW);
+        function.bar_write(0, 26, 2, vector, NOW);
+    }
+}
+
+/// Zeroed RAM, mapped once: mapping takes longer than most cases do.
+fn ram() -> Option<GuestMemory> {
+    thread_local!(static MEMORY: Option<GuestMemory> = GuestMemory::new(&[(0, RAM)], Backing::Private).ok());
+    let memory = MEMORY.with(Clone::clone)?;
+    memory.fill(0, RAM, 0).ok()?;
+    Some(memory)
+}
+
 /// Makes a chain available as a driver does: writes its head into the ring and moves the index on.
 fn offer(memory: &GuestMemory, queue: u64, head: u16, notify_at: u64) {
     let available = queue.wrapping_mul(RING_STEP).wrapping_add(0x100);
@@ -75,10 +105,14 @@ fn play<F: Function>(
     make: impl FnOnce(GuestMemory) -> F,
     mut outside: impl FnMut(&mut F, u8, u16),
 ) {
-    let Ok(memory) = GuestMemory::new(&[(0, RAM)], Backing::Private) else { return };
+    let Some(memory) = ram() else { return };
     let mut function = make(memory.clone());
     let Some((&first, rest)) = data.split_first() else { return };
     function.config_mut().write(4, 2, u32::from(command::BUS_MASTER | command::MEMORY));
+    function.config_written(4);
+    if first & 8 != 0 {
+        interrupts(&mut function);
+    }
     if first & 3 != 0 {
         bring_up(&mut function, &memory, if first & 4 != 0 { u64::MAX } else { 1 << 32 | 1 << 9 });
     }
