@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod bench;
+pub mod fuzz;
 pub mod guest_files;
 pub mod initramfs;
 pub mod setup;

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use clap::{Parser, Subcommand};
-use xtask::{bench, setup, test, tidy};
+use xtask::{bench, fuzz, setup, test, tidy};
 
 #[derive(Parser)]
 #[command(name = "cargo xtask", about = "yado's development commands")]
@@ -17,6 +17,8 @@ enum Task {
     Tidy,
     /// Everything that must pass: format, lints, laws, unit tests, guest tests
     Test(test::Options),
+    /// Run the fuzz targets in turn (needs a nightly toolchain and cargo-fuzz)
+    Fuzz(fuzz::Options),
     /// Install the programs that tests and benchmarks compare with (Debian packages; needs root or sudo)
     Setup,
     /// Measure yado against native code and QEMU's TCG, in turn in one run
@@ -36,6 +38,7 @@ fn main() -> anyhow::Result<()> {
             Ok(())
         }
         Task::Test(options) => test::run(&options),
+        Task::Fuzz(options) => fuzz::run(&options),
         Task::Setup => setup::install_missing(),
         Task::Bench(area) => bench::run(&area),
     }
