@@ -152,25 +152,12 @@ impl Mapping {
         file: BorrowedFd<'_>,
         position: u64,
     ) -> io::Result<()> {
-        let mut done = 0;
-        while done < len {
-            let at = self
-                .at(offset.wrapping_add(done), len.wrapping_sub(done))
-                .ok_or(io::ErrorKind::InvalidInput)?;
-            let from = libc::off_t::try_from(position.saturating_add(done as u64))
-                .map_err(|_| io::ErrorKind::InvalidInput)?;
-            // SAFETY: `at` checked that the range is inside the mapping; the kernel writes nothing else.
-            match unsafe { libc::pread(file.as_raw_fd(), at.cast(), len.wrapping_sub(done), from) } {
-                0 => {
-                    self.fill(offset.wrapping_add(done), len.wrapping_sub(done), 0)
-                        .ok_or(io::ErrorKind::InvalidInput)?;
-                    return Ok(());
-                }
-                count @ 1.. => done = done.wrapping_add(count.unsigned_abs()),
-                _ => interrupted_only(io::Error::last_os_error())?,
-            }
-        }
-        Ok(())
+        let done = self.transfer(offset, len, position, |at, left, from| {
+            // SAFETY: `transfer` checked that the range is inside the mapping; the kernel writes nothing else.
+            unsafe { libc::pread(file.as_raw_fd(), at.cast(), left, from) }
+        })?;
+        self.fill(offset.wrapping_add(done), len.wrapping_sub(done), 0)
+            .ok_or_else(|| io::ErrorKind::InvalidInput.into())
     }
 
     /// Writes the range to `file` at `position`.
@@ -181,21 +168,35 @@ impl Mapping {
         file: BorrowedFd<'_>,
         position: u64,
     ) -> io::Result<()> {
-        let mut done = 0;
+        let done = self.transfer(offset, len, position, |at, left, to| {
+            // SAFETY: `transfer` checked that the range is inside the mapping; the kernel only reads it.
+            unsafe { libc::pwrite(file.as_raw_fd(), at.cast(), left, to) }
+        })?;
+        if done == len { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+    }
+
+    /// Calls `step` with the address and length of what is left of a range that is inside the mapping, and its place in
+    /// the file, until nothing is left or `step` moves no more bytes; answers how many it moved.
+    fn transfer(
+        &self,
+        offset: usize,
+        len: usize,
+        position: u64,
+        step: impl Fn(*mut u8, usize, libc::off_t) -> isize,
+    ) -> io::Result<usize> {
+        let mut done = 0usize;
         while done < len {
-            let at = self
-                .at(offset.wrapping_add(done), len.wrapping_sub(done))
-                .ok_or(io::ErrorKind::InvalidInput)?;
-            let to = libc::off_t::try_from(position.saturating_add(done as u64))
+            let left = len.wrapping_sub(done);
+            let at = self.at(offset.wrapping_add(done), left).ok_or(io::ErrorKind::InvalidInput)?;
+            let place = libc::off_t::try_from(position.saturating_add(done as u64))
                 .map_err(|_| io::ErrorKind::InvalidInput)?;
-            // SAFETY: `at` checked that the range is inside the mapping; the kernel only reads it.
-            match unsafe { libc::pwrite(file.as_raw_fd(), at.cast(), len.wrapping_sub(done), to) } {
-                0 => return Err(io::ErrorKind::WriteZero.into()),
+            match step(at, left, place) {
+                0 => break,
                 count @ 1.. => done = done.wrapping_add(count.unsigned_abs()),
                 _ => interrupted_only(io::Error::last_os_error())?,
             }
         }
-        Ok(())
+        Ok(done)
     }
 
     pub(crate) fn atomic_u16(&self, offset: usize) -> Option<&AtomicU16> {
