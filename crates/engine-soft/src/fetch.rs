@@ -116,7 +116,7 @@ impl Core {
         let tag = page | u64::from(self.state.cpl() == 3);
         let slot = (linear >> 12) as usize % PAGES;
         let entry = self.fetch.pages[slot];
-        let host = if entry.tag == tag && entry.generation == self.mmu.generation {
+        let host = if entry.tag == tag && entry.generation == self.mmu.generation() {
             entry.host
         } else {
             let privilege = self.privilege();
@@ -129,7 +129,7 @@ impl Core {
             // open bus does, and those are no instruction.
             let Some(host) = target.host else { return Err(Exception::UD.into()) };
             let host = host as usize;
-            self.fetch.pages[slot] = Page { tag, generation: self.mmu.generation, host };
+            self.fetch.pages[slot] = Page { tag, generation: self.mmu.generation(), host };
             host
         };
         Ok(host.wrapping_add((linear & (PAGE_SIZE - 1)) as usize) as *const u8)

@@ -6,7 +6,7 @@
 //! translated code, not for user pages reached by the supervisor under SMAP. Everything else takes the slow path,
 //! each time.
 
-use crate::state::{CpuState, PAGE_MASK, TLB_ENTRIES, TLB_INVALID, TlbEntry, TlbTable, seg};
+use crate::state::{CpuState, PAGE_MASK, SPACES, TLB_ENTRIES, TLB_INVALID, TlbEntry, TlbTable, seg};
 use cpu::{cr0, cr4, efer, rflags};
 use memory::{GuestMemory, PAGE_SIZE, PageFlags};
 use std::sync::atomic::Ordering;
@@ -99,17 +99,39 @@ pub struct Mmu {
     pub memory: GuestMemory,
     /// Width of guest-physical addresses in bits, as CPUID says.
     pub physical_bits: u32,
-    /// A load of CR3 has something to forget, in the tables of the supervisor and of the user.
-    passing: [bool; 2],
-    /// Large pages of which the TLB may hold parts, of the supervisor and of the user.
-    large: [Pages; 2],
-    /// Counts every flush, and every invalidation of a page that code was fetched from, so that others who remember
-    /// translations of code can tell.
-    pub generation: u64,
-    /// Counts those of them that global translations do not survive.
+    /// What is known of the supervisor's translations, and of those of the user's address spaces.
+    known: [Known; 1 + SPACES],
+    /// The address space of the user that is in force, from 0 on, as [`CpuState::space`].
+    space: usize,
+    /// Counts loads of CR3, to find the address space not used for longest.
+    loads: u64,
+    /// The last generation given to anything.
+    newest: u64,
+    /// A new one after every flush, and every invalidation of a page that supervisor code was fetched from, that
+    /// global translations do not survive.
     pub global_generation: u64,
-    /// Pages that code was fetched from since the last flush, of the supervisor and of the user.
-    fetched: [Pages; 2],
+}
+
+/// Translations of the supervisor, or of one address space of the user.
+struct Known {
+    /// The PCID; `None` if nothing is held.
+    pcid: Option<u16>,
+    /// When it was last put in force.
+    used: u64,
+    /// A new one after every flush, and every invalidation of a page that code was fetched from, so that others who
+    /// remember translations of code can tell.
+    generation: u64,
+    /// A flush of what is not global has something to forget.
+    passing: bool,
+    /// Large pages of which the TLB may hold parts.
+    large: Pages,
+    /// Pages that code was fetched from since the last flush.
+    fetched: Pages,
+}
+
+impl Known {
+    const NONE: Self =
+        Self { pcid: None, used: 0, generation: 0, passing: false, large: Pages::NONE, fetched: Pages::NONE };
 }
 
 /// A set of pages, by hash: it may claim pages that are not in it. A data page that the guest invalidates, as at
@@ -154,12 +176,18 @@ impl Mmu {
         Self {
             memory,
             physical_bits,
-            passing: [false; 2],
-            large: [Pages::NONE, Pages::NONE],
-            generation: 0,
+            known: [const { Known::NONE }; 1 + SPACES],
+            space: 0,
+            loads: 0,
+            newest: 0,
             global_generation: 0,
-            fetched: [Pages::NONE, Pages::NONE],
         }
+    }
+
+    /// A number that is another after every flush, and every invalidation of a page that code was fetched from; and
+    /// that is the same again when CR3 is loaded with an address space whose translations are still held.
+    pub fn generation(&self) -> u64 {
+        self.known[1 + self.space].generation
     }
 
     /// Translates for one access, fills the TLB where an entry may be made, and says where the byte is.
@@ -199,21 +227,20 @@ impl Mmu {
         let linear = address & PAGE_MASK;
         let lasting = class == 1 || walk.global;
         let entry = TlbEntry { tag: linear, addend: (page.host as u64).wrapping_sub(linear) };
-        let write = access == Access::Write;
-        let table = if write { &mut state.tlb_write[class] } else { &mut state.tlb_read[class] };
+        let set = if class == 0 { 0 } else { 1 + self.space };
+        let table = &mut state.tlb[set][usize::from(access == Access::Write)];
         table.entries[index(linear)] = entry;
         table.lasting[index(linear)] = u8::from(lasting);
-        self.passing[class] |= class == 1 || !lasting;
+        self.known[set].passing |= class == 1 || !lasting;
         if walk.page_shift > 12 {
-            self.large[class].insert(address, walk.page_shift);
+            self.known[set].large.insert(address, walk.page_shift);
         }
         Ok(target)
     }
 
     /// As [`Self::resolve`] for an access that hits the TLB: `None` on a miss, or if the access leaves the page.
     pub fn lookup(state: &CpuState, address: u64, len: u64, write: bool, user: bool) -> Option<*mut u8> {
-        let tables = if write { &state.tlb_write } else { &state.tlb_read };
-        let entry = &tables[usize::from(user)].entries[index(address)];
+        let entry = &state.tables(user)[usize::from(write)].entries[index(address)];
         let last = address.wrapping_add(len.wrapping_sub(1)) & PAGE_MASK;
         (entry.tag == last && entry.tag == address & PAGE_MASK).then(|| entry.host(address) as *mut u8)
     }
@@ -246,70 +273,126 @@ impl Mmu {
 
     /// Forgets all translations, e.g. after a write to CR0, CR4's paging bits, EFER, or by another CPU's request.
     pub fn flush_all(&mut self, state: &mut CpuState) {
-        for class in 0..2 {
-            self.flush_class(state, class);
-        }
-        self.generation = self.generation.wrapping_add(1);
-        self.global_generation = self.global_generation.wrapping_add(1);
-        self.fetched = [Pages::NONE, Pages::NONE];
+        self.empty(state, 0);
+        self.renew(0);
+        self.global_generation = self.newest;
+        self.flush_spaces(state);
     }
 
-    /// Empties the data TLB of a privilege class.
-    fn flush_class(&mut self, state: &mut CpuState, class: usize) {
-        clear(&mut state.tlb_read[class]);
-        clear(&mut state.tlb_write[class]);
-        state.hints.end(class);
-        self.large[class] = Pages::NONE;
-        self.passing[class] = false;
-    }
-
-    /// Somebody is about to remember where code at `address` is, in a page of this size.
-    pub fn note_fetch(&mut self, address: u64, page_shift: u32, user: bool) {
-        self.fetched[usize::from(user)].insert(address, page_shift);
-    }
-
-    /// Forgets all but global translations: a load of CR3.
+    /// Forgets all but global translations, of all address spaces.
     pub fn flush_non_global(&mut self, state: &mut CpuState) {
         if !state.cr4_has(cr4::PGE) {
             return self.flush_all(state);
         }
-        if self.passing[1] {
-            self.flush_class(state, 1);
+        self.flush_passing(state);
+        self.flush_spaces(state);
+    }
+
+    fn flush_spaces(&mut self, state: &mut CpuState) {
+        for set in 1..=SPACES {
+            self.empty(state, set);
+            self.renew(set);
+            self.known[set].pcid = None;
         }
-        if self.passing[0] {
-            self.passing[0] = false;
-            for table in [&mut state.tlb_read[0], &mut state.tlb_write[0]] {
+        let pcid = if state.cr4_has(cr4::PCIDE) { state.cr3 & 0xfff } else { 0 };
+        self.known[1 + self.space].pcid = Some(pcid as u16);
+    }
+
+    /// Forgets the supervisor's translations that are not global. They are not told apart by PCID.
+    fn flush_passing(&mut self, state: &mut CpuState) {
+        if std::mem::take(&mut self.known[0].passing) {
+            for table in &mut state.tlb[0] {
                 for (entry, lasting) in table.entries.iter_mut().zip(&table.lasting) {
                     entry.tag |= u64::from(*lasting).wrapping_sub(1);
                 }
             }
         }
-        self.generation = self.generation.wrapping_add(1);
-        self.fetched[1] = Pages::NONE;
     }
 
-    /// Forgets one page, global or not: INVLPG.
-    pub fn invalidate_page(&mut self, state: &mut CpuState, address: u64) {
-        for class in 0..2 {
-            if self.large[class].contains_large(address) {
-                // The page may be large, and its parts are spread over the tables.
-                self.flush_class(state, class);
-                continue;
+    /// CR3 has been loaded: `pcid` is in force (0 without PCIDs); `keep` its translations, if some are held.
+    pub fn load(&mut self, state: &mut CpuState, pcid: u16, keep: bool) {
+        if !state.cr4_has(cr4::PGE) {
+            return self.flush_all(state);
+        }
+        self.flush_passing(state);
+        self.loads += 1;
+        let held = (1..=SPACES).find(|&set| self.known[set].pcid == Some(pcid));
+        let oldest = (1..=SPACES).min_by_key(|&set| (self.known[set].pcid.is_some(), self.known[set].used));
+        let set = held.or(oldest).unwrap_or(1);
+        if self.space != set - 1 {
+            state.hints.end(1);
+            self.space = set - 1;
+            state.select_space(self.space);
+        }
+        self.known[set].used = self.loads;
+        if !(keep && held.is_some()) {
+            self.known[set].pcid = Some(pcid);
+            self.empty(state, set);
+            self.renew(set);
+        }
+    }
+
+    /// Forgets the translations of a PCID that are not global.
+    pub fn flush_pcid(&mut self, state: &mut CpuState, pcid: u16) {
+        for set in 1..=SPACES {
+            if self.known[set].pcid == Some(pcid) {
+                self.empty(state, set);
+                self.renew(set);
             }
-            for table in [&mut state.tlb_read[class], &mut state.tlb_write[class]] {
-                let entry = &mut table.entries[index(address)];
-                if entry.tag == address & PAGE_MASK {
-                    entry.tag = TLB_INVALID;
+        }
+        self.flush_passing(state);
+    }
+
+    /// Empties the data TLB of the supervisor (0) or of an address space.
+    fn empty(&mut self, state: &mut CpuState, set: usize) {
+        if std::mem::take(&mut self.known[set].passing) || set == 0 {
+            state.tlb[set].iter_mut().for_each(clear);
+        }
+        if set == 0 {
+            state.hints.end(0);
+        } else if set == 1 + self.space {
+            state.hints.end(1);
+        }
+        self.known[set].large = Pages::NONE;
+    }
+
+    /// Gives a new generation: what others remember of code is not to be used any more.
+    fn renew(&mut self, set: usize) {
+        self.newest += 1;
+        self.known[set].generation = self.newest;
+        self.known[set].fetched = Pages::NONE;
+    }
+
+    /// Somebody is about to remember where code at `address` is, in a page of this size.
+    pub fn note_fetch(&mut self, address: u64, page_shift: u32, user: bool) {
+        let set = if user { 1 + self.space } else { 0 };
+        self.known[set].fetched.insert(address, page_shift);
+    }
+
+    /// Forgets one page, global or not, of the supervisor and of all address spaces: INVLPG.
+    pub fn invalidate_page(&mut self, state: &mut CpuState, address: u64) {
+        let supervisor = self.known[0].fetched.contains(address);
+        for set in 0..=SPACES {
+            if self.known[set].large.contains_large(address) {
+                // The page may be large, and its parts are spread over the tables.
+                self.empty(state, set);
+            } else {
+                for table in &mut state.tlb[set] {
+                    let entry = &mut table.entries[index(address)];
+                    if entry.tag == address & PAGE_MASK {
+                        entry.tag = TLB_INVALID;
+                    }
                 }
             }
+            if supervisor || self.known[set].fetched.contains(address) {
+                self.renew(set);
+            }
+        }
+        for class in 0..2 {
             state.hints.end_page(class, address);
         }
-        let [supervisor, user] = [0, 1].map(|class: usize| self.fetched[class].contains(address));
-        if supervisor || user {
-            self.generation = self.generation.wrapping_add(1);
-        }
         if supervisor {
-            self.global_generation = self.global_generation.wrapping_add(1);
+            self.global_generation = self.newest;
         }
     }
 
@@ -319,8 +402,12 @@ impl Mmu {
             return;
         }
         let Some(page) = self.memory.host_page(physical) else { return };
-        for table in &mut state.tlb_write {
-            for entry in &mut table.entries {
+        for (tables, known) in state.tlb.iter_mut().zip(&self.known) {
+            // A set that nothing was put in since it was emptied has nothing to look for.
+            if known.pcid.is_none() && !known.passing && !std::ptr::eq(known, &self.known[0]) {
+                continue;
+            }
+            for entry in &mut tables[1].entries {
                 if entry.host(entry.tag) == page.host as u64 {
                     entry.tag = TLB_INVALID;
                 }

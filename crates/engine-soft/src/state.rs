@@ -18,6 +18,8 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// Entries of each software TLB table.
 pub const TLB_ENTRIES: usize = 1024;
+/// Address spaces of the user, told apart by PCID, of which translations are held at a time.
+pub const SPACES: usize = 6;
 /// A tag that no address has.
 pub const TLB_INVALID: u64 = u64::MAX;
 
@@ -201,10 +203,12 @@ pub struct CpuState {
     pub ymm: Vectors,
     /// x87/MMX state outside `run`: an FXSAVE64 image (only its x87 part is used).
     pub x87: X87,
-    /// Data reads at CPL 0-2 (`[0]`) and CPL 3 (`[1]`).
-    pub tlb_read: [TlbTable; 2],
-    /// Data writes (and read-modify-writes) at CPL 0-2 (`[0]`) and CPL 3 (`[1]`).
-    pub tlb_write: [TlbTable; 2],
+    /// For data reads, and for data writes and read-modify-writes: at CPL 0-2 (`[0]`), and at CPL 3 by address space.
+    pub tlb: [[TlbTable; 2]; 1 + SPACES],
+    /// The address space of the user that is in force, from 0 on.
+    pub space: usize,
+    /// Offset in this struct of the TLB tables of that space.
+    pub user_tlb: u64,
     /// How translated code is entered, left and chained.
     pub linkage: Linkage,
     /// What translated code remembers of the TLB at each access.
@@ -235,9 +239,10 @@ impl CpuState {
     /// The power-up state, on the heap (it is large, and most of it is not touched soon).
     pub fn new() -> Box<Self> {
         let mut state = Self::zeroed();
-        for table in state.tlb_read.iter_mut().chain(&mut state.tlb_write) {
+        for table in state.tlb.iter_mut().flatten() {
             table.entries.fill(TlbEntry { tag: TLB_INVALID, addend: 0 });
         }
+        state.select_space(0);
         state.mxcsr = 0x1f80;
         state.host_mxcsr = 0x1f80;
         state.msrs.pat = 0x0007_0406_0007_0406;
@@ -262,6 +267,21 @@ impl CpuState {
             }
             Box::from_raw(pointer.cast())
         }
+    }
+
+    /// The TLB tables for reads and for writes of the code that runs at CPL 3, or of that at CPL 0-2.
+    pub fn tables(&self, user: bool) -> &[TlbTable; 2] {
+        &self.tlb[if user { 1 + self.space } else { 0 }]
+    }
+
+    /// Puts an address space of the user in force. What translated code remembers of the last one's data must have
+    /// been forgotten.
+    pub(crate) fn select_space(&mut self, space: usize) {
+        self.space = space;
+        let tables = std::mem::size_of::<[TlbTable; 2]>();
+        self.user_tlb = (std::mem::offset_of!(Self, tlb) + (1 + space) * tables) as u64;
+        let bridges = std::mem::offset_of!(Self, linkage) + Linkage::bridges_offset(1 + space);
+        self.linkage.user_bridges = bridges as u64;
     }
 
     /// All registers, in the engine-independent form.

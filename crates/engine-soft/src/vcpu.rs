@@ -314,7 +314,7 @@ impl Vcpu for SoftVcpu {
             ("steps executed by the host CPU".to_owned(), counters.native.to_string()),
             ("exceptions".to_owned(), counters.exceptions.to_string()),
             ("interrupts".to_owned(), counters.interrupts.to_string()),
-            ("mmu generation".to_owned(), self.core.mmu.generation.to_string()),
+            ("mmu generation".to_owned(), self.core.mmu.generation().to_string()),
         ];
         if let Some(translator) = &self.translator {
             rows.push(("code cache bytes used".to_owned(), translator.cache_used().to_string()));

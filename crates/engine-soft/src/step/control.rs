@@ -148,13 +148,9 @@ impl Core {
         } else {
             value &= u64::from(u32::MAX);
         }
-        let same = self.state.cr3 == value;
         self.state.cr3 = value;
-        // Bit 63 lets the translations of the new PCID live. The TLB has no PCID tags: only those of the same
-        // address space can be kept.
-        if !(keep && same) {
-            self.mmu.flush_non_global(&mut self.state);
-        }
+        let number = if pcid { value & 0xfff } else { 0 };
+        self.mmu.load(&mut self.state, number as u16, keep);
         Ok(())
     }
 
@@ -356,12 +352,11 @@ pub(crate) fn invpcid(core: &mut Core, d: &Decoded) -> Result<(), Trap> {
     }
     match kind {
         0 if !Mmu::canonical(address) => return Err(Exception::GP.into()),
-        // Only the current PCID's translations are held: those of others need nothing.
-        0 if core.state.cr3 & 0xfff == pcid || !pcids => core.mmu.invalidate_page(&mut core.state, address),
-        1 if core.state.cr3 & 0xfff == pcid || !pcids => core.mmu.flush_non_global(&mut core.state),
+        // A page is forgotten in all address spaces.
+        0 => core.mmu.invalidate_page(&mut core.state, address),
+        1 if pcids => core.mmu.flush_pcid(&mut core.state, pcid as u16),
         2 => core.mmu.flush_all(&mut core.state),
-        3 => core.mmu.flush_non_global(&mut core.state),
-        _ => {}
+        _ => core.mmu.flush_non_global(&mut core.state),
     }
     Ok(())
 }

@@ -442,14 +442,18 @@ impl Generator {
 
     /// The form that looks into the TLB itself, and replaces the flags.
     fn reach_lookup(&mut self, place: Place, access: Check, site: Site) -> Mem {
-        let table =
-            if access.write { offset_of!(CpuState, tlb_write) } else { offset_of!(CpuState, tlb_read) };
-        let entry = Mem::state(table + self.class * size_of::<TlbTable>()).with_index(r::T1, 0);
+        let tables = if self.class == 0 { offset_of!(CpuState, tlb) } else { 0 };
+        let table = tables + usize::from(access.write) * size_of::<TlbTable>();
+        let entry = Mem::state(table).with_index(r::T1, 0);
+        let class = self.class;
         let out = &mut self.out;
         out.lea_or_mov(r::ADDR, place.register, place.disp);
         out.mov32(r::T1, r::ADDR);
         out.shr32(r::T1, 8);
         out.and_imm(false, r::T1, ((TLB_ENTRIES - 1) * size_of::<TlbEntry>()) as i32);
+        if class != 0 {
+            out.op_mem(true, &[0x03], r::T1, Mem::state(offset_of!(CpuState, user_tlb)));
+        }
         if access.align > 0 {
             out.mov(r::T2, r::ADDR);
             out.and_imm(true, r::T2, -4096 | ((1 << access.align) - 1));
@@ -604,7 +608,12 @@ impl Generator {
         }
         let number = self.first_bridge as usize + self.bridges.len();
         self.bridges.push(NewBridge { stub: 0, target: offset });
-        self.out.jump_mem(Mem::state(LINKAGE + offset_of!(Linkage, bridges) + number * 8));
+        if self.class == 0 {
+            self.out.jump_mem(Mem::state(LINKAGE + Linkage::bridges_offset(0) + number * 8));
+        } else {
+            self.out.load(r::T1, linked!(user_bridges));
+            self.out.jump_mem(Mem::state(number * 8).with_index(r::T1, 0));
+        }
     }
 
     /// Whether a jump to this offset is linked to the block there: in this page, and surely all in it.

@@ -1,5 +1,7 @@
 //! The part of the CPU state that belongs to translated code: how it is entered, left, and finds its next block.
 
+use crate::state::SPACES;
+
 /// Entries of the jump cache.
 pub const JUMP_ENTRIES: usize = 16384;
 
@@ -48,11 +50,19 @@ pub struct Linkage {
     pub jump_keys: [u64; JUMP_ENTRIES],
     /// Host addresses of the blocks' entries for jumps that leave the linear address in the address register.
     pub jump_hosts: [u64; JUMP_ENTRIES],
-    /// Where direct jumps to other pages lead: the host address of a block, or of the stub that looks for it.
-    pub bridges: [u64; BRIDGES],
+    /// Offset in the state of the user's bridges that are in force.
+    pub user_bridges: u64,
+    /// Where direct jumps to other pages lead: the host address of a block, or of the stub that looks for it. For the
+    /// supervisor, and for the user by address space.
+    pub bridges: [[u64; BRIDGES]; 1 + SPACES],
 }
 
 impl Linkage {
+    /// Offset of an array of bridges.
+    pub(crate) fn bridges_offset(array: usize) -> usize {
+        std::mem::offset_of!(Self, bridges) + array * BRIDGES * 8
+    }
+
     /// Sets up a linkage that is all zero.
     pub(crate) fn start(&mut self) {
         for (log, mask) in self.tag_masks.iter_mut().enumerate() {

@@ -26,7 +26,7 @@ mod thunk;
 use crate::access::room_in_page;
 use crate::cpu_core::{Core, attention};
 use crate::mmu::{Access, Mmu, Privilege, Walk};
-use crate::state::{CpuState, PAGE_MASK, Shadow};
+use crate::state::{CpuState, PAGE_MASK, SPACES, Shadow};
 use block::{Mode, Plan};
 use cache::CodeCache;
 use cpu::{Error, cr0, cr4, rflags};
@@ -115,18 +115,22 @@ pub struct Translator {
     /// The page that is being translated, and the start of the next for an instruction that reaches there.
     bytes: Box<[u8; 4096 + block::INSTRUCTION_BYTES]>,
     store: Store,
-    /// What the salts were made for: MMU generations and modes, by privilege class.
-    generations: [u64; 2],
-    modes: [Mode; 2],
+    /// The MMU's generations for which bridges lead somewhere, of the supervisor and by the user's address space.
+    generations: [[u64; 2]; 1 + SPACES],
+    /// What the salts were made for, by privilege class: generation and mode.
+    salted: [Option<([u64; 2], u8)>; 2],
     /// The jump cache knows supervisor code that a load of CR3 may unmap, of this MMU generation.
     local: Option<u64>,
+    /// How often that has ended.
+    locals: u64,
     /// The jump cache's salts, by privilege class.
     salts: [u64; 2],
     /// Hints that are no good, counted from the first of their blocks, by the blocks' addresses and modes.
     unsteady: HashMap<(u64, u8), Vec<u32>>,
     /// When hints were last found to be no good.
     settled: Instant,
-    random: u64,
+    /// What the guest cannot guess.
+    secret: u64,
     identity: u64,
     /// Leave after every block.
     single: bool,
@@ -153,13 +157,14 @@ impl Translator {
             plan: Plan::default(),
             bytes: Box::new([0; 4096 + block::INSTRUCTION_BYTES]),
             store: Store::default(),
-            generations: [u64::MAX; 2],
-            modes: [Mode::default(); 2],
+            generations: [[u64::MAX; 2]; 1 + SPACES],
+            salted: [None; 2],
             local: None,
+            locals: 0,
             salts: [1; 2],
             unsteady: HashMap::new(),
             settled: Instant::now(),
-            random: crate::host::random(),
+            secret: crate::host::random(),
             identity: IDENTITY.fetch_add(1, Ordering::Relaxed),
             single: false,
             single_cpu: config.single_cpu,
@@ -211,10 +216,15 @@ impl Translator {
         self.unsteady.clear();
         self.cache.flush();
         core.state.hints.reset();
-        self.generations = [u64::MAX; 2];
+        self.generations = [[u64::MAX; 2]; 1 + SPACES];
         self.statistics.cache_flushes += 1;
-        self.salt(&mut core.state, 0);
-        self.salt(&mut core.state, 1);
+        self.salted = [None; 2];
+        self.forget_jumps(&mut core.state);
+    }
+
+    fn forget_jumps(&self, state: &mut CpuState) {
+        let lookup = self.cache.address(self.thunks.exit(reason::LOOKUP));
+        state.linkage.jump_hosts.fill(lookup);
     }
 
     fn drain_writes(&mut self, core: &mut Core) {
@@ -270,48 +280,46 @@ impl Translator {
         let state = &mut core.state;
         if state.linkage.owner != self.identity {
             state.linkage.owner = self.identity;
-            let lookup = self.cache.address(self.thunks.exit(reason::LOOKUP));
             state.linkage.division_exit = self.cache.address(self.thunks.exit(reason::STEP));
-            state.linkage.jump_hosts.fill(lookup);
-            self.generations = [u64::MAX; 2];
+            self.forget_jumps(state);
+            self.generations = [[u64::MAX; 2]; 1 + SPACES];
         }
-        if self.local.is_some_and(|generation| generation != core.mmu.generation) {
+        let generation = core.mmu.generation();
+        if self.local.is_some_and(|local| local != generation) {
             self.local = None;
-            self.salt(&mut core.state, 0);
+            self.locals += 1;
         }
-        let generations = [core.mmu.global_generation, core.mmu.generation];
-        for (at, generation) in generations.into_iter().enumerate() {
-            if self.generations.get(at) != Some(&generation) {
-                if let Some(known) = self.generations.get_mut(at) {
-                    *known = generation;
-                }
-                self.salt(&mut core.state, at);
+        let array = 1 + state.space;
+        for (array, generation) in [(0, [core.mmu.global_generation, self.locals]), (array, [generation, 0])]
+        {
+            if let Some(known) = self.generations.get_mut(array)
+                && *known != generation
+            {
+                *known = generation;
+                self.store.close(array, &self.cache, &mut state.linkage);
             }
         }
-        if let Some(known) = self.modes.get_mut(class)
-            && *known != mode
-        {
-            *known = mode;
-            self.salt(&mut core.state, class);
+        if let Some(&generation) = self.generations.get(if mode.user { array } else { 0 }) {
+            self.salt(state, class, (generation, mode.bits()));
         }
     }
 
-    /// Ends the validity of all entries of a class of the jump cache.
-    fn salt(&mut self, state: &mut CpuState, class: usize) {
-        self.statistics.salts += 1;
-        // SplitMix64: any guess is as good as another to a guest that never sees the values.
-        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.random;
-        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^= z >> 31;
-        // Zero is what a kick leaves.
-        let z = z | 1;
-        if let (Some(salt), Some(gate)) = (self.salts.get_mut(class), state.doorbell.gates.get(class)) {
-            *salt = z;
-            gate.store(z, Ordering::SeqCst);
+    /// Lets the jump cache know only what was remembered of a privilege class under this generation and mode.
+    fn salt(&mut self, state: &mut CpuState, class: usize, wanted: ([u64; 2], u8)) {
+        let Some(salted) = self.salted.get_mut(class) else { return };
+        if *salted == Some(wanted) {
+            return;
         }
-        self.store.close(class, &self.cache, &mut state.linkage);
+        *salted = Some(wanted);
+        self.statistics.salts += 1;
+        let ([one, two], mode) = wanted;
+        let parts = [self.statistics.cache_flushes, class as u64, one, two, u64::from(mode)];
+        // Zero is what a kick leaves.
+        let salt = parts.into_iter().fold(self.secret, |salt, part| mix(salt ^ part)) | 1;
+        if let (Some(known), Some(gate)) = (self.salts.get_mut(class), state.doorbell.gates.get(class)) {
+            *known = salt;
+            gate.store(salt, Ordering::SeqCst);
+        }
     }
 
     /// Lets indirect jumps find their targets again after a kick; `false` if there is one now.
@@ -423,8 +431,8 @@ impl Translator {
         if let Some(to) = self.find(core, mode)
             && flushes == self.statistics.cache_flushes
         {
-            let linkage = &mut core.state.linkage;
-            self.store.span(usize::from(mode.user), number, to, &self.cache, linkage);
+            let array = if mode.user { 1 + core.state.space } else { 0 };
+            self.store.span(array, number, to, &self.cache, &mut core.state.linkage);
         }
     }
 
@@ -464,7 +472,7 @@ impl Translator {
             return;
         }
         if !mode.user && !walk.global && core.state.cr4_has(cr4::PGE) {
-            self.local = Some(core.mmu.generation);
+            self.local = Some(core.mmu.generation());
         }
         core.mmu.note_fetch(address, walk.page_shift, mode.user);
     }
@@ -662,17 +670,20 @@ impl Translator {
         self.statistics.guest_bytes += u64::from(end.wrapping_sub(start));
         let base = block.entry;
         for new in &self.generator.bridges {
-            let bridge = Bridge { stub: new.stub, target: new.target, to: None };
-            if let Some(host) = core.state.linkage.bridges.get_mut(self.store.bridges.len()) {
-                *host = self.cache.address(bridge.stub);
+            let bridge = Bridge { stub: new.stub, target: new.target };
+            let (number, stub) = (self.store.bridges.len(), self.cache.address(bridge.stub));
+            let arrays = if mode.user { 1..1 + SPACES } else { 0..1 };
+            for array in core.state.linkage.bridges.get_mut(arrays).unwrap_or_default() {
+                if let Some(host) = array.get_mut(number) {
+                    *host = stub;
+                }
             }
             self.store.bridges.push(bridge);
         }
         let number = self.store.add(block);
         for i in 0..self.generator.links.len() {
             let Some(&new) = self.generator.links.get(i) else { break };
-            let link =
-                Link { field: base + new.field, stub: new.stub, target: new.target, from: number };
+            let link = Link { field: base + new.field, stub: new.stub, target: new.target, from: number };
             self.store.links.push(link);
             if !self.single
                 && let Some(to) = self.store.find(page | u64::from(new.target), mode.bits())
@@ -734,6 +745,14 @@ impl Translator {
 
 fn privilege(mode: Mode) -> Privilege {
     if mode.user { Privilege::User } else { Privilege::Supervisor }
+}
+
+/// SplitMix64's output function: all bits of the result depend on all of the value's.
+fn mix(value: u64) -> u64 {
+    let z = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ z >> 31
 }
 
 /// The mode in which translated code may run now; `None` if it may not.

@@ -7,6 +7,7 @@ use super::block::Range;
 use super::cache::CodeCache;
 use super::linkage::Linkage;
 use super::thunk::{Thunks, reason};
+use crate::state::SPACES;
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
@@ -101,8 +102,6 @@ pub(super) struct Bridge {
     pub stub: usize,
     /// Page offset of the target.
     pub target: u16,
-    /// The block it leads to, if any.
-    pub to: Option<u32>,
 }
 
 #[derive(Default)]
@@ -110,8 +109,8 @@ pub(super) struct Store {
     pub blocks: Vec<Block>,
     pub links: Vec<Link>,
     pub bridges: Vec<Bridge>,
-    /// Bridges that lead somewhere, by privilege class.
-    pub open: [Vec<u32>; 2],
+    /// Bridges that lead somewhere, and the blocks they lead to, for the supervisor and by the user's address space.
+    open: [Vec<(u32, u32)>; 1 + SPACES],
     index: NumberMap<u32>,
     /// Blocks whose instruction reaches into a second page, by their and its address and mode.
     crossings: HashMap<(u64, u64, u8), u32>,
@@ -297,44 +296,43 @@ impl Store {
 
     /// Takes the bridges to dead blocks away.
     fn close_dead(&mut self, cache: &CodeCache, linkage: &mut Linkage) {
-        for open in &mut self.open {
-            open.retain(|&number| {
-                let Some(bridge) = self.bridges.get_mut(number as usize) else { return false };
-                let alive = bridge.to.and_then(|to| self.blocks.get(to as usize)).is_some_and(|b| b.alive);
+        for (array, open) in linkage.bridges.iter_mut().zip(&mut self.open) {
+            open.retain(|&(number, to)| {
+                let alive = self.blocks.get(to as usize).is_some_and(|block| block.alive);
                 if !alive {
-                    close(bridge, number, cache, linkage);
+                    close(&self.bridges, number, cache, array);
                 }
                 alive
             });
         }
     }
 
-    /// Takes all bridges of a privilege class away: their pages may be others now.
-    pub(super) fn close(&mut self, class: usize, cache: &CodeCache, linkage: &mut Linkage) {
-        for number in std::mem::take(self.open.get_mut(class).unwrap_or(&mut Vec::new())) {
-            if let Some(bridge) = self.bridges.get_mut(number as usize) {
-                close(bridge, number, cache, linkage);
-            }
+    /// Takes all bridges of the supervisor, or of an address space, away: their pages may be others now.
+    pub(super) fn close(&mut self, array: usize, cache: &CodeCache, linkage: &mut Linkage) {
+        let (Some(open), Some(array)) = (self.open.get_mut(array), linkage.bridges.get_mut(array)) else {
+            return;
+        };
+        for (number, _) in open.drain(..) {
+            close(&self.bridges, number, cache, array);
         }
     }
 
     /// Lets a bridge lead to a block.
     pub(super) fn span(
         &mut self,
-        class: usize,
+        array: usize,
         number: u32,
         to: u32,
         cache: &CodeCache,
         linkage: &mut Linkage,
     ) {
-        if let Some(bridge) = self.bridges.get_mut(number as usize)
-            && let Some(block) = self.blocks.get(to as usize).filter(|block| block.alive && !block.step)
-            && let Some(open) = self.open.get_mut(class)
-            && let Some(host) = linkage.bridges.get_mut(number as usize)
+        if let Some(block) = self.blocks.get(to as usize).filter(|block| block.alive && !block.step)
+            && let Some(open) = self.open.get_mut(array)
+            && let Some(host) =
+                linkage.bridges.get_mut(array).and_then(|array| array.get_mut(number as usize))
         {
-            bridge.to = Some(to);
             *host = cache.address(block.direct);
-            open.push(number);
+            open.push((number, to));
         }
     }
 
@@ -354,9 +352,10 @@ impl Store {
     }
 }
 
-fn close(bridge: &mut Bridge, number: u32, cache: &CodeCache, linkage: &mut Linkage) {
-    bridge.to = None;
-    if let Some(host) = linkage.bridges.get_mut(number as usize) {
+fn close(bridges: &[Bridge], number: u32, cache: &CodeCache, array: &mut [u64]) {
+    if let Some(bridge) = bridges.get(number as usize)
+        && let Some(host) = array.get_mut(number as usize)
+    {
         *host = cache.address(bridge.stub);
     }
 }

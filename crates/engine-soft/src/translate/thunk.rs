@@ -251,23 +251,32 @@ fn emit_renewal(out: &mut Emitter, renewal: Renewal, miss: usize) {
     out.mov32(r::AX, r::ADDR);
     out.shr32(r::AX, 8);
     out.and_imm(false, r::AX, ((TLB_ENTRIES - 1) * size_of::<TlbEntry>()) as i32);
+    // AX counts from the tables of the supervisor, or of the user's address space in force.
+    let mut tables = offset_of!(CpuState, tlb);
+    if renewal.class != 0 {
+        tables = 0;
+        out.op_mem(true, &[0x03], r::AX, Mem::state(offset_of!(CpuState, user_tlb)));
+    }
     let entry = |write: bool, field: usize| {
-        let table = if write { offset_of!(CpuState, tlb_write) } else { offset_of!(CpuState, tlb_read) };
-        Mem::state(table + renewal.class * size_of::<TlbTable>() + field).with_index(r::AX, 0)
+        Mem::state(tables + usize::from(write) * size_of::<TlbTable>() + field).with_index(r::AX, 0)
     };
     let (tag, addend) = (offset_of!(TlbEntry, tag), offset_of!(TlbEntry, addend));
     let for_writes = renewal.write || renewal.stack;
     out.op_mem(true, &[0x3b], r::CX, entry(for_writes, tag));
     let other = out.jump_if(cc::NE);
-    // CX = whether it is lasting.
-    out.mov32(r::CX, r::AX);
-    out.shr32(r::CX, size_of::<TlbEntry>().trailing_zeros() as u8);
-    let lasting =
-        Mem { disp: entry(for_writes, 0).disp + offset_of!(TlbTable, lasting) as i32, ..Mem::base(r::SP) };
-    out.op_mem(false, &[0x0f, 0xb6], r::CX, lasting.with_index(r::CX, 0));
-    out.load(r::AX, entry(for_writes, addend));
-    out.op_reg(false, &[0x85], r::CX, r::CX);
-    let passing = out.jump_if(cc::E);
+    let passing = (renewal.class == 0).then(|| {
+        // Whether it is lasting; all of the user's are.
+        out.mov32(r::CX, r::AX);
+        out.shr32(r::CX, size_of::<TlbEntry>().trailing_zeros() as u8);
+        let disp = entry(for_writes, 0).disp + offset_of!(TlbTable, lasting) as i32;
+        out.op_mem(false, &[0x0f, 0xb6], r::CX, Mem::at(r::SP, disp).with_index(r::CX, 0));
+        out.op_reg(false, &[0x85], r::CX, r::CX);
+        out.load(r::AX, entry(for_writes, addend));
+        out.jump_if(cc::E)
+    });
+    if renewal.class != 0 {
+        out.load(r::AX, entry(for_writes, addend));
+    }
     emit_filling(out, renewal.class, &mut misses);
     let done = out.pos();
     if renewal.relative {
@@ -286,8 +295,10 @@ fn emit_renewal(out: &mut Emitter, renewal: Renewal, miss: usize) {
     } else {
         misses.push(other);
     }
-    out.bind(passing);
-    out.jump_to(out.base + done);
+    if let Some(passing) = passing {
+        out.bind(passing);
+        out.jump_to(out.base + done);
+    }
     for field in misses {
         out.bind(field);
     }
