@@ -15,8 +15,17 @@ const RAM: u64 = 1 << 18;
 /// Rings of queue `i` are in the `i`-th of pages this size, and so close together that bytes hit them.
 const RING_STEP: u64 = 0x400;
 const QUEUE_SIZE: u16 = 8;
-/// Where the buffers of queue 0 are; those of the others as far apart as the rings.
-const BUFFERS: u64 = 0x8000;
+/// What a driver's descriptors are: two chains of a disk request's three parts, the first for a read, the second for a
+/// write; a message; room for one. Length and flags (1: NEXT, 2: WRITE, 2.7.5).
+const DESCRIPTORS: [(u32, u16); QUEUE_SIZE as usize] =
+    [(16, 1), (512, 3), (1, 2), (16, 1), (512, 1), (1, 2), (64, 0), (64, 2)];
+/// Each descriptor has a buffer of its own.
+const BUFFER_STEP: u64 = 0x400;
+
+/// Where the buffers of a queue are.
+fn buffers(queue: u64) -> u64 {
+    queue.wrapping_mul(BUFFER_STEP.wrapping_mul(QUEUE_SIZE.into())).wrapping_add(0x8000)
+}
 const NOW: VmTime = VmTime(0);
 
 const MSIX_TABLE: u64 = 0x4000;
@@ -46,11 +55,10 @@ fn bring_up(function: &mut dyn Function, memory: &GuestMemory, features: u64) {
             write(register, 8, base.wrapping_add(at));
         }
         write(28, 2, 1);
-        for index in 0..u64::from(QUEUE_SIZE) {
-            // Half of the descriptors are writable; each has a buffer of its own beyond the rings.
-            let buffer = base.wrapping_add(BUFFERS).wrapping_add(index.wrapping_mul(64));
-            let raw =
-                u128::from(buffer) | 64 << 64 | u128::from(index & 1) << 97 | u128::from(index ^ 1) << 112;
+        for (index, (len, flags)) in (0u64..).zip(DESCRIPTORS) {
+            let buffer = buffers(queue.into()).wrapping_add(index.wrapping_mul(BUFFER_STEP));
+            let next = u128::from(index.wrapping_add(1));
+            let raw = u128::from(buffer) | u128::from(len) << 64 | u128::from(flags) << 96 | next << 112;
             let at = base.wrapping_add(index.wrapping_mul(16));
             let _ = memory.write(at, &raw.to_le_bytes());
         }
@@ -129,8 +137,9 @@ fn play<F: Function>(
             }
             3..=6 => {
                 // The rings, or what the descriptors point to at first: headers of requests, control messages.
-                let region = if b & 8 != 0 { BUFFERS } else { 0 };
-                let _ = memory.write(region | u64::from(a) << 2 | u64::from(b & 7) << 10, &[c, d]);
+                let region = if b & 8 != 0 { buffers(u64::from(b >> 4 & 7)) } else { 0 };
+                let _ =
+                    memory.write(region.wrapping_add(u64::from(a) << 2 | u64::from(b & 7) << 10), &[c, d]);
             }
             7 => offer(&memory, u64::from(a & 7), u16::from(b), u64::from(c)),
             8..=10 => function.bar_write(0, 0x3000u64.wrapping_add(u64::from(a & 7) << 2), 2, 0, NOW),
@@ -206,6 +215,8 @@ mod test {
     use super::*;
     use crate::Rng;
     use proptest::prelude::*;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU32, Ordering};
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(400))]
@@ -264,10 +275,35 @@ mod test {
         let mut rng = Rng::new(memory.clone(), MsiSink::unconnected(), source);
         rng.config_mut().write(4, 2, u32::from(command::BUS_MASTER));
         bring_up(&mut rng, &memory, 1 << 32);
-        memory.write(0x104, &[1, 0]).unwrap();
-        memory.write(0x102, &[1, 0]).unwrap();
+        offer(&memory, 0, 7, 0);
         rng.bar_write(0, 0x3000, 2, 0, NOW);
         assert_eq!(memory.read_array::<2>(0x202).unwrap(), [1, 0], "{}", rng.inspect());
-        assert_eq!(memory.read_array::<1>(0x8040).unwrap(), [0xaa]);
+        assert_eq!(memory.read_array::<64>(buffers(0) + 7 * BUFFER_STEP).unwrap(), [0xaa; 64]);
+    }
+
+    #[test]
+    fn requests_are_served_and_interrupt() {
+        use device::block::Operation;
+        let memory = ram().unwrap();
+        let sent = Arc::new(AtomicU32::new(0));
+        let count = sent.clone();
+        let sink = MsiSink::new(move |_| {
+            count.fetch_add(1, Ordering::SeqCst);
+        });
+        let geometry = Geometry { capacity: 1 << 16, block_size: 512, read_only: false, discard: true };
+        let mut block = Block::new(memory.clone(), sink, Notify::unconnected(), geometry, "fuzz");
+        block.config_mut().write(4, 2, u32::from(command::BUS_MASTER | command::MEMORY));
+        block.config_written(4);
+        interrupts(&mut block);
+        bring_up(&mut block, &memory, u64::MAX);
+        memory.write(buffers(0) + 3 * BUFFER_STEP, &[1]).unwrap();
+        for (head, operation) in [(0, Operation::Read), (3, Operation::Write { fua: false })] {
+            offer(&memory, 0, head, u64::from(head / 3));
+            let request = block.next_request().unwrap();
+            assert_eq!((request.operation, request.len), (operation, 512));
+            block.complete(request.token, Outcome::Ok);
+        }
+        assert_eq!(memory.read_array::<2>(0x202).unwrap(), [2, 0]);
+        assert_eq!(sent.load(Ordering::SeqCst), 2);
     }
 }
