@@ -162,6 +162,9 @@ impl Core {
     /// Bytes of a page that holds translated code were written.
     pub fn notify_code_write(&mut self, physical: u64, len: u64) {
         self.state.attention |= attention::CODE_WRITES;
+        if let Some(peers) = &self.peers {
+            peers.written(physical, len);
+        }
         if let Some(last) = self.code_writes.last_mut()
             && last.0.wrapping_add(last.1) == physical
         {

@@ -71,6 +71,8 @@ pub struct Core {
     pub io: IoLog,
     /// Writes (guest-physical address, length) to pages that hold translated code; the translator drains it.
     pub code_writes: Vec<(u64, u64)>,
+    /// The other vCPUs, if there are some.
+    pub(crate) peers: Option<crate::vcpu::Peers>,
     /// Statistics.
     pub counters: Counters,
     pub(crate) fetch: FetchCache,
@@ -97,6 +99,7 @@ impl Core {
             pending: Pending::default(),
             io: IoLog::default(),
             code_writes: Vec::new(),
+            peers: None,
             counters: Counters::default(),
             fetch: FetchCache::new(Self::decoder_options(amd)),
             stubs: Stubs::new()?,
@@ -155,6 +158,15 @@ impl Core {
     /// Keeps the guest's x87 state and gives the host a clean one.
     pub fn leave(&mut self) {
         arena::store_x87(&mut self.state);
+    }
+
+    /// A page is about to be translated from: no write to it by any vCPU may pass unseen from here on.
+    pub(crate) fn protect_code(&mut self, page: u64) {
+        if self.mmu.protect_code(&mut self.state, page)
+            && let Some(peers) = self.peers.clone()
+        {
+            peers.protect(&mut self.mmu, &mut self.state, page);
+        }
     }
 
     /// Delivers what waits, if the guest can take it now. Called between instructions.

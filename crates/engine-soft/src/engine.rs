@@ -41,14 +41,21 @@ pub struct SoftEngine {
 
 /// Passes on what others than the vCPUs write to code pages.
 #[derive(Default)]
-struct Watch {
+pub(crate) struct Watch {
     vcpus: Mutex<Vec<Weak<CodeWrites>>>,
+}
+
+impl Watch {
+    /// All vCPUs.
+    pub(crate) fn all(&self) -> Vec<Arc<CodeWrites>> {
+        let vcpus = self.vcpus.lock().unwrap_or_else(PoisonError::into_inner);
+        vcpus.iter().filter_map(Weak::upgrade).collect()
+    }
 }
 
 impl CodeWatch for Watch {
     fn written(&self, address: u64, len: u64) {
-        let vcpus = self.vcpus.lock().unwrap_or_else(PoisonError::into_inner);
-        for writes in vcpus.iter().filter_map(Weak::upgrade) {
+        for writes in self.all() {
             writes.push(address, len);
         }
     }
@@ -70,7 +77,8 @@ impl Engine for SoftEngine {
 
     fn create_vcpu(&self, config: VcpuConfig) -> Result<Box<dyn Vcpu>, Error> {
         let offset = self.tsc_start.wrapping_neg();
-        let vcpu = SoftVcpu::new(self.memory.clone(), &config, &self.options, self.tsc_hz, offset)?;
+        let clock = (self.tsc_hz, offset);
+        let vcpu = SoftVcpu::new(self.memory.clone(), &config, &self.options, &self.watch, clock)?;
         let mut vcpus = self.watch.vcpus.lock().unwrap_or_else(PoisonError::into_inner);
         vcpus.retain(|writes| writes.strong_count() > 0);
         vcpus.push(Arc::downgrade(vcpu.code_writes()));

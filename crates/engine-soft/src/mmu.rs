@@ -396,15 +396,22 @@ impl Mmu {
         }
     }
 
-    /// The page at `physical` now holds translated code: no write may pass unseen from here on.
-    pub fn protect_code(&mut self, state: &mut CpuState, physical: u64) {
+    /// The page at `physical` now holds translated code: no write of this vCPU may pass unseen from here on. Answers
+    /// whether it did not until now: then the other vCPUs have to be asked as well.
+    pub fn protect_code(&mut self, state: &mut CpuState, physical: u64) -> bool {
         if self.memory.mark_code(physical) {
-            return;
+            return false;
         }
+        self.forget_writes(state, physical);
+        true
+    }
+
+    /// Forgets all translations for writes to a page of RAM.
+    pub fn forget_writes(&mut self, state: &mut CpuState, physical: u64) {
         let Some(page) = self.memory.host_page(physical) else { return };
-        for (tables, known) in state.tlb.iter_mut().zip(&self.known) {
-            // A set that nothing was put in since it was emptied has nothing to look for.
-            if known.pcid.is_none() && !known.passing && !std::ptr::eq(known, &self.known[0]) {
+        for (set, tables) in state.tlb.iter_mut().enumerate() {
+            // Of an address space nothing may be held.
+            if set > 0 && !self.known[set].passing {
                 continue;
             }
             for entry in &mut tables[1].entries {

@@ -8,8 +8,9 @@
 //! may send are blocked in it, since translated code does not keep RSP on a stack.
 
 use crate::cpu_core::{Core, attention};
-use crate::engine::Options;
+use crate::engine::{Options, Watch};
 use crate::exception::Stop;
+use crate::mmu::Mmu;
 use crate::signal;
 use crate::state::{CpuState, Doorbell, seg};
 use crate::step::step;
@@ -17,8 +18,8 @@ use crate::translate::{Config, Outcome, Translator};
 use crate::verify::Verifier;
 use cpu::{Error, Exit, Kick, Registers, Vcpu, VcpuConfig};
 use memory::GuestMemory;
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Bits of [`Doorbell::kick`].
 pub(crate) mod kick {
@@ -65,27 +66,114 @@ impl Kick for Flag {
     }
 }
 
-/// Writes to code pages by others than this vCPU, until it looks.
+/// What others ask of a vCPU about code, until it looks: at least at every kick.
 pub(crate) struct CodeWrites {
-    list: Mutex<Vec<(u64, u64)>>,
+    list: Mutex<Requests>,
+    /// How many of the requests to forget have been done.
+    done: AtomicU64,
+    /// The vCPU is in `run`. If not, it looks before anything else there.
+    inside: AtomicBool,
     flag: Arc<Flag>,
+}
+
+#[derive(Default)]
+struct Requests {
+    /// Bytes of code pages that were written: guest-physical address and length.
+    written: Vec<(u64, u64)>,
+    /// Pages that hold code now: translations for writes to them must be forgotten.
+    protected: Vec<u64>,
+    /// How many pages were ever put there.
+    asked: u64,
 }
 
 /// Beyond this many remembered writes all translations are dropped instead.
 const WRITES_MAX: usize = 1024;
 
 impl CodeWrites {
+    fn new(flag: Arc<Flag>) -> Self {
+        Self { list: Mutex::default(), done: AtomicU64::new(0), inside: AtomicBool::new(false), flag }
+    }
+
+    fn list(&self) -> MutexGuard<'_, Requests> {
+        self.list.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub(crate) fn push(&self, address: u64, len: u64) {
-        let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
-        if list.len() <= WRITES_MAX {
-            list.push((address, len));
+        let mut list = self.list();
+        if list.written.len() <= WRITES_MAX {
+            list.written.push((address, len));
         }
         drop(list);
         self.flag.set(kick::CODE);
     }
 
-    fn take(&self) -> Vec<(u64, u64)> {
-        std::mem::take(&mut *self.list.lock().unwrap_or_else(PoisonError::into_inner))
+    /// Asks the vCPU to forget translations for writes to a page; answers the number of the request.
+    fn protect(&self, page: u64) -> u64 {
+        let mut list = self.list();
+        list.protected.push(page);
+        list.asked += 1;
+        let asked = list.asked;
+        drop(list);
+        self.flag.set(kick::CODE);
+        asked
+    }
+
+    /// The vCPU has done a request, or will before it runs anything.
+    fn has_done(&self, number: u64) -> bool {
+        self.done.load(Ordering::SeqCst) >= number || !self.inside.load(Ordering::SeqCst)
+    }
+
+    /// Does what is asked of this vCPU's TLB.
+    fn forget(&self, mmu: &mut Mmu, state: &mut CpuState) {
+        let mut list = self.list();
+        for page in std::mem::take(&mut list.protected) {
+            mmu.forget_writes(state, page);
+        }
+        self.done.store(list.asked, Ordering::SeqCst);
+    }
+
+    fn take_written(&self) -> Vec<(u64, u64)> {
+        std::mem::take(&mut self.list().written)
+    }
+}
+
+/// The vCPUs of a VM, as one of them sees them.
+#[derive(Clone)]
+pub(crate) struct Peers {
+    watch: Arc<Watch>,
+    own: Arc<CodeWrites>,
+}
+
+impl Peers {
+    pub(crate) fn new(watch: Arc<Watch>, own: Arc<CodeWrites>) -> Self {
+        Self { watch, own }
+    }
+
+    fn others(&self) -> Vec<Arc<CodeWrites>> {
+        let mut vcpus = self.watch.all();
+        vcpus.retain(|other| !Arc::ptr_eq(other, &self.own));
+        vcpus
+    }
+
+    /// This vCPU has written to a code page.
+    pub(crate) fn written(&self, address: u64, len: u64) {
+        for other in self.others() {
+            other.push(address, len);
+        }
+    }
+
+    /// A page holds code from now on: comes back when no vCPU can write there without all hearing of it. Meanwhile
+    /// this vCPU does what the others ask of it, or two would wait for each other.
+    pub(crate) fn protect(&self, mmu: &mut Mmu, state: &mut CpuState, page: u64) {
+        let waiting: Vec<_> = self.others().into_iter().map(|other| (other.protect(page), other)).collect();
+        for (number, other) in waiting {
+            let mut turns = 0u32;
+            while !other.has_done(number) {
+                self.own.forget(mmu, state);
+                turns = turns.wrapping_add(1);
+                if turns.is_multiple_of(64) { std::thread::yield_now() } else { std::hint::spin_loop() }
+            }
+        }
     }
 }
 
@@ -109,8 +197,8 @@ impl SoftVcpu {
         memory: GuestMemory,
         config: &VcpuConfig,
         options: &Options,
-        tsc_hz: u64,
-        tsc_offset: u64,
+        watch: &Arc<Watch>,
+        (tsc_hz, tsc_offset): (u64, u64),
     ) -> Result<Self, Error> {
         let mut core = Core::new(memory, config.cpuid.clone(), config.index, tsc_hz)?;
         core.state.tsc_offset = tsc_offset;
@@ -122,7 +210,8 @@ impl SoftVcpu {
             None
         };
         let flag = Arc::new(Flag::new(&core.state));
-        let writes = Arc::new(CodeWrites { list: Mutex::new(Vec::new()), flag: flag.clone() });
+        let writes = Arc::new(CodeWrites::new(flag.clone()));
+        core.peers = (!options.single_cpu).then(|| Peers::new(watch.clone(), writes.clone()));
         let verifier = options.verify.then(Verifier::default);
         let mut vcpu = Self { core, translator, verifier, flag, writes };
         vcpu.reset(false);
@@ -200,7 +289,8 @@ impl SoftVcpu {
     }
 
     fn foreign_writes(&mut self) {
-        let writes = self.writes.take();
+        self.writes.forget(&mut self.core.mmu, &mut self.core.state);
+        let writes = self.writes.take_written();
         let Some(translator) = &mut self.translator else { return };
         if writes.len() > WRITES_MAX {
             translator.flush(&mut self.core);
@@ -215,9 +305,12 @@ impl SoftVcpu {
 impl Vcpu for SoftVcpu {
     fn run(&mut self) -> Result<Exit, Error> {
         signal::prepare_thread()?;
+        self.writes.inside.store(true, Ordering::SeqCst);
+        self.foreign_writes();
         self.core.enter();
         let exit = self.run_loop();
         self.core.leave();
+        self.writes.inside.store(false, Ordering::SeqCst);
         exit
     }
 

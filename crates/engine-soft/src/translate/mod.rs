@@ -626,11 +626,11 @@ impl Translator {
         }
         let (page, start) = (physical & !0xfff, (physical & 0xfff) as u16);
         // Before the bytes are read: no write may pass unseen from here on.
-        core.mmu.protect_code(&mut core.state, page);
+        core.protect_code(page);
         let (own, more) = self.bytes.split_at_mut_checked(4096)?;
         core.mmu.memory.read(page, own).ok()?;
         if let Some(second) = second {
-            core.mmu.protect_code(&mut core.state, second);
+            core.protect_code(second);
             core.mmu.memory.read(second, more).ok()?;
         }
         let options = Core::decoder_options(core.amd);
