@@ -795,3 +795,6 @@ mod test;
 
 #[cfg(test)]
 mod native_test;
+
+#[cfg(test)]
+mod remembered_test;

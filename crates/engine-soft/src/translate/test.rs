@@ -14,11 +14,12 @@ macro_rules! guest {
         }
     };
 }
+pub(super) use guest;
 
 const CODE_LEN: usize = 512;
-const CODE: u64 = 0x10_0000;
-const STACK: u64 = 0x20_0000;
-const DATA: u64 = 0x30_0000;
+pub(super) const CODE: u64 = 0x10_0000;
+pub(super) const STACK: u64 = 0x20_0000;
+pub(super) const DATA: u64 = 0x30_0000;
 const STATUS: u64 = rflags::STATUS;
 
 /// The features of this host.
@@ -30,13 +31,13 @@ pub(super) fn host_cpuid() -> std::sync::Arc<cpu::cpuid::CpuidTable> {
     std::sync::Arc::new(table)
 }
 
-struct Machine {
-    core: Core,
-    translator: Translator,
+pub(super) struct Machine {
+    pub(super) core: Core,
+    pub(super) translator: Translator,
 }
 
 impl Machine {
-    fn new(code: extern "C" fn()) -> Self {
+    pub(super) fn new(code: extern "C" fn()) -> Self {
         // SAFETY: the bytes of a function, and of what the linker put behind it, are readable.
         let code = unsafe { std::slice::from_raw_parts(code as *const u8, CODE_LEN) };
         let memory = GuestMemory::new(&[(0, 8 << 20)], Backing::Private).unwrap();
@@ -57,13 +58,13 @@ impl Machine {
     }
 
     /// Runs to HLT, without the single-step tier.
-    fn run(&mut self) {
+    pub(super) fn run(&mut self) {
         assert_eq!(self.translator.run(&mut self.core), Outcome::Step);
         assert_eq!(self.bytes(self.core.state.rip), [0xf4], "stopped at {:#x}", self.core.state.rip);
     }
 
     /// Maps the 4 KiB page at linear `address` (anywhere in the lowest 2 MiB from 1 GiB on) with this entry.
-    fn map(&mut self, address: u64, entry: u64) {
+    pub(super) fn map(&mut self, address: u64, entry: u64) {
         let memory = &self.core.mmu.memory;
         memory.write(0x2008, &0x5007u64.to_le_bytes()).unwrap();
         memory.write(0x5000, &0x6007u64.to_le_bytes()).unwrap();
