@@ -94,7 +94,7 @@ fn a_store_to_a_page_that_now_holds_code_is_heard() {
     machine.run();
     assert_eq!(machine.core.state.gpr[0], 1);
     machine.core.state.rip = CODE;
-    (machine.core.state.gpr[0], machine.core.state.gpr[3]) = (0xf4_0000_0002_b8, DATA);
+    (machine.core.state.gpr[0], machine.core.state.gpr[3]) = (0xf400_0000_02b8, DATA);
     // The hint of the store no longer leads to the page: the store is not made unseen.
     assert_eq!(machine.translator.run(&mut machine.core), Outcome::Step);
     assert_eq!(machine.core.state.rip, CODE);
