@@ -13,6 +13,10 @@ use device::{Access, Device, Line, MsiSink, VmTime};
 use serde_json::{Value, json};
 use std::sync::{Arc, Mutex};
 
+mod saved;
+
+pub use saved::IoApicState;
+
 /// Pins of the chip on a PC.
 pub const PINS: usize = 24;
 /// Version 0x20.

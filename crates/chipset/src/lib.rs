@@ -33,6 +33,9 @@
     )
 )]
 
+#[macro_use]
+mod saved;
+
 pub mod acpi;
 pub mod board;
 mod byte_wide;

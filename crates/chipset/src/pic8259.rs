@@ -10,6 +10,10 @@ use device::{Access, Device, Line, VmTime};
 use serde_json::{Value, json};
 use std::sync::{Arc, Mutex};
 
+mod saved;
+
+pub use saved::Pic8259State;
+
 /// The slave's output is the master's input 2.
 const CASCADE: u8 = 2;
 /// Inputs that are edge-triggered whatever ELCR says: timer, keyboard, cascade; RTC, coprocessor.

@@ -7,6 +7,10 @@ use crate::byte_wide;
 use device::{Access, Device, Line, VmTime};
 use serde_json::{Value, json};
 
+mod saved;
+
+pub use saved::Pit8254State;
+
 /// Frequency of the counters' clock: 105/88 MHz.
 pub const HZ: u64 = 1_193_182;
 /// Interrupts come at most this often (in ticks), so that no guest keeps its machine busy with nothing else.

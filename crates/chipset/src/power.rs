@@ -11,6 +11,10 @@ use std::sync::Arc;
 
 use crate::byte_wide;
 
+mod saved;
+
+pub use saved::PowerState;
+
 /// Frequency of the PM timer (4.8.3.3).
 pub const PM_TIMER_HZ: u64 = 3_579_545;
 /// The SLP_TYP value that the DSDT's `\_S5` names.

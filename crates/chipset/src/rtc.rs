@@ -7,6 +7,10 @@ use crate::byte_wide;
 use device::{Access, Device, Line, VmTime};
 use serde_json::{Value, json};
 
+mod saved;
+
+pub use saved::RtcState;
+
 const SECONDS: u8 = 0x00;
 const SECONDS_ALARM: u8 = 0x01;
 const MINUTES: u8 = 0x02;

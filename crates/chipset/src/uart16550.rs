@@ -10,6 +10,10 @@ use device::{Access, Device, Line, Notify, VmTime};
 use serde_json::{Value, json};
 use std::collections::VecDeque;
 
+mod saved;
+
+pub use saved::Uart16550State;
+
 /// Depth of the receive FIFO, and what a driver may write into an empty transmit FIFO.
 const FIFO_BYTES: usize = 16;
 /// Output held for the other end; more is lost, but THR says "not empty" 16 bytes earlier.

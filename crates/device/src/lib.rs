@@ -22,11 +22,13 @@
 pub mod block;
 mod bus;
 mod interrupt;
+mod saved;
 pub mod serial;
 mod time;
 
 pub use bus::{Bus, RangeTaken};
 pub use interrupt::{Line, Msi, MsiSink, Notify};
+pub use saved::{Saved, StateError};
 pub use time::VmTime;
 
 /// One access to a register window of a device.

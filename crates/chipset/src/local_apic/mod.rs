@@ -10,12 +10,14 @@
 //! Lock order: I/O APIC -> local APIC. An [`Effect`] is acted upon with this APIC unlocked.
 
 mod ipi;
+mod saved;
 #[cfg(test)]
 mod test;
 mod timer;
 mod vectors;
 
 pub use ipi::{Apics, Delivery, Destination, Ipi, Trigger};
+pub use saved::LocalApicState;
 pub use timer::TscClock;
 
 use device::VmTime;

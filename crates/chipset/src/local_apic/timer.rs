@@ -1,5 +1,6 @@
 //! The timer: one-shot and periodic on a divided bus clock, or a TSC deadline (Intel SDM 3, 12.5.4).
 
+use super::saved::TimerState;
 use device::VmTime;
 
 /// Shortest period served, so that no guest keeps its machine busy with nothing but timer interrupts.
@@ -67,6 +68,17 @@ impl Timer {
             counting: false,
             tsc_deadline: 0,
         }
+    }
+
+    /// What outlives the program; how the TSC runs does not.
+    pub(super) fn save(&self) -> TimerState {
+        let Self { hz, tsc: _, mode, divide_config, initial, start, counting, tsc_deadline } = *self;
+        TimerState { hz, mode: mode.into(), divide_config, initial, start, counting, tsc_deadline }
+    }
+
+    pub(super) fn restored(state: TimerState, tsc: TscClock) -> Self {
+        let TimerState { hz, mode, divide_config, initial, start, counting, tsc_deadline } = state;
+        Self { hz, tsc, mode: mode.into(), divide_config, initial, start, counting, tsc_deadline }
     }
 
     pub(super) fn reset(&mut self) {

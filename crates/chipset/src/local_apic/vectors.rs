@@ -2,7 +2,7 @@
 
 /// A set of vectors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(super) struct Vectors([u64; 4]);
+pub(super) struct Vectors(pub(super) [u64; 4]);
 
 fn place(vector: u8) -> (usize, u64) {
     (usize::from(vector >> 6), 1 << (vector & 63))
