@@ -101,8 +101,8 @@ impl MsiX {
         self.vectors.is_empty()
     }
 
-    /// Interrupts with `vector`; a masked one, or one of a function that is no bus master, becomes pending. Does nothing while MSI-X is disabled or if there is
-    /// no such vector.
+    /// Interrupts with `vector`; a masked one, or one of a function that is no bus master, becomes pending. Does nothing
+    /// while MSI-X is disabled or if there is no such vector.
     pub fn notify(&mut self, vector: u16) {
         if !self.enabled {
             return;
