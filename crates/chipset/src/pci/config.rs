@@ -6,6 +6,10 @@
 use device::Line;
 use serde_json::{Value, json};
 
+mod saved;
+
+pub use saved::ConfigSpaceState;
+
 /// Bytes of configuration space of a function, with the extended part (PCI Express 5.0, 7.2.2).
 const SIZE: usize = 4096;
 /// End of the part that holds capabilities.

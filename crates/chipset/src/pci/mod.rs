@@ -13,9 +13,9 @@ mod msix;
 #[cfg(test)]
 mod test;
 
-pub use config::{Bar, BarKind, ConfigSpace, Identity, command};
+pub use config::{Bar, BarKind, ConfigSpace, ConfigSpaceState, Identity, command};
 pub use host::{Decoded, Host, SharedFunction, Window};
-pub use msix::{MSIX_CAPABILITY, MsiX};
+pub use msix::{MSIX_CAPABILITY, MsiX, MsiXState};
 
 use device::VmTime;
 

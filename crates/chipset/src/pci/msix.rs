@@ -7,6 +7,10 @@ use super::ConfigSpace;
 use device::{Msi, MsiSink};
 use serde_json::{Value, json};
 
+mod saved;
+
+pub use saved::MsiXState;
+
 /// Capability id.
 pub const MSIX_CAPABILITY: u8 = 0x11;
 /// Bytes of a table entry.

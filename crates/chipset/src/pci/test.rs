@@ -1,7 +1,7 @@
 //! A guest driver's view of a function with two BARs and MSI-X.
 
 use super::*;
-use device::{Access, Device, Line, Msi, MsiSink};
+use device::{Access, Device, Line, Msi, MsiSink, Saved};
 use proptest::prelude::*;
 use std::sync::{Arc, Mutex};
 
@@ -264,4 +264,46 @@ proptest! {
             }
         }
     }
+}
+
+proptest! {
+    #[test]
+    fn a_restored_function_goes_on(
+        before: Vec<(bool, u16, u32, bool)>,
+        after: Vec<(bool, u16, u32, bool)>,
+    ) {
+        let card = || Card::new(MsiSink::unconnected());
+        let run = |card: &mut Card, steps: &[(bool, u16, u32, bool)]| {
+            for &(config, at, value, interrupts) in steps {
+                if config {
+                    card.config.write(at & 0xffc, 4, value);
+                    card.config_written(at & 0xffc);
+                } else {
+                    card.bar_write(0, u64::from(at & 0x3ffc), 4, value.into(), VmTime(0));
+                }
+                card.config.set_interrupt(interrupts);
+                card.msix.notify(at % 80);
+            }
+        };
+        let (mut first, mut second) = (card(), card());
+        run(&mut first, &before);
+        let json = serde_json::to_string(&(first.config.save(), first.msix.save())).unwrap();
+        let (config, msix) = serde_json::from_str(&json).unwrap();
+        second.config.restore(config).unwrap();
+        second.msix.restore(msix).unwrap();
+        run(&mut first, &after);
+        run(&mut second, &after);
+        prop_assert_eq!(first.config.save(), second.config.save());
+        prop_assert_eq!(first.msix.save(), second.msix.save());
+    }
+}
+
+#[test]
+fn states_of_other_functions_are_refused() {
+    let mut card = Card::new(MsiSink::unconnected());
+    let mut state: serde_json::Value = serde_json::to_value(card.config.save()).unwrap();
+    state["changed"]["0"] = 7.into();
+    assert!(card.config.restore(serde_json::from_value(state).unwrap()).is_err());
+    let other = MsiX::new(&mut card.config, MsiSink::unconnected(), 3, 0, 0x2000, 0x3000);
+    assert!(card.msix.restore(other.save()).is_err());
 }
