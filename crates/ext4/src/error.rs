@@ -20,7 +20,9 @@ pub enum Error {
         least: u64,
     },
     /// The requested size needs more than 2^32 blocks.
-    #[error("an ext4 file system of {size} bytes is too large: the limit is {most} bytes")]
+    #[error(
+        "an ext4 file system of {size} bytes is too large: the limit is {most} bytes (16T); choose less (--disk-size)"
+    )]
     TooLarge {
         /// Bytes asked for.
         size: u64,
@@ -35,7 +37,7 @@ pub enum Error {
     },
     /// The data does not fit.
     #[error(
-        "the file system is full: {what} needs {missing} more bytes than are free; make the file system larger"
+        "the file system is full: {what} needs {missing} more bytes than are free; make the file system larger (--disk-size)"
     )]
     Full {
         /// What was being stored.
@@ -44,7 +46,7 @@ pub enum Error {
         missing: u64,
     },
     /// All inodes are in use.
-    #[error("no inode is left for {path}: all {inodes} are used; make the file system larger")]
+    #[error("no inode is left for {path}: all {inodes} are used; make the file system larger (--disk-size)")]
     NoInodes {
         /// The path that needed one.
         path: String,

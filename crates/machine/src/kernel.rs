@@ -21,6 +21,8 @@ struct Source {
     what: &'static str,
     path: PathBuf,
     content: Content,
+    /// The guest's memory in bytes: what is larger cannot be loaded, and some files never end.
+    size_max: u64,
 }
 
 #[derive(Debug)]
@@ -31,18 +33,16 @@ enum Content {
 }
 
 impl Source {
-    fn open(what: &'static str, path: &Path) -> Result<Self, Error> {
+    fn open(what: &'static str, path: &Path, size_max: u64) -> Result<Self, Error> {
         let open = || -> io::Result<Content> {
-            let mut file = File::open(path)?;
+            let file = File::open(path)?;
             if !file.metadata()?.file_type().is_fifo() {
                 return Ok(Content::File(file));
             }
-            let mut bytes = Vec::new();
-            file.read_to_end(&mut bytes)?;
-            Ok(Content::Kept(bytes))
+            Ok(Content::Kept(read_all(&file, size_max)?))
         };
         let content = open().map_err(|source| Error::Read { what, path: path.to_owned(), source })?;
-        Ok(Self { what, path: path.to_owned(), content })
+        Ok(Self { what, path: path.to_owned(), content, size_max })
     }
 
     fn read(&self) -> Result<Cow<'_, [u8]>, Error> {
@@ -50,12 +50,22 @@ impl Source {
             Content::File(file) => file,
             Content::Kept(bytes) => return Ok(Cow::Borrowed(bytes)),
         };
-        let mut bytes = Vec::new();
-        file.seek(SeekFrom::Start(0))
-            .and_then(|_| file.read_to_end(&mut bytes))
-            .map_err(|source| Error::Read { what: self.what, path: self.path.clone(), source })?;
-        Ok(Cow::Owned(bytes))
+        let bytes = file.seek(SeekFrom::Start(0)).and_then(|_| read_all(file, self.size_max));
+        let failed = |source| Error::Read { what: self.what, path: self.path.clone(), source };
+        bytes.map(Cow::Owned).map_err(failed)
     }
+}
+
+/// Reads a file of at most `size_max` bytes to its end.
+fn read_all(file: &File, size_max: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    file.take(size_max.saturating_add(1)).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > size_max {
+        let why =
+            format!("it is larger than the guest's memory of {} MiB; is it the right file?", size_max >> 20);
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, why));
+    }
+    Ok(bytes)
 }
 
 /// Kernel, initrd or modules, and command line of a machine.
@@ -70,16 +80,16 @@ pub(crate) struct Kernel {
 impl Kernel {
     /// Opens the files that `config` names.
     pub(crate) fn open(config: &MachineConfig) -> Result<Self, Error> {
-        let kernel = Source::open("kernel", &config.kernel)?;
+        let kernel = Source::open("kernel", &config.kernel, config.memory)?;
         let mut modules = Vec::new();
         if let Some(initrd) = &config.initrd {
             if boot::takes_modules(&kernel.read()?) {
                 for module in initrd.to_string_lossy().split(',') {
                     let path = module.split_whitespace().next().unwrap_or_default();
-                    modules.push((module.to_owned(), Source::open("module", path.as_ref())?));
+                    modules.push((module.to_owned(), Source::open("module", path.as_ref(), config.memory)?));
                 }
             } else {
-                modules.push((String::new(), Source::open("initrd", initrd)?));
+                modules.push((String::new(), Source::open("initrd", initrd, config.memory)?));
             }
         }
         Ok(Self { kernel, modules, command_line: config.command_line.clone() })

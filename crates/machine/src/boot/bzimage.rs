@@ -53,6 +53,9 @@ fn parse(file: &[u8]) -> Result<Image<'_>, Error> {
     let kernel_at = sectors.wrapping_add(1).wrapping_mul(512);
     let truncated = || Error::Truncated { what: "kernel image" };
     let size = u64::from(bytes.u32(0x1f4).ok_or_else(cut)?).wrapping_mul(16);
+    // The size is given in paragraphs of 16 bytes, and a file may end within its last one.
+    let there = (file.len() as u64).saturating_sub(kernel_at);
+    let size = if size.saturating_sub(there) < 16 { size.min(there) } else { size };
     let kernel = bytes.slice(kernel_at, size).ok_or_else(truncated)?;
     let offset = u64::from(bytes.u32(0x248).ok_or_else(cut)?);
     let payload_len = u64::from(bytes.u32(0x24c).ok_or_else(cut)?);

@@ -5,7 +5,7 @@
 
 use super::bytes::{Bytes, put};
 use super::elf::{Elf, is_elf};
-use super::layout::{HIGH_MEMORY, Kind, LOADER_END, START_INFO, memory_map};
+use super::layout::{CONVENTIONAL_END, HIGH_MEMORY, Kind, LOADER_END, START_INFO, memory_map};
 use super::{Error, Loaded, Request, entry, linux};
 use cpu::Registers;
 use memory::GuestMemory;
@@ -24,6 +24,18 @@ const MODULES_MAX: usize = 64;
 const MAP: u64 = START_INFO + 0x800;
 const NAME: u64 = START_INFO + 0xf00;
 const STRINGS: u64 = START_INFO + 0x1000;
+
+/// What a BIOS leaves behind, which kernels look up without asking: the interrupt vectors, and in its data area (segment 40h) the
+/// first serial port, the segment of the extended data area and the conventional memory in KiB.
+const VECTORS: usize = 256;
+const BIOS_SERIAL: u64 = 0x400;
+const BIOS_EXTENDED: u64 = 0x40e;
+const BIOS_MEMORY: u64 = 0x413;
+const LOWER_KIB: u16 = (CONVENTIONAL_END >> 10) as u16;
+/// In the data area's room for applications (4f0h): `push bp; mov bp, sp; or byte [bp+6], 1; pop bp; iret`. It sets the caller's
+/// carry flag, by which every BIOS service says that it is not there.
+const NO_SERVICE: u16 = 0x4f0;
+const NO_SERVICE_CODE: [u8; 9] = [0x55, 0x89, 0xe5, 0x80, 0x4e, 0x06, 0x01, 0x5d, 0xcf];
 
 /// The header: its offset in the file and its flags.
 #[derive(Debug, Clone, Copy)]
@@ -58,7 +70,7 @@ pub(super) fn load(memory: &GuestMemory, request: &Request<'_>, header: Header) 
     // Memory sizes, boot device, command line, modules, memory map, loader name.
     put(&mut info, 0, &0x24fu32.to_le_bytes());
     let upper = memory.regions().first().map_or(0, |region| region.len.saturating_sub(HIGH_MEMORY));
-    put(&mut info, 4, &639u32.to_le_bytes());
+    put(&mut info, 4, &u32::from(LOWER_KIB).to_le_bytes());
     put(&mut info, 8, &u32::try_from(upper >> 10).unwrap_or(u32::MAX).to_le_bytes());
     put(&mut info, 12, &0x8000_ffffu32.to_le_bytes());
     let line = strings.push(&format!("{} {}", request.kernel_name, request.command_line))?;
@@ -68,6 +80,7 @@ pub(super) fn load(memory: &GuestMemory, request: &Request<'_>, header: Header) 
     linux::write_string(memory, NAME, "yado")?;
     put(&mut info, 64, &(NAME as u32).to_le_bytes());
     memory.write(START_INFO, &info)?;
+    put_bios_data(memory)?;
     let mut registers = entry::protected_mode(memory, entry)?;
     for (register, value) in [(entry::RAX, LOADER_MAGIC), (entry::RBX, START_INFO)] {
         if let Some(slot) = registers.gpr.get_mut(register) {
@@ -75,6 +88,16 @@ pub(super) fn load(memory: &GuestMemory, request: &Request<'_>, header: Header) 
         }
     }
     Ok(registers)
+}
+
+fn put_bios_data(memory: &GuestMemory) -> Result<(), Error> {
+    let [low, high] = NO_SERVICE.to_le_bytes();
+    memory.write(0, &[low, high, 0, 0].repeat(VECTORS))?;
+    memory.write(u64::from(NO_SERVICE), &NO_SERVICE_CODE)?;
+    memory.write(BIOS_SERIAL, &0x3f8u16.to_le_bytes())?;
+    // The extended data area is the last KiB below 640 KiB.
+    memory.write(BIOS_EXTENDED, &(LOWER_KIB << 6).to_le_bytes())?;
+    Ok(memory.write(BIOS_MEMORY, &LOWER_KIB.to_le_bytes())?)
 }
 
 fn load_image(memory: &GuestMemory, file: &[u8], header: Header) -> Result<(Loaded, u32), Error> {
