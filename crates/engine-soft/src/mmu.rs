@@ -105,6 +105,9 @@ pub struct Mmu {
     space: usize,
     /// Counts loads of CR3, to find the address space not used for longest.
     loads: u64,
+    /// The supervisor may have global translations of addresses of the lower half, which are the user's with all known
+    /// systems.
+    low: bool,
     /// The last generation given to anything.
     newest: u64,
     /// A new one after every flush, and every invalidation of a page that supervisor code was fetched from, that
@@ -179,6 +182,7 @@ impl Mmu {
             known: [const { Known::NONE }; 1 + SPACES],
             space: 0,
             loads: 0,
+            low: false,
             newest: 0,
             global_generation: 0,
         }
@@ -232,6 +236,7 @@ impl Mmu {
         table.entries[index(linear)] = entry;
         table.lasting[index(linear)] = u8::from(lasting);
         self.known[set].passing |= class == 1 || !lasting;
+        self.low |= class == 0 && lasting && address >> 63 == 0;
         if walk.page_shift > 12 {
             self.known[set].large.insert(address, walk.page_shift);
         }
@@ -274,6 +279,7 @@ impl Mmu {
     /// Forgets all translations, e.g. after a write to CR0, CR4's paging bits, EFER, or by another CPU's request.
     pub fn flush_all(&mut self, state: &mut CpuState) {
         self.empty(state, 0);
+        self.low = false;
         self.renew(0);
         self.global_generation = self.newest;
         self.flush_spaces(state);
@@ -388,8 +394,9 @@ impl Mmu {
                 self.renew(set);
             }
         }
-        for class in 0..2 {
-            state.hints.end_page(class, address);
+        state.hints.end_page(1, address);
+        if self.low || address >> 63 != 0 {
+            state.hints.end_page(0, address);
         }
         if supervisor {
             self.global_generation = self.newest;
