@@ -336,13 +336,15 @@ impl Translator {
     fn blocks(&mut self, core: &mut Core, mode: Mode) -> Outcome {
         let class = usize::from(mode.user);
         let mut first = true;
+        // The block that a link or a bridge was just made to.
+        let mut next = None;
         loop {
             if !self.open(&core.state, class) {
                 return Outcome::Kicked;
             }
             // Only at first: what translated code did not find must be looked up properly.
             if !std::mem::take(&mut first) || !self.recall(&mut core.state, class) {
-                let Some(number) = self.find(core, mode) else { return Outcome::Step };
+                let Some(number) = next.take().or_else(|| self.find(core, mode)) else { return Outcome::Step };
                 let Some(found) = self.store.get(number).filter(|b| !b.step) else { return Outcome::Step };
                 core.state.linkage.page_base = core.state.rip & !0xfff;
                 core.state.linkage.enter = self.cache.address(found.direct);
@@ -362,7 +364,7 @@ impl Translator {
                         let target = self.store.links.get(number as usize).map_or(0, |link| link.target);
                         core.state.rip = link.page_base.wrapping_add(u64::from(target));
                         if !self.single {
-                            self.link(core, mode, number);
+                            next = self.link(core, mode, number);
                         }
                         break None;
                     }
@@ -372,7 +374,7 @@ impl Translator {
                         let target = self.store.bridges.get(number as usize).map_or(0, |b| b.target);
                         core.state.rip = link.page_base.wrapping_add(u64::from(target));
                         if !self.single {
-                            self.span(core, mode, number);
+                            next = self.span(core, mode, number);
                         }
                         break None;
                     }
@@ -415,25 +417,25 @@ impl Translator {
         }
     }
 
-    /// Connects a link to the block at RIP, making it if need be.
-    fn link(&mut self, core: &mut Core, mode: Mode, number: u32) {
+    /// Connects a link to the block at RIP, making it if need be, and answers that.
+    fn link(&mut self, core: &mut Core, mode: Mode, number: u32) -> Option<u32> {
         let flushes = self.statistics.cache_flushes;
-        if let Some(to) = self.find(core, mode)
-            && flushes == self.statistics.cache_flushes
-        {
+        let to = self.find(core, mode)?;
+        if flushes == self.statistics.cache_flushes {
             self.store.connect(&mut self.cache, number, to);
         }
+        Some(to)
     }
 
-    /// Lets a bridge lead to the block at RIP, made if need be.
-    fn span(&mut self, core: &mut Core, mode: Mode, number: u32) {
+    /// Lets a bridge lead to the block at RIP, made if need be, and answers that.
+    fn span(&mut self, core: &mut Core, mode: Mode, number: u32) -> Option<u32> {
         let flushes = self.statistics.cache_flushes;
-        if let Some(to) = self.find(core, mode)
-            && flushes == self.statistics.cache_flushes
-        {
+        let to = self.find(core, mode)?;
+        if flushes == self.statistics.cache_flushes {
             let array = if mode.user { 1 + core.state.space } else { 0 };
             self.store.span(array, number, to, &self.cache, &mut core.state.linkage);
         }
+        Some(to)
     }
 
     /// The block at RIP; `None` if the single-step tier has to look at it.
