@@ -12,6 +12,7 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("mkfs.ext4", "e2fsprogs"),
     ("qemu-img", "qemu-utils"),
     ("qemu-system-x86_64", "qemu-system-x86"),
+    ("zstd", "zstd"),
 ];
 
 /// Where a program is; the directories of administrators' programs are looked into too.

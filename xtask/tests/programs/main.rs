@@ -1,5 +1,9 @@
 //! Real programs inside a Debian guest, judged by what the same work gives on the host: package management, a compiler, an
-//! interpreter, cryptography, and every byte of a file tree.
+//! interpreter, cryptography, and every byte of a file tree. And kernels that are not the usual one.
+
+mod foreign;
+mod kernels;
+mod slow;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -29,9 +33,11 @@ fn programs_work_as_on_the_host() {
     let home = Home::new();
     workshop(&home);
     packages_are_configured(&home);
-    a_compiled_program_says_the_same_on_both(&home);
+    a_compiled_program_says_the_same_on_both(&home, PROGRAM, "-lm", 3);
+    a_compiled_program_says_the_same_on_both(&home, ZLIB, "-lz", 0);
     python_computes(&home);
     openssl_agrees_with_itself(&home);
+    the_same_binaries_say_the_same_on_both(&home);
     home.yado(&["stop", "workshop"]).assert_success();
     home.yado(&["rm", "workshop"]).assert_success();
     home.assert_nothing_left();
@@ -73,16 +79,58 @@ int main(void) {
 }
 "#;
 
+/// Every level and strategy there and back, in one piece and byte by byte, with a dictionary; broken streams.
+const ZLIB: &str = r#"
+#include <stdio.h>
+#include <string.h>
+#include <zlib.h>
+static unsigned char data[200000], packed[400000], back[200000], small[1000];
+int main(void) {
+    unsigned long long x = 88172645463325252ULL;
+    for (int i = 0; i < 200000; i++) {
+        x ^= x << 13; x ^= x >> 7; x ^= x << 17;
+        data[i] = i % 3000 < 2000 ? "the quick brown fox "[i % 20] : x % 7 ? x & 15 : x;
+    }
+    printf("%s %08lx %08lx\n", zlibVersion(), crc32(0, data, sizeof data), adler32(1, data, sizeof data));
+    for (int level = 0; level <= 9; level++)
+        for (int strategy = 0; strategy <= 4; strategy++) {
+            z_stream z = {0};
+            if (deflateInit2(&z, level, Z_DEFLATED, strategy % 2 ? 31 : -15, 1 + level % 9, strategy)) return 1;
+            z.next_in = data; z.avail_in = sizeof data; z.next_out = packed; z.avail_out = sizeof packed;
+            if (deflate(&z, Z_FINISH) != Z_STREAM_END) return 2;
+            unsigned long size = z.total_out;
+            deflateEnd(&z);
+            memset(&z, 0, sizeof z);
+            if (inflateInit2(&z, strategy % 2 ? 31 : -15)) return 3;
+            z.next_in = packed; z.next_out = back; z.avail_out = sizeof back;
+            int code = Z_OK;
+            for (unsigned long i = 0; i < size && code == Z_OK; i++) { z.avail_in = 1; code = inflate(&z, Z_NO_FLUSH); }
+            inflateEnd(&z);
+            if (code != Z_STREAM_END || memcmp(data, back, sizeof data)) return 4;
+            printf("%d %d %lu %08lx\n", level, strategy, size, crc32(0, packed, size));
+        }
+    z_stream z = {0};
+    deflateInit(&z, 9); deflateSetDictionary(&z, data, 3000);
+    z.next_in = data; z.avail_in = 5000; z.next_out = small; z.avail_out = sizeof small;
+    printf("%d %lu\n", deflate(&z, Z_FINISH), z.total_out);
+    deflateEnd(&z);
+    uLongf size = sizeof back;
+    packed[100] ^= 1;
+    printf("%d %d\n", uncompress(back, &size, packed, 1000), uncompress(back, &size, small, 10));
+    return 0;
+}
+"#;
+
 /// gcc compiles in the guest; the program runs there and on the host.
-fn a_compiled_program_says_the_same_on_both(home: &Home) {
-    let compile = "gcc -O2 -static -o /tmp/program -x c - -lm && cat /tmp/program";
-    let built = home.yado_with_input(&["exec", "workshop", "--", "sh", "-c", compile], PROGRAM.as_bytes());
+fn a_compiled_program_says_the_same_on_both(home: &Home, source: &str, library: &str, code: i32) {
+    let compile = format!("gcc -O2 -static -o /tmp/program -x c - {library} && cat /tmp/program");
+    let built = home.yado_with_input(&["exec", "workshop", "--", "sh", "-c", &compile], source.as_bytes());
     built.assert_success();
     let program = home.file("program", &built.stdout);
     Command::new("chmod").arg("755").arg(&program).status().unwrap();
     let on_host = Command::new(&program).output().unwrap();
     let in_guest = home.yado(&["exec", "workshop", "--", "/tmp/program"]);
-    assert_eq!((in_guest.code(), on_host.status.code()), (3, Some(3)), "{}", in_guest.all());
+    assert_eq!((in_guest.code(), on_host.status.code()), (code, Some(code)), "{}", in_guest.all());
     assert_eq!(in_guest.text(), String::from_utf8(on_host.stdout).unwrap());
 }
 
@@ -110,6 +158,67 @@ print("python agrees")
     let finished = home.yado_with_input(&["exec", "workshop", "--", "python3", "-"], script.as_bytes());
     finished.assert_success();
     assert_eq!(finished.text(), "python agrees\n");
+}
+
+/// The guest's own openssl and python3, taken out of it with their libraries, do the same work on the host.
+fn the_same_binaries_say_the_same_on_both(home: &Home) {
+    const OPENSSL: &str = r#"
+head -c 300000 /dev/zero | tr '\0' 'q' > data
+for sum in md5 sha1 sha256 sha512 sha3-256 blake2b512 shake128 sm3 ripemd160; do $RUN openssl dgst -$sum -r < data; done
+for cipher in aes-128-cbc aes-256-ctr aes-128-ofb camellia-192-cbc aria-128-ctr sm4-cbc des-ede3-cbc chacha20; do
+    $RUN openssl enc -$cipher -pbkdf2 -k key -S 0102030405060708 < data > sealed
+    $RUN openssl dgst -sha256 -r < sealed
+    $RUN openssl enc -d -$cipher -pbkdf2 -k key -S 0102030405060708 < sealed | cmp - data && echo $cipher
+done
+$RUN openssl prime 170141183460469231731687303715884105727
+$RUN openssl prime 170141183460469231731687303715884105729
+$RUN openssl kdf -keylen 32 -kdfopt pass:x -kdfopt salt:yyyyyyyy -kdfopt n:1024 -kdfopt r:8 -kdfopt p:1 SCRYPT
+"#;
+    const PYTHON: &str = r#"
+$RUN python3 -S -c '
+import math, random, hashlib, zlib, struct
+r = random.Random(7)
+h = hashlib.sha256()
+for i in range(20000):
+    x = r.uniform(-50, 50)
+    for f in (math.sin, math.cos, math.tan, math.exp, math.atan, math.erf, math.cbrt, lambda v: math.fmod(v, 0.7)):
+        h.update(struct.pack("<d", f(x)))
+print(h.hexdigest(), repr(math.fsum(r.random() for _ in range(50000))))
+print((3**20000 // 7**3000) % 10**40)
+print(zlib.crc32(repr(sorted(r.gauss(0, 1) for _ in range(20000))).encode()))
+print(complex(1.5, -2.25) ** 3.7, (0.1 + 0.2).hex(), round(2.675, 2), 7.1 // 0.3)
+'
+"#;
+    let take = "cd / && tar -chf - usr/bin/openssl usr/bin/python3 lib64/ld-linux-x86-64.so.2 usr/lib/python3.* \
+                $(ldd /usr/bin/openssl /usr/bin/python3 | grep -o '/lib[^ ]*' | sort -u | sed 's|^/|usr/|') \
+                --exclude=__pycache__";
+    let taken = home.yado(&["exec", "workshop", "--", "sh", "-c", take]);
+    taken.assert_success();
+    let tree = home.path().join("taken");
+    std::fs::create_dir(&tree).unwrap();
+    let unpacked =
+        Command::new("tar").args(["-xf", "-", "-C"]).arg(&tree).stdin(std::process::Stdio::piped()).spawn();
+    assert!(xtask::story::finish(unpacked.unwrap(), &taken.stdout).status.success());
+    let root = tree.display();
+    let on_host = format!(
+        "cd {root}; export PYTHONHOME={root}/usr OPENSSL_CONF=/dev/null\n\
+         run() {{ program=$1; shift; {root}/lib64/ld-linux-x86-64.so.2 --library-path \
+         {root}/usr/lib/x86_64-linux-gnu {root}/usr/bin/$program \"$@\"; }}\nRUN=run\n"
+    );
+    for script in [OPENSSL, PYTHON] {
+        let inside = home.yado(&[
+            "exec",
+            "workshop",
+            "--",
+            "sh",
+            "-c",
+            &format!("cd /tmp; export OPENSSL_CONF=/dev/null; RUN=\n{script}"),
+        ]);
+        inside.assert_success();
+        let outside = Command::new("sh").args(["-c", &format!("{on_host}{script}")]).output().unwrap();
+        assert!(outside.status.success(), "{}", String::from_utf8_lossy(&outside.stderr));
+        assert_eq!(inside.text(), String::from_utf8(outside.stdout).unwrap());
+    }
 }
 
 /// Keys, signatures and ciphers, with answers known from their standards.
@@ -171,7 +280,8 @@ fn dump(home: &Home, disk: &Path, tree: &str) -> PathBuf {
     to.join(Path::new(tree).file_name().unwrap())
 }
 
-/// No network is needed to install packages: they come on a second disk.
+/// No network is needed to install packages: they come on further disks. The guest has just booted and has not configured its own
+/// packages yet, which dpkg does first.
 #[test]
 fn packages_from_a_second_disk() {
     let home = Home::new();
@@ -183,22 +293,54 @@ fn packages_from_a_second_disk() {
         .output()
         .unwrap();
     assert!(fetched.status.success(), "{}", String::from_utf8_lossy(&fetched.stderr));
+    package_with_scripts(&home, &packages);
     let disk = home.path().join("packages.img");
     std::fs::File::create(&disk).unwrap().set_len(16 << 20).unwrap();
     let mkfs = xtask::setup::find("mkfs.ext4").expect("`cargo xtask setup` installs e2fsprogs");
     assert!(Command::new(mkfs).arg("-q").arg("-d").arg(&packages).arg(&disk).status().unwrap().success());
-    for bus in ["nvme", "virtio"] {
-        let option = format!("{},readonly,bus={bus}", disk.display());
-        let device = if bus == "nvme" { "/dev/nvme1n1" } else { "/dev/vda" };
-        let script = format!(
-            "set -e; modprobe -q virtio_blk || true; mount -o ro {device} /mnt; dpkg -i /mnt/*.deb >/dev/null; hello; tree --version | cut -c1-4; \
-             dpkg -r hello >/dev/null; ! command -v hello >/dev/null"
-        );
-        let finished = home.yado(&["run", "-q", "debian", "--disk", &option, "--", "sh", "-c", &script]);
-        finished.assert_success();
-        assert_eq!(finished.text(), "Hello, world!\ntree\n", "{bus}: {}", finished.all());
-    }
+    let disks: Vec<String> =
+        ["nvme", "virtio"].map(|bus| format!("{},readonly,bus={bus}", disk.display())).into();
+    // Both ways to install; both kinds of disks.
+    let script = "set -e; exec 3>&1 >&2; mount -o ro /dev/nvme1n1 /mnt; mount -o ro /dev/vda /media; \
+                  dpkg -i /mnt/hello_*.deb; hello >&3; apt-get -q -y install /media/tree_*.deb /media/guestbook.deb; \
+                  tree --version | cut -c1-4 >&3; cat /var/lib/guestbook >&3; id -u guestbook >&3; \
+                  apt-get -q -y remove hello; ! command -v hello; dpkg -P guestbook; cat /var/lib/guestbook >&3; \
+                  dpkg --audit >&3; dpkg-query -W -f '${db:Status-Abbrev}\\n' | sort -u >&3";
+    let line = ["run", "-q", "debian", "--disk", &disks[0], "--disk", &disks[1], "--", "sh", "-c", script];
+    let finished = home.yado(&line);
+    finished.assert_success();
+    let wanted = "Hello, world!\ntree\npreinst install\npostinst configure\n777\n\
+                  preinst install\npostinst configure\nprerm remove\npostrm purge\nii \n";
+    assert_eq!(finished.text(), wanted, "{}", finished.all());
     home.assert_nothing_left();
+}
+
+/// A package whose maintainer scripts say that they ran, and add a user as many do.
+fn package_with_scripts(home: &Home, packages: &Path) {
+    use std::os::unix::fs::PermissionsExt;
+    let tree = home.path().join("guestbook");
+    let control = tree.join("DEBIAN");
+    std::fs::create_dir_all(&control).unwrap();
+    let text = "Package: guestbook\nVersion: 1\nArchitecture: all\nDepends: adduser\n\
+                Maintainer: nobody <nobody@example.org>\nDescription: who was here\n";
+    std::fs::write(control.join("control"), text).unwrap();
+    for (name, more) in [
+        ("preinst", ""),
+        ("postinst", "useradd --system --uid 777 guestbook"),
+        ("prerm", "userdel guestbook"),
+        ("postrm", ""),
+    ] {
+        let only = if name == "postrm" { "[ $1 = purge ] || exit 0" } else { "" };
+        let script = format!("#!/bin/sh\nset -e\n{only}\necho {name} $1 >> /var/lib/guestbook\n{more}\n");
+        std::fs::write(control.join(name), script).unwrap();
+        std::fs::set_permissions(control.join(name), std::fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let built = Command::new("dpkg-deb")
+        .args(["-q", "--root-owner-group", "-b"])
+        .arg(&tree)
+        .arg(packages.join("guestbook.deb"))
+        .status();
+    assert!(built.unwrap().success());
 }
 
 /// The guest's clock goes as fast as the host's.
