@@ -344,7 +344,9 @@ impl Translator {
             }
             // Only at first: what translated code did not find must be looked up properly.
             if !std::mem::take(&mut first) || !self.recall(&mut core.state, class) {
-                let Some(number) = next.take().or_else(|| self.find(core, mode)) else { return Outcome::Step };
+                let Some(number) = next.take().or_else(|| self.find(core, mode)) else {
+                    return Outcome::Step;
+                };
                 let Some(found) = self.store.get(number).filter(|b| !b.step) else { return Outcome::Step };
                 core.state.linkage.page_base = core.state.rip & !0xfff;
                 core.state.linkage.enter = self.cache.address(found.direct);

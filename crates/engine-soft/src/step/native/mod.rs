@@ -57,6 +57,8 @@ struct Prepared {
     memory: Option<Memory>,
     /// Address bits that must be zero, else #GP: before any page fault.
     align: u64,
+    /// MXCSR.MM lifts that.
+    lenient: bool,
     /// Raises pending x87 exceptions first.
     waits: bool,
     /// Pointers of the last x87 instruction in the image it stores: (offset, length).
@@ -124,8 +126,8 @@ pub(crate) fn execute(core: &mut Core, decoded: &Decoded) -> Result<(), Trap> {
         core.state.scratch[BIT] = index & (bits - 1);
     }
     let linear = core.linear(segment, offset, memory.size, memory.write)?;
-    // MXCSR.MM lifts SSE's alignment rules (AMD APM 1, 4.2.2).
-    if linear & prepared.align != 0 && core.state.mxcsr & 1 << 17 == 0 {
+    let lifted = prepared.lenient && core.state.mxcsr & 1 << 17 != 0;
+    if linear & prepared.align != 0 && !lifted {
         return Err(Exception::GP.into());
     }
     core.check_alignment(linear, memory.size)?;
@@ -372,7 +374,19 @@ fn build(core: &mut Core, i: &Instruction) -> Result<Prepared, Trap> {
     let x87 = matches!(unit, Unit::X87) && !i.cpuid_features().contains(&CpuidFeature::FXSR);
     let waits = (x87 || mmx) && !silent;
     let pointers = pointers_of(i);
-    Ok(Prepared { entry, unit, vector, flags: stub.flags, bit: stub.bit, memory, align, waits, pointers })
+    let (flags, bit, lenient) = (stub.flags, stub.bit, lenient(i));
+    Ok(Prepared { entry, unit, vector, flags, bit, memory, align, lenient, waits, pointers })
+}
+
+/// MXCSR.MM lifts the alignment rule of SSE's instructions that compute, not that of moves (AMD APM 1, 4.2.2).
+fn lenient(i: &Instruction) -> bool {
+    use Mnemonic as M;
+    i.encoding() == EncodingKind::Legacy
+        && !matches!(
+            i.mnemonic(),
+            M::Movaps | M::Movapd | M::Movdqa | M::Movntps | M::Movntpd | M::Movntdq | M::Movntdqa
+        )
+        && !matches!(i.mnemonic(), M::Cmpxchg16b | M::Fxsave | M::Fxsave64 | M::Fxrstor | M::Fxrstor64)
 }
 
 fn is_immediate(kind: OpKind) -> bool {
