@@ -290,6 +290,20 @@ const PAM_BLOCKS: [(&str, &str); 10] = [
     ("$session_nonint_additional", "session\trequired\tpam_unix.so "),
 ];
 
+/// What `pam-auth-update` remembers of that, by the file it is about. Without it, it takes its own files for the administrator's and
+/// never adds the modules of packages that come later, such as logind's.
+const PAM_SAVED: [(&str, &str); 6] = [
+    ("auth", "Module: unix\n[success=end default=ignore]\tpam_unix.so nullok\n"),
+    ("account", "Module: unix\n[success=end new_authtok_reqd=done default=ignore]\tpam_unix.so\n"),
+    ("password", "Module: unix\n[success=end default=ignore]\tpam_unix.so obscure yescrypt\n"),
+    ("session", "Module: null\n[default=1]\t\t\tpam_permit.so\nModule: unix\nrequired\tpam_unix.so\n"),
+    (
+        "session-noninteractive",
+        "Module: null\n[default=1]\t\t\tpam_permit.so\nModule: unix\nrequired\tpam_unix.so\n",
+    ),
+    ("seen", "unix\n"),
+];
+
 /// The builder as the one who puts files in.
 fn builder(names: &[String]) -> Package<'_> {
     Package { number: usize::MAX, name: crate::dpkg::OWN_PACKAGE, yields: &[], names, digests: &[] }
@@ -455,7 +469,9 @@ fn pam(installer: &mut Installer<'_, '_>) -> Result<(), tree::Error> {
         }
         installer.file(&format!("etc/pam.d/common-{name}"), 0o644, text.as_bytes())?;
     }
-    Ok(())
+    PAM_SAVED
+        .iter()
+        .try_for_each(|(name, text)| installer.file(&format!("var/lib/pam/{name}"), 0o644, text.as_bytes()))
 }
 
 /// Lets `modprobe` find modules before the kernel package's script has run depmod; answers the initial RAM disk of the last kernel,

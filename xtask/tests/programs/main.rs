@@ -189,9 +189,9 @@ print(zlib.crc32(repr(sorted(r.gauss(0, 1) for _ in range(20000))).encode()))
 print(complex(1.5, -2.25) ** 3.7, (0.1 + 0.2).hex(), round(2.675, 2), 7.1 // 0.3)
 '
 "#;
-    let take = "cd / && tar -chf - usr/bin/openssl usr/bin/python3 lib64/ld-linux-x86-64.so.2 usr/lib/python3.* \
-                $(ldd /usr/bin/openssl /usr/bin/python3 | grep -o '/lib[^ ]*' | sort -u | sed 's|^/|usr/|') \
-                --exclude=__pycache__";
+    let take = "cd / && tar -chf - --exclude=__pycache__ usr/bin/openssl usr/bin/python3 usr/lib/python3.* \
+                lib64/ld-linux-x86-64.so.2 \
+                $(ldd /usr/bin/openssl /usr/bin/python3 | grep -o '/lib/[^ ]*' | sort -u | sed 's|^/|usr/|')";
     let taken = home.yado(&["exec", "workshop", "--", "sh", "-c", take]);
     taken.assert_success();
     let tree = home.path().join("taken");
@@ -336,7 +336,8 @@ fn package_with_scripts(home: &Home, packages: &Path) {
         std::fs::set_permissions(control.join(name), std::fs::Permissions::from_mode(0o755)).unwrap();
     }
     let built = Command::new("dpkg-deb")
-        .args(["-q", "--root-owner-group", "-b"])
+        .args(["--root-owner-group", "-b"])
+        .stdout(std::process::Stdio::null())
         .arg(&tree)
         .arg(packages.join("guestbook.deb"))
         .status();
