@@ -10,6 +10,7 @@
 //! One translator belongs to one vCPU and runs on its thread; there is no lock.
 
 mod block;
+mod build;
 mod cache;
 mod control;
 mod copy;
@@ -35,7 +36,7 @@ use iced_x86::InstructionInfoFactory;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
-use store::{Bridge, Link, NumberMap, Store, Write};
+use store::{NumberMap, Store, Write};
 use template::Templates;
 
 pub(crate) use block::INSTRUCTIONS_MAX;
@@ -96,11 +97,6 @@ const SOON: Duration = Duration::from_micros(hints::LOG_ENTRIES as u64 / 12);
 const RECENT: usize = 1024;
 /// Hints filled so often among those are no good.
 const UNSTEADY: u32 = 16;
-
-/// Hints that must be free: more than a block has.
-const HINT_ROOM: usize = 4 * INSTRUCTIONS_MAX;
-/// Bridges that must be free, as well.
-const BRIDGE_ROOM: usize = 2 * INSTRUCTIONS_MAX;
 
 /// The template tier of one vCPU.
 pub struct Translator {
@@ -349,7 +345,7 @@ impl Translator {
                 };
                 let Some(found) = self.store.get(number).filter(|b| !b.step) else { return Outcome::Step };
                 core.state.linkage.page_base = core.state.rip & !0xfff;
-                core.state.linkage.enter = self.cache.address(found.direct);
+                core.state.linkage.enter = self.cache.address(found.direct());
             }
             let outcome = loop {
                 self.statistics.entries += 1;
@@ -373,7 +369,7 @@ impl Translator {
                     reason::BRIDGE => {
                         self.statistics.exits_bridge += 1;
                         let number = link.payload[0] as u32;
-                        let target = self.store.bridges.get(number as usize).map_or(0, |b| b.target);
+                        let target = self.store.bridge_target(class, number);
                         core.state.rip = link.page_base.wrapping_add(u64::from(target));
                         if !self.single {
                             next = self.span(core, mode, number);
@@ -507,7 +503,7 @@ impl Translator {
         let link = &mut state.linkage;
         if let (Some(negative), Some(host)) = (link.jump_keys.get_mut(at), link.jump_hosts.get_mut(at)) {
             *negative = key.wrapping_neg();
-            *host = self.cache.address(block.entry);
+            *host = self.cache.address(block.entry());
         }
     }
 
@@ -559,8 +555,8 @@ impl Translator {
                 continue;
             }
             let Some(block) = self.store.owner(hint as u32) else { continue };
-            let address = block.page | u64::from(block.start);
-            let number = (hint as u32).wrapping_sub(block.hints.0);
+            let address = block.address();
+            let number = (hint as u32).wrapping_sub(block.first_hint());
             let known = self.unsteady.entry((address, block.mode)).or_default();
             if !known.contains(&number) {
                 known.push(number);
@@ -620,130 +616,6 @@ impl Translator {
         crate::host::read(head, front);
         crate::host::read(tail, back);
         Some(gathered.as_ptr() as u64)
-    }
-
-    /// Translates the block at a guest-physical address, or the instruction there that reaches into a second page.
-    fn translate(&mut self, core: &mut Core, physical: u64, second: Option<u64>, mode: Mode) -> Option<u32> {
-        let bridges = self.store.bridges.len() + BRIDGE_ROOM;
-        if self.cache.room() < BLOCK_ROOM || !core.state.hints.room(HINT_ROOM) || bridges > linkage::BRIDGES {
-            self.flush(core);
-        }
-        let (page, start) = (physical & !0xfff, (physical & 0xfff) as u16);
-        // Before the bytes are read: no write may pass unseen from here on.
-        core.protect_code(page);
-        let (own, more) = self.bytes.split_at_mut_checked(4096)?;
-        core.mmu.memory.read(page, own).ok()?;
-        if let Some(second) = second {
-            core.protect_code(second);
-            core.mmu.memory.read(second, more).ok()?;
-        }
-        let options = Core::decoder_options(core.amd);
-        let bytes = if second.is_some() { self.bytes.as_slice() } else { own };
-        block::plan(&mut self.plan, bytes, (start, options), mode, &mut self.templates);
-        let first_link = self.store.links.len() as u32;
-        let first_hint = core.state.hints.next();
-        let first_bridge = self.store.bridges.len() as u32;
-        let numbers = [first_link, first_bridge, first_hint];
-        let bases = [self.cache.next(), self.cache.next_cold()];
-        self.generator.start(bases, numbers, usize::from(mode.user));
-        self.generator.unsteady.clear();
-        if let Some(unsteady) = self.unsteady.get(&(physical, mode.bits())) {
-            self.generator.unsteady.extend(unsteady);
-        }
-        let mut block = Store::new_block(page, start, mode.bits(), self.plan.ranges);
-        block.entry = self.cache.next();
-        self.generator.entry(start);
-        block.direct = self.cache.next() + self.generator.out.pos();
-        if second.is_some() && self.plan.crosses {
-            // Bytes that no CPU takes for an instruction.
-            (self.plan.crosses, self.plan.step) = (false, true);
-        }
-        block.crosses = self.plan.crosses && self.plan.items.is_empty();
-        block.second = second.map(|second| (second, block::INSTRUCTION_BYTES as u16));
-        block.step = self.generate(start) == 0;
-        let (code, cold) = (&self.generator.out.bytes, &self.generator.seldom.bytes);
-        if !self.cache.append(code, cold) {
-            return None;
-        }
-        block.hints = (first_hint, self.generator.next_hint.wrapping_sub(first_hint));
-        core.state.hints.take(block.hints.1);
-        self.statistics.blocks += 1;
-        self.statistics.host_bytes += code.len() as u64;
-        self.statistics.cold_bytes += cold.len() as u64;
-        let end = self.plan.items.last().map_or(start, |item| item.next);
-        self.statistics.guest_bytes += u64::from(end.wrapping_sub(start));
-        let base = block.entry;
-        for new in &self.generator.bridges {
-            let bridge = Bridge { stub: new.stub, target: new.target };
-            let (number, stub) = (self.store.bridges.len(), self.cache.address(bridge.stub));
-            let arrays = if mode.user { 1..1 + SPACES } else { 0..1 };
-            for array in core.state.linkage.bridges.get_mut(arrays).unwrap_or_default() {
-                if let Some(host) = array.get_mut(number) {
-                    *host = stub;
-                }
-            }
-            self.store.bridges.push(bridge);
-        }
-        let number = self.store.add(block);
-        for i in 0..self.generator.links.len() {
-            let Some(&new) = self.generator.links.get(i) else { break };
-            let link = Link { field: base + new.field, stub: new.stub, target: new.target, from: number };
-            self.store.links.push(link);
-            if !self.single
-                && let Some(to) = self.store.find(page | u64::from(new.target), mode.bits())
-            {
-                self.store.connect(&mut self.cache, first_link.wrapping_add(i as u32), to);
-            }
-        }
-        Some(number)
-    }
-
-    /// Generates code for the plan; answers how many instructions it covers.
-    fn generate(&mut self, start: u16) -> usize {
-        let (mut done, mut end) = (0, start);
-        let mut step = self.plan.step;
-        let count = self.plan.items.len();
-        let mut saved = false;
-        for (place, item) in self.plan.items.iter().enumerate() {
-            match (saved, item.saved) {
-                (false, true) => self.generator.save_flags(),
-                (true, false) => self.generator.restore_flags(),
-                _ => {}
-            }
-            saved = item.saved;
-            let site = generate::Site {
-                offset: item.offset,
-                next: item.next,
-                live: item.live_before != 0 && !saved,
-                saved,
-                live_after: item.live_after != 0,
-                followed: place + 1 < count || self.plan.step,
-            };
-            let bytes = self.bytes.get(usize::from(item.offset)..usize::from(item.next)).unwrap_or_default();
-            let mark = self.generator.mark();
-            if self
-                .generator
-                .instruction(&item.instruction, &item.template, bytes, &mut self.info, site)
-                .is_none()
-            {
-                self.generator.rewind(mark);
-                step = true;
-                break;
-            }
-            self.generator.executed(&item.instruction, &mut self.info);
-            done += 1;
-            end = item.next;
-        }
-        if saved {
-            self.generator.restore_flags();
-        }
-        if step {
-            self.generator.exit(reason::STEP, u32::from(end));
-        } else if !self.plan.controlled {
-            self.generator.jump_page(i64::from(end), None);
-        }
-        self.generator.finish();
-        done
     }
 }
 

@@ -40,37 +40,78 @@ impl Hasher for NumberHasher {
 
 pub(super) type NumberMap<T> = HashMap<u64, T, BuildHasherDefault<NumberHasher>>;
 
+/// A block. There are hundreds of thousands, so it is small.
 #[derive(Debug)]
 pub(super) struct Block {
-    /// Guest-physical address of its page.
-    pub page: u64,
-    /// Page offset of its first byte.
-    pub start: u16,
-    pub mode: u8,
+    /// Number of its guest-physical page.
+    page: u32,
     /// Cache offset of the entry for jumps through the jump cache.
-    pub entry: usize,
-    /// Cache offset of the entry for jumps within the page.
-    pub direct: usize,
+    entry: u32,
+    /// Bytes from there to the entry for jumps within the page.
+    prologue: u16,
+    /// Page offset of its first byte.
+    start: u16,
+    /// Number of its first hint.
+    first_hint: u32,
+    /// How many hints it has.
+    hints: u16,
+    pub mode: u8,
     /// It holds no instruction: the first is for the single-step tier.
     pub step: bool,
     /// It holds no instruction: the first reaches into the next page, and which that is, is not known here.
+    pub crosses: bool,
+    alive: bool,
+    /// It holds one instruction, which reaches into a page of [`Store::seconds`].
+    two_pages: bool,
+    ranges: [Range; 3],
+    /// The last link that was made to jump here, or [`NONE`].
+    incoming: u32,
+}
+
+/// No link.
+const NONE: u32 = u32::MAX;
+
+/// What is known of a block before it is added.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct NewBlock {
+    /// Guest-physical address.
+    pub address: u64,
+    pub mode: u8,
+    /// Cache offsets of the entries for jumps through the jump cache, and for jumps within the page.
+    pub entries: [usize; 2],
+    pub step: bool,
     pub crosses: bool,
     /// The page into which its only instruction reaches, and how far.
     pub second: Option<(u64, u16)>,
     /// Its hints: the number of the first, and how many.
     pub hints: (u32, u32),
-    ranges: [Range; 3],
-    /// Links that jump here.
-    incoming: Vec<u32>,
-    alive: bool,
+    /// Bytes of its page on which it depends.
+    pub ranges: [Range; 3],
 }
 
 impl Block {
-    /// The byte ranges of a page on which the block depends.
-    fn ranges_of(&self, page: u64) -> [Range; 4] {
-        let [a, b, c] = if page == self.page { self.ranges } else { [(0, 0); 3] };
-        let second = self.second.filter(|second| second.0 == page).map_or(0, |second| second.1);
-        [a, b, c, (0, second)]
+    fn page(&self) -> u64 {
+        u64::from(self.page) << 12
+    }
+
+    /// Guest-physical address.
+    pub(super) fn address(&self) -> u64 {
+        self.page() | u64::from(self.start)
+    }
+
+    /// Cache offset of the entry for jumps through the jump cache.
+    pub(super) fn entry(&self) -> usize {
+        self.entry as usize
+    }
+
+    /// Cache offset of the entry for jumps within the page, and over bridges.
+    pub(super) fn direct(&self) -> usize {
+        self.entry as usize + usize::from(self.prologue)
+    }
+
+    /// Number of its first hint.
+    pub(super) fn first_hint(&self) -> u32 {
+        self.first_hint
     }
 }
 
@@ -78,13 +119,23 @@ impl Block {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Link {
     /// Cache offset of the displacement.
-    pub field: usize,
+    field: u32,
     /// Cache offset of the stub it goes to while it has no target.
-    pub stub: usize,
+    stub: u32,
+    /// The block it belongs to.
+    from: u32,
+    /// The next link of those that jump to the same block, or [`NONE`].
+    next: u32,
     /// Page offset of the target.
     pub target: u16,
-    /// The block it belongs to.
-    pub from: u32,
+}
+
+impl Link {
+    /// A link from block `from`, with cache offsets of its displacement and its stub.
+    pub(super) fn new(from: u32, field: usize, stub: usize, target: u16) -> Self {
+        // The cache is at most 1 GiB.
+        Self { field: field as u32, stub: stub as u32, from, next: NONE, target }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -99,7 +150,7 @@ struct Page {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Bridge {
     /// Cache offset of the stub that looks for its target.
-    pub stub: usize,
+    pub stub: u32,
     /// Page offset of the target.
     pub target: u16,
 }
@@ -108,10 +159,13 @@ pub(super) struct Bridge {
 pub(super) struct Store {
     pub blocks: Vec<Block>,
     pub links: Vec<Link>,
-    pub bridges: Vec<Bridge>,
+    /// Numbered apart by privilege class.
+    pub bridges: [Vec<Bridge>; 2],
     /// Bridges that lead somewhere, and the blocks they lead to, for the supervisor and by the user's address space.
     open: [Vec<(u32, u32)>; 1 + SPACES],
     index: NumberMap<u32>,
+    /// Into which page, and how far, the instructions of such blocks reach, by block.
+    seconds: NumberMap<(u64, u16)>,
     /// Blocks whose instruction reaches into a second page, by their and its address and mode.
     crossings: HashMap<(u64, u64, u8), u32>,
     pages: NumberMap<Page>,
@@ -147,9 +201,9 @@ impl Store {
     /// The block to which a hint belongs.
     pub(super) fn owner(&self, hint: u32) -> Option<&Block> {
         // Hints are handed out in the order of blocks.
-        let after = self.blocks.partition_point(|block| block.hints.0 <= hint);
+        let after = self.blocks.partition_point(|block| block.first_hint <= hint);
         let block = self.blocks.get(after.checked_sub(1)?)?;
-        (block.alive && hint - block.hints.0 < block.hints.1).then_some(block)
+        (block.alive && hint - block.first_hint < u32::from(block.hints)).then_some(block)
     }
 
     /// The block that starts at guest-physical `address`.
@@ -166,57 +220,54 @@ impl Store {
         self.blocks.get(number as usize)
     }
 
-    /// Adds a block; answers its number.
-    pub(super) fn add(&mut self, mut block: Block) -> u32 {
-        let number = self.blocks.len() as u32;
-        block.alive = true;
-        let page = self.pages.entry(block.page).or_default();
+    /// Adds a block; answers its number. `None` if it is beyond what can be.
+    pub(super) fn add(&mut self, new: NewBlock) -> Option<u32> {
+        let [entry, direct] = new.entries;
+        let number = u32::try_from(self.blocks.len()).ok()?;
+        let block = Block {
+            page: u32::try_from(new.address >> 12).ok()?,
+            entry: u32::try_from(entry).ok()?,
+            prologue: u16::try_from(direct.checked_sub(entry)?).ok()?,
+            start: (new.address & 0xfff) as u16,
+            first_hint: new.hints.0,
+            hints: u16::try_from(new.hints.1).ok()?,
+            mode: new.mode,
+            step: new.step,
+            crosses: new.crosses,
+            alive: true,
+            two_pages: new.second.is_some(),
+            ranges: new.ranges,
+            incoming: NONE,
+        };
+        let page = self.pages.entry(block.page()).or_default();
         page.blocks.push(number);
         for &(from, to) in &block.ranges {
             page.granules |= granules(u64::from(from), u64::from(to));
         }
-        let address = block.page | u64::from(block.start);
-        match block.second {
+        match new.second {
             None => {
-                self.index.insert(key(address, block.mode), number);
+                self.index.insert(key(new.address, block.mode), number);
             }
             Some((second, len)) => {
-                self.crossings.insert((address, second, block.mode), number);
+                self.crossings.insert((new.address, second, block.mode), number);
+                self.seconds.insert(u64::from(number), (second, len));
                 let page = self.pages.entry(second).or_default();
                 page.blocks.push(number);
                 page.granules |= granules(0, u64::from(len));
             }
         }
         self.blocks.push(block);
-        number
-    }
-
-    pub(super) fn new_block(page: u64, start: u16, mode: u8, ranges: [Range; 3]) -> Block {
-        let (entry, direct) = (0, 0);
-        Block {
-            page,
-            start,
-            mode,
-            entry,
-            direct,
-            step: false,
-            crosses: false,
-            second: None,
-            hints: (0, 0),
-            ranges,
-            incoming: Vec::new(),
-            alive: true,
-        }
+        Some(number)
     }
 
     /// Lets link `number` go to block `to`, if that is on the same page.
     pub(super) fn connect(&mut self, cache: &mut CodeCache, number: u32, to: u32) {
-        let Some(link) = self.links.get(number as usize).copied() else { return };
+        let Some(link) = self.links.get_mut(number as usize) else { return };
         let from = self.blocks.get(link.from as usize).map(|b| (b.page, b.alive));
         let Some(block) = self.blocks.get_mut(to as usize) else { return };
         if block.alive && from == Some((block.page, true)) {
-            block.incoming.push(number);
-            cache.patch_jump(link.field, block.direct);
+            link.next = std::mem::replace(&mut block.incoming, number);
+            cache.patch_jump(link.field as usize, block.direct());
         }
     }
 
@@ -259,7 +310,10 @@ impl Store {
                 // It died of a write to its other page.
                 return false;
             }
-            let ranges = block.ranges_of(base);
+            let second = if block.two_pages { self.seconds.get(&u64::from(number)).copied() } else { None };
+            let [a, b, c] = if block.page() == base { block.ranges } else { [(0, 0); 3] };
+            let reached = second.filter(|second| second.0 == base).map_or(0, |second| second.1);
+            let ranges = [a, b, c, (0, reached)];
             let hit = ranges.iter().any(|r| u64::from(r.0) < to && u64::from(r.1) > from && r.0 < r.1);
             if !hit {
                 for &(from, to) in &ranges {
@@ -269,19 +323,18 @@ impl Store {
             }
             killed += 1;
             block.alive = false;
-            let address = block.page | u64::from(block.start);
-            match block.second {
-                None => drop(self.index.remove(&key(address, block.mode))),
-                Some((second, _)) => drop(self.crossings.remove(&(address, second, block.mode))),
+            match second {
+                None => drop(self.index.remove(&key(block.address(), block.mode))),
+                Some((second, _)) => drop(self.crossings.remove(&(block.address(), second, block.mode))),
             }
-            for number in std::mem::take(&mut block.incoming) {
-                if let Some(link) = self.links.get(number as usize) {
-                    cache.patch_jump(link.field, link.stub);
-                }
+            let mut incoming = std::mem::replace(&mut block.incoming, NONE);
+            while let Some(link) = self.links.get_mut(incoming as usize) {
+                cache.patch_jump(link.field as usize, link.stub as usize);
+                incoming = std::mem::replace(&mut link.next, NONE);
             }
             // The jump cache may still lead here: look the address up again.
-            cache.patch(block.entry, &[0xe9]);
-            cache.patch_jump(block.entry + 1, thunks.exit(reason::LOOKUP));
+            cache.patch(block.entry(), &[0xe9]);
+            cache.patch_jump(block.entry() + 1, thunks.exit(reason::LOOKUP));
             false
         });
         if killed > 0 {
@@ -296,11 +349,12 @@ impl Store {
 
     /// Takes the bridges to dead blocks away.
     fn close_dead(&mut self, cache: &CodeCache, linkage: &mut Linkage) {
-        for (array, open) in linkage.bridges.iter_mut().zip(&mut self.open) {
+        for (set, (array, open)) in linkage.bridges.iter_mut().zip(&mut self.open).enumerate() {
+            let bridges = &self.bridges[usize::from(set > 0)];
             open.retain(|&(number, to)| {
                 let alive = self.blocks.get(to as usize).is_some_and(|block| block.alive);
                 if !alive {
-                    close(&self.bridges, number, cache, array);
+                    close(bridges, number, cache, array);
                 }
                 alive
             });
@@ -308,13 +362,19 @@ impl Store {
     }
 
     /// Takes all bridges of the supervisor, or of an address space, away: their pages may be others now.
-    pub(super) fn close(&mut self, array: usize, cache: &CodeCache, linkage: &mut Linkage) {
-        let (Some(open), Some(array)) = (self.open.get_mut(array), linkage.bridges.get_mut(array)) else {
+    pub(super) fn close(&mut self, set: usize, cache: &CodeCache, linkage: &mut Linkage) {
+        let (Some(open), Some(array)) = (self.open.get_mut(set), linkage.bridges.get_mut(set)) else {
             return;
         };
         for (number, _) in open.drain(..) {
-            close(&self.bridges, number, cache, array);
+            close(&self.bridges[usize::from(set > 0)], number, cache, array);
         }
+    }
+
+    /// Page offset of the target of a bridge.
+    pub(super) fn bridge_target(&self, class: usize, number: u32) -> u16 {
+        let bridge = self.bridges.get(class).and_then(|bridges| bridges.get(number as usize));
+        bridge.map_or(0, |bridge| bridge.target)
     }
 
     /// Lets a bridge lead to a block.
@@ -331,7 +391,7 @@ impl Store {
             && let Some(host) =
                 linkage.bridges.get_mut(array).and_then(|array| array.get_mut(number as usize))
         {
-            *host = cache.address(block.direct);
+            *host = cache.address(block.direct());
             open.push((number, to));
         }
     }
@@ -344,10 +404,11 @@ impl Store {
     pub(super) fn clear(&mut self) {
         self.blocks.clear();
         self.links.clear();
-        self.bridges.clear();
+        self.bridges = Default::default();
         self.open = Default::default();
         self.index.clear();
         self.crossings.clear();
+        self.seconds.clear();
         self.pages.clear();
     }
 }
@@ -356,6 +417,6 @@ fn close(bridges: &[Bridge], number: u32, cache: &CodeCache, array: &mut [u64]) 
     if let Some(bridge) = bridges.get(number as usize)
         && let Some(host) = array.get_mut(number as usize)
     {
-        *host = cache.address(bridge.stub);
+        *host = cache.address(bridge.stub as usize);
     }
 }
