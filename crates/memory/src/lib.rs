@@ -20,10 +20,12 @@
     )
 )]
 
+mod heap;
 mod mapping;
 mod page;
 mod ram;
 
+pub use heap::keep_heap_small;
 pub use mapping::Backing;
 pub use page::PageFlags;
 pub use ram::{AccessError, CodeWatch, Error, GuestMemory, HostPage, Region};

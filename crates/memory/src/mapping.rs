@@ -1,4 +1,4 @@
-//! The only place of this crate with `unsafe`: an anonymous mapping of the host, and raw copies in and out of it.
+//! The place of this crate with `unsafe` for guest RAM: an anonymous mapping of the host, and raw copies in and out of it.
 //!
 //! Guest RAM is shared with running vCPUs, so no Rust reference to it is ever made: all access is by raw
 //! pointers, through volatile or atomic operations or `memcpy`, and a racing guest sees the tearing that a

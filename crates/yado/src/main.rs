@@ -22,6 +22,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    memory::keep_heap_small();
     let arguments = Arguments::parse();
     let result = dispatch(arguments.command);
     terminal::restore();
