@@ -163,7 +163,7 @@ fn execute_gather(core: &mut Core, i: &Instruction, index_size: usize, size: usi
     let count = (to.size() / size).min(indices.size() / index_size);
     let segment = segment_index(i.memory_segment());
     let base = i.memory_base();
-    let width = if base == Register::None { core.code_bits() as usize / 8 } else { base.size() };
+    let width = core.address_size(i);
     let mut start = i.memory_displacement64();
     if base != Register::None {
         start = start.wrapping_add(core.gpr(base));

@@ -253,7 +253,7 @@ impl Generator {
 
     /// BT, BTS, BTR, BTC of a bit string in memory: the register's upper bits move the address.
     pub(super) fn bit_string(&mut self, instruction: &Instruction, site: Site) -> Option<()> {
-        if !self.bmi2 {
+        if !self.bmi2 || narrow(instruction) {
             return None;
         }
         let (opcode, bytes, write) = match instruction.code() {
@@ -292,4 +292,12 @@ impl Generator {
         self.out.op_mem(wide, &[0x0f, opcode], r::T1, word);
         Some(())
     }
+}
+
+/// Whether addresses are of 32 bits: the sum of one and the index of a word of a bit string wraps around at 4 GiB, which
+/// is left to the single-step tier.
+fn narrow(instruction: &Instruction) -> bool {
+    let (base, index) = (instruction.memory_base(), instruction.memory_index());
+    let absolute = base == Register::None && index == Register::None;
+    base.is_gpr32() || index.is_gpr32() || absolute && instruction.memory_displ_size() == 4
 }

@@ -530,3 +530,15 @@ fn a_full_cache_is_flushed_and_refilled() {
     assert_eq!(machine.u64(DATA), 64 * 572 * 3);
     assert!(machine.translator.statistics().cache_flushes > 3);
 }
+
+guest!(narrow_bit_string: "xor r13d, r13d" "mov r12, -1" "bts qword ptr fs:[r13d], r12");
+
+#[test]
+fn bit_strings_at_32_bit_addresses_are_left_to_the_single_step_tier() {
+    let mut machine = Machine::new(narrow_bit_string);
+    machine.core.state.segments[crate::state::seg::FS].base = DATA + 8;
+    // The word is 4 GiB above DATA, not at DATA.
+    assert_eq!(machine.translator.run(&mut machine.core), Outcome::Step);
+    assert_ne!(machine.bytes(machine.core.state.rip), [0xf4]);
+    assert_eq!(machine.u64(DATA), 0);
+}

@@ -237,3 +237,25 @@ fn elements_masked_off_do_not_fault() {
     assert_eq!(machine.core.state.ymm.0[3][0], 1 | 2 << 32);
     assert_eq!(machine.core.state.ymm.0[5], [0, top, 0, 0]);
 }
+
+#[test]
+fn a_gather_with_32_bit_addresses_wraps_around() {
+    // addr32 vgatherdps ymm3, [ymm4*4 + DATA], ymm5
+    let code = [0x67, 0xc4, 0xe2, 0x55, 0x92, 0x1c, 0xa5, 0x00, 0x00, 0x30, 0x00, 0xf4];
+    let mut machine = Machine::with_bytes(&code);
+    machine.write(DATA, &[1, 0, 0, 0]);
+    machine.core.state.ymm.0[4] = [0x4000_0000, 0, 0, 0];
+    machine.core.state.ymm.0[5] = [0x8000_0000, 0, 0, 0];
+    machine.finish();
+    assert_eq!(machine.core.state.ymm.0[3][0] as u32, 1);
+}
+
+#[test]
+fn aligned_moves_stay_so_with_misaligned_sse() {
+    // movaps xmm0, [rbx], misaligned in a page that is not there: alignment comes first.
+    let mut machine = Machine::with_bytes(&[0x0f, 0x28, 0x03, 0xf4]);
+    machine.map(0x4000_0000, 0);
+    machine.core.state.mxcsr |= 1 << 17;
+    machine.core.state.gpr[3] = 0x4000_0004;
+    assert_eq!(machine.fault(), 13);
+}
