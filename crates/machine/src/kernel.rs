@@ -61,8 +61,10 @@ fn read_all(file: &File, size_max: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     file.take(size_max.saturating_add(1)).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > size_max {
-        let why =
-            format!("it is larger than the guest's memory of {} MiB; is it the right file?", size_max >> 20);
+        let why = format!(
+            "it is larger than the guest's memory of {} MiB: use a larger --memory, if it is the right file",
+            size_max >> 20
+        );
         return Err(io::Error::new(io::ErrorKind::FileTooLarge, why));
     }
     Ok(bytes)
