@@ -188,6 +188,8 @@ pub struct SoftVcpu {
 
 impl Drop for SoftVcpu {
     fn drop(&mut self) {
+        // After a panic in `run`, too: the others must not wait for a vCPU that is no more.
+        self.writes.inside.store(false, Ordering::SeqCst);
         self.flag.end();
     }
 }

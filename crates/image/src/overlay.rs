@@ -15,6 +15,9 @@ use std::sync::{PoisonError, RwLock};
 /// Bytes per block, the unit in which the overlay owns the disk.
 const BLOCK: u64 = 4096;
 
+/// Largest disk: a sparse file may claim any size, and the map of what is owned takes a bit for each block.
+const CAPACITY_MAX: u64 = 8 << 40;
+
 /// A disk whose writes go to a private file.
 pub struct Overlay {
     bottom: Raw,
@@ -42,17 +45,20 @@ impl Overlay {
     /// Lays a private file, made in `directory` and unlinked at once, over `bottom`.
     pub fn new(bottom: Raw, directory: &Path) -> io::Result<Self> {
         let capacity = bottom.capacity();
+        if capacity > CAPACITY_MAX {
+            let (tib, most) = (capacity >> 40, CAPACITY_MAX >> 40);
+            let why = format!(
+                "an image of {tib} TiB is too large for writes that are thrown away: use one of at most {most} TiB, or \
+                 write to the image itself"
+            );
+            return Err(io::Error::new(io::ErrorKind::FileTooLarge, why));
+        }
         let top = private_file(directory)?;
         let len = capacity.checked_next_multiple_of(BLOCK).unwrap_or(capacity);
         top.set_len(len)?;
-        let words =
-            usize::try_from(len.div_ceil(BLOCK).div_ceil(64)).map_err(|_| io::ErrorKind::OutOfMemory)?;
-        Ok(Self {
-            bottom,
-            top: StorageFile::private(top, len),
-            owned: RwLock::new(Bitmap(vec![0; words])),
-            capacity,
-        })
+        let words = usize::try_from(len.div_ceil(BLOCK).div_ceil(64)).unwrap_or(usize::MAX);
+        let owned = RwLock::new(Bitmap(vec![0; words]));
+        Ok(Self { bottom, top: StorageFile::private(top, len), owned, capacity })
     }
 
     /// Bytes that the overlay owns.
@@ -276,6 +282,16 @@ mod test {
             overlay.read(0, &buffers).unwrap();
             prop_assert_eq!(buffers.into_inner(), model);
             prop_assert_eq!(std::fs::read(file.path()).unwrap(), base);
+        }
+    }
+
+    #[test]
+    fn a_sparse_image_of_any_size_is_refused_or_cheap() {
+        let (file, directory) = (tempfile::NamedTempFile::new().unwrap(), tempfile::tempdir().unwrap());
+        for (capacity, fits) in [(CAPACITY_MAX, true), (CAPACITY_MAX + 512, false)] {
+            file.as_file().set_len(capacity).unwrap();
+            let overlay = Overlay::new(Raw::open(file.path(), true).unwrap(), directory.path());
+            assert_eq!(overlay.is_ok(), fits);
         }
     }
 }
