@@ -16,7 +16,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("chipset", &["device", "memory"]),
     ("image", &[]),
     ("nvme", &["chipset", "device", "memory"]),
-    ("virtio", &["chipset", "device", "memory"]),
+    ("net", &[]),
+    ("virtio", &["chipset", "device", "memory", "net"]),
     ("guest", &[]),
     ("ext4", &[]),
     ("debian", &["ext4"]),
@@ -31,11 +32,12 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "guest",
             "image",
             "memory",
+            "net",
             "nvme",
             "virtio",
         ],
     ),
-    ("yado", &["cpu", "debian", "engine-kvm", "engine-soft", "guest", "image", "machine", "memory"]),
+    ("yado", &["cpu", "debian", "engine-kvm", "engine-soft", "guest", "image", "machine", "memory", "net"]),
     ("xtask", &[]),
 ];
 

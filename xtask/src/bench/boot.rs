@@ -120,7 +120,7 @@ impl Bench<'_> {
         for _ in 0..self.options.runs {
             for peer in self.peers() {
                 let (init, off) = peer.measure(|| {
-                    let command = peer.direct(&self.yado, kernel, initrd, COMMAND_LINE);
+                    let command = peer.direct(&self.yado, kernel, initrd, COMMAND_LINE, 1);
                     let mut console = Console::start(command)?;
                     Ok((console.wait_for(MARKER, LIMIT)?, console.wait_end(LIMIT)?))
                 })?;

@@ -12,6 +12,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+/// The group of workloads that want two CPUs, and its members.
+const PARALLEL: &str = "parallel";
+const PARALLEL_NAMES: [&str; 6] =
+    ["one_thread", "two_threads", "pipe_two_cpus", "futex_two_cpus", "locked_line", "shootdown"];
 const LIMIT: Duration = Duration::from_secs(900);
 
 /// What to measure, and how often.
@@ -20,7 +24,7 @@ pub struct Options {
     /// Rounds of native, yado and TCG
     #[arg(long, short = 'n', default_value_t = 3)]
     pub runs: usize,
-    /// Only these workloads
+    /// Only these workloads or groups
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     pub only: Vec<String>,
     /// Leave this peer out
@@ -122,8 +126,8 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         for place in &places {
             let text = match place {
                 Where::Native => native(&program, &options.only)?,
-                Where::Yado => guest(Peer::Yado, &yado, &kernel, &initrd, &options.only)?,
-                Where::Tcg => guest(Peer::Tcg, &yado, &kernel, &initrd, &options.only)?,
+                Where::Yado => guests(Peer::Yado, &yado, &kernel, &initrd, &options.only)?,
+                Where::Tcg => guests(Peer::Tcg, &yado, &kernel, &initrd, &options.only)?,
             };
             eprintln!("round {} of {}: {} done", round + 1, options.runs, place.name());
             add(&mut rows, *place, parse(&text))?;
@@ -138,14 +142,43 @@ fn native(program: &Path, only: &[String]) -> anyhow::Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
+/// A guest with one CPU, and one with two for what wants two.
+fn guests(peer: Peer, yado: &Path, kernel: &Path, initrd: &Path, only: &[String]) -> anyhow::Result<String> {
+    let is_parallel = |name: &&String| *name == PARALLEL || PARALLEL_NAMES.contains(&name.as_str());
+    let (parallel, single): (Vec<_>, Vec<_>) = only.iter().partition(|name| is_parallel(name));
+    let mut text = String::new();
+    if only.is_empty() || !single.is_empty() {
+        text += &guest(peer, yado, kernel, initrd, &single, 1)?;
+    }
+    // With one CPU the host itself leaves these out.
+    let two = std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() > 1);
+    if two && (only.is_empty() || !parallel.is_empty()) {
+        let all = [PARALLEL.to_owned()];
+        let wanted = if parallel.is_empty() { all.iter().collect() } else { parallel };
+        text += &guest(peer, yado, kernel, initrd, &wanted, 2)?;
+    }
+    Ok(text)
+}
+
 /// The guest's own clock measures; a test of `yado` compares that clock with the host's.
-fn guest(peer: Peer, yado: &Path, kernel: &Path, initrd: &Path, only: &[String]) -> anyhow::Result<String> {
+fn guest(
+    peer: Peer,
+    yado: &Path,
+    kernel: &Path,
+    initrd: &Path,
+    only: &[&String],
+    cpus: usize,
+) -> anyhow::Result<String> {
     let mut line = "console=ttyS0 quiet panic=-1".to_owned();
     if !only.is_empty() {
-        let _ = write!(line, " workloads={}", only.join(","));
+        let _ = write!(
+            line,
+            " workloads={}",
+            only.iter().map(|name| name.as_str()).collect::<Vec<_>>().join(",")
+        );
     }
     peer.measure(|| {
-        let mut console = Console::start(peer.direct(yado, kernel, initrd, &line))?;
+        let mut console = Console::start(peer.direct(yado, kernel, initrd, &line, cpus))?;
         console.wait_for("@@end", LIMIT)?;
         console.wait_end(LIMIT)?;
         Ok(String::from_utf8_lossy(&console.printed).into_owned())
@@ -179,7 +212,7 @@ fn add(rows: &mut Vec<Row>, place: Where, lines: Vec<Line>) -> anyhow::Result<()
 }
 
 fn report(options: &Options, rows: &[Row], yado: Option<&Path>) -> anyhow::Result<()> {
-    let tables = format!("{}\n{}", group_table(rows), row_table(rows));
+    let tables = format!("{}\n{}{}", group_table(rows), row_table(rows), scaling(rows));
     if options.json {
         eprintln!("\n{tables}");
         println!("{}", serde_json::to_string_pretty(&json(rows))?);
@@ -189,10 +222,12 @@ fn report(options: &Options, rows: &[Row], yado: Option<&Path>) -> anyhow::Resul
     if options.write {
         let body = format!(
             "{tables}\nSlowdown is time in the guest over time on the bare host, medians of {} rounds in turn; the range is that of \
-             yado's or TCG's times over the native median. One vCPU, 512 MiB; every workload's checksum was the same everywhere. The \
-             programs are in `xtask/src/bin/workloads`.\n\nQEMU: `qemu-system-x86_64 {}`.\n",
+             yado's or TCG's times over the native median. One vCPU (the group `parallel`: \
+             two), 512 MiB; every workload's checksum was the same everywhere. The \
+             programs are in `xtask/src/bin/workloads`.\n\nQEMU: `qemu-system-x86_64 {}`; yado: `yado run {} --cpu host`.\n",
             options.runs,
-            super::peer::QEMU_OPTIONS.join(" ")
+            super::peer::QEMU_OPTIONS.join(" "),
+            super::peer::YADO_OPTIONS.join(" ")
         );
         page::write("cpu", "CPU: slowdown against native code", &body, yado)?;
     }
@@ -206,16 +241,30 @@ fn group_table(rows: &[Row]) -> String {
             groups.push(&row.group);
         }
     }
+    let mean = |place, group: &str| {
+        let rows = rows.iter().filter(|row| group.is_empty() || row.group == group);
+        let ratios: Vec<f64> = rows.filter_map(|row| row.ratio(place)).collect();
+        geometric_mean(&ratios).map_or_else(|| "-".into(), |mean| format!("{mean:.2}x"))
+    };
     let mut text = String::from("| group (geometric mean) | yado | QEMU TCG |\n|---|---|---|\n");
     for group in groups {
-        let mean = |place| {
-            let ratios: Vec<f64> =
-                rows.iter().filter(|row| row.group == group).filter_map(|row| row.ratio(place)).collect();
-            geometric_mean(&ratios).map_or_else(|| "-".into(), |mean| format!("{mean:.2}x"))
-        };
-        let _ = writeln!(text, "| {group} | {} | {} |", mean(Where::Yado), mean(Where::Tcg));
+        let _ = writeln!(text, "| {group} | {} | {} |", mean(Where::Yado, group), mean(Where::Tcg, group));
     }
+    let _ = writeln!(text, "| **all** | {} | {} |", mean(Where::Yado, ""), mean(Where::Tcg, ""));
     text
+}
+
+/// How much more two CPUs get done than one, where that was measured.
+fn scaling(rows: &[Row]) -> String {
+    let of = |place| {
+        let median = |name| rows.iter().find(|row| row.name == name)?.times.get(&place)?.median();
+        Some(format!("{} {:.2}", Where::name(place), median("one_thread")? / median("two_threads")?))
+    };
+    let places: Vec<String> = Where::ALL.into_iter().filter_map(of).collect();
+    if places.is_empty() {
+        return String::new();
+    }
+    format!("\nThroughput of two CPUs over that of one: {}.\n", places.join(", "))
 }
 
 fn row_table(rows: &[Row]) -> String {

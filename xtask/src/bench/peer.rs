@@ -20,8 +20,6 @@ pub const QEMU_OPTIONS: &[&str] = &[
     "tcg,thread=multi",
     "-cpu",
     "max",
-    "-smp",
-    "1",
     "-m",
     "512M",
     "-nographic",
@@ -47,17 +45,25 @@ impl Peer {
         }
     }
 
-    /// A kernel with an initial RAM disk.
-    pub fn direct(self, yado: &Path, kernel: &Path, initrd: &Path, command_line: &str) -> Command {
+    /// A kernel with an initial RAM disk, and all of the CPU's features that the peer can give.
+    pub fn direct(
+        self,
+        yado: &Path,
+        kernel: &Path,
+        initrd: &Path,
+        command_line: &str,
+        cpus: usize,
+    ) -> Command {
         let mut command = match self {
             Self::Yado => {
                 let mut command = Command::new(yado);
                 command.arg("run").args(YADO_OPTIONS).arg("--kernel").arg(kernel).arg("--initrd").arg(initrd);
-                command.arg("--cmdline");
+                command.args(["--cpu", "host", "--cpus", &cpus.to_string()]).arg("--cmdline");
                 command
             }
             Self::Tcg => {
                 let mut command = qemu();
+                command.args(["-smp", &cpus.to_string()]);
                 command.arg("-kernel").arg(kernel).arg("-initrd").arg(initrd).arg("-append");
                 command
             }

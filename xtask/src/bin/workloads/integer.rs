@@ -16,6 +16,9 @@ pub const ALL: &[Workload] = &[
     Workload { group: "integer", name: "pointer_chase", run: pointer_chase },
     Workload { group: "integer", name: "long_multiply", run: long_multiply },
     Workload { group: "integer", name: "sha256_scalar", run: sha256 },
+    Workload { group: "integer", name: "divide", run: divide },
+    Workload { group: "integer", name: "locked_add", run: locked_add },
+    Workload { group: "integer", name: "binary_search", run: binary_search },
 ];
 
 /// 4096 dependent steps of shifts, adds and xors.
@@ -274,4 +277,50 @@ fn compress(state: &mut [u32; 8], block: u32, constants: &[u32; 64]) {
     for (word, value) in state.iter_mut().zip([a, b, c, d, e, f, g, h]) {
         *word = word.wrapping_add(value);
     }
+}
+
+/// 1000 divisions of 64 bits, each of the last one's remainder.
+fn divide(units: u64) -> u64 {
+    let mut last = 0;
+    for _ in 0..units {
+        let mut x = black_box(0xfedc_ba98_7654_3210u64);
+        for i in 1..=1000u64 {
+            let divisor = black_box(i * 12_345_677);
+            x = (x / divisor).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (x % divisor);
+        }
+        last = x;
+    }
+    last
+}
+
+/// 1000 atomic additions and exchanges.
+fn locked_add(units: u64) -> u64 {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    let number = AtomicU64::new(0);
+    for _ in 0..units {
+        number.store(0, Ordering::Relaxed);
+        for i in 0..501u64 {
+            let before = number.fetch_add(i, Ordering::SeqCst);
+            let _ = number.compare_exchange(before + i, before ^ i, Ordering::SeqCst, Ordering::SeqCst);
+        }
+    }
+    number.into_inner()
+}
+
+/// 256 searches in 65536 sorted numbers: branches that cannot be foreseen.
+fn binary_search(units: u64) -> u64 {
+    let sorted: Vec<u64> = (0..65536u64).map(|i| i * i).collect();
+    let mut sum = 0;
+    for _ in 0..units {
+        let mut numbers = Numbers(7);
+        sum = 0;
+        for _ in 0..256 {
+            let wanted = numbers.draw() >> 32;
+            let place = match black_box(&sorted).binary_search(&wanted) {
+                Ok(place) | Err(place) => place,
+            };
+            sum += place as u64;
+        }
+    }
+    sum
 }

@@ -1,7 +1,7 @@
 //! Bytes: copying, filling, searching, as the C library does it with the widest instructions that CPUID offers, and string
 //! instructions, as the kernel does it.
 
-use super::Workload;
+use super::{Numbers, Workload};
 use std::arch::asm;
 use std::ffi::CString;
 use std::hint::black_box;
@@ -14,6 +14,8 @@ pub const ALL: &[Workload] = &[
     Workload { group: "memory", name: "memchr", run: memchr },
     Workload { group: "memory", name: "rep_movs", run: rep_movs },
     Workload { group: "memory", name: "rep_stos", run: rep_stos },
+    Workload { group: "memory", name: "random_access", run: random_access },
+    Workload { group: "memory", name: "short_strings", run: short_strings },
 ];
 
 /// 256 copies of 8 to 71 bytes.
@@ -102,4 +104,47 @@ fn rep_stos(units: u64) -> u64 {
         black_box(&mut to);
     }
     u64::from(to[4095])
+}
+
+/// 4096 reads and writes all over 32 MiB: more pages than a TLB knows.
+fn random_access(units: u64) -> u64 {
+    const WORDS: usize = 4 << 20;
+    let mut words: Vec<u64> = (0..WORDS as u64).collect();
+    let mut last = 0;
+    for _ in 0..units {
+        let mut numbers = Numbers(3);
+        last = 0;
+        for _ in 0..4096 {
+            let word = &mut black_box(&mut words)[numbers.draw() as usize % WORDS];
+            last ^= *word;
+            *word ^= 1;
+        }
+        // The second time over undoes the first.
+        let mut numbers = Numbers(3);
+        for _ in 0..4096 {
+            black_box(&mut words)[numbers.draw() as usize % WORDS] ^= 1;
+        }
+    }
+    last
+}
+
+/// 256 comparisons and copies of words of 3 to 18 letters, by the C library.
+fn short_strings(units: u64) -> u64 {
+    let words: Vec<CString> = (0..256u32)
+        .map(|i| CString::new(vec![b'a' + (i % 5) as u8; 3 + i as usize % 16]).unwrap_or_default())
+        .collect();
+    let mut place = [0u8; 64];
+    let mut smaller = 0;
+    for _ in 0..units {
+        smaller = 0;
+        for pair in black_box(&words).windows(2) {
+            // SAFETY: C strings of at most 19 bytes, and room for 64.
+            unsafe {
+                smaller += u64::from(libc::strcmp(pair[0].as_ptr(), pair[1].as_ptr()) < 0);
+                libc::strcpy(place.as_mut_ptr().cast(), pair[0].as_ptr());
+            }
+            black_box(&mut place);
+        }
+    }
+    smaller
 }

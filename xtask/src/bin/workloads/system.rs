@@ -15,6 +15,11 @@ pub const ALL: &[Workload] = &[
     Workload { group: "system", name: "map_unmap", run: map_unmap },
     Workload { group: "system", name: "signals", run: signals },
     Workload { group: "system", name: "thread", run: thread },
+    Workload { group: "system", name: "read_write", run: read_write },
+    Workload { group: "system", name: "clock", run: clock },
+    Workload { group: "system", name: "segv", run: segv },
+    Workload { group: "system", name: "first_touch", run: first_touch },
+    Workload { group: "system", name: "futex_ping_pong", run: futex_ping_pong },
 ];
 
 /// The argument with which this program does nothing, for fork_exec.
@@ -132,7 +137,8 @@ fn pipe_ping_pong(units: u64) -> u64 {
     u64::from(byte)
 }
 
-fn anonymous(bytes: usize) -> *mut u8 {
+/// New memory, read and write.
+pub fn anonymous(bytes: usize) -> *mut u8 {
     // SAFETY: a new mapping anywhere.
     let place = unsafe {
         libc::mmap(
@@ -200,4 +206,82 @@ fn signals(units: u64) -> u64 {
 /// A thread made and joined.
 fn thread(units: u64) -> u64 {
     (0..units).fold(0, |_, _| std::thread::spawn(|| 5u64).join().unwrap_or_default())
+}
+
+/// 4 KiB into a pipe and out again.
+fn read_write(units: u64) -> u64 {
+    let mut pipe = [0; 2];
+    let mut page = [0x77u8; 4096];
+    let mut count = 0;
+    // SAFETY: the array is as large as pipe() wants; the pipe holds the page, which is this function's.
+    unsafe {
+        if libc::pipe(pipe.as_mut_ptr()) != 0 {
+            return u64::MAX;
+        }
+        for _ in 0..units {
+            libc::write(pipe[1], page.as_ptr().cast(), page.len());
+            count = libc::read(pipe[0], page.as_mut_ptr().cast(), page.len()) as u64;
+        }
+        libc::close(pipe[0]);
+        libc::close(pipe[1]);
+    }
+    count
+}
+
+/// The time, which needs no system call where the clock is good.
+fn clock(units: u64) -> u64 {
+    let start = std::time::Instant::now();
+    for _ in 0..units {
+        black_box(std::time::Instant::now());
+    }
+    u64::from(start.elapsed().as_nanos() > 0)
+}
+
+static PAGE: AtomicU64 = AtomicU64::new(0);
+
+/// Makes the page writable that the program has just failed to write.
+extern "C" fn allow(_: i32) {
+    let page = PAGE.load(Ordering::Relaxed) as *mut libc::c_void;
+    SIGNALS.fetch_add(1, Ordering::Relaxed);
+    // SAFETY: `segv` has mapped the page, and keeps it.
+    unsafe { libc::mprotect(page, 4096, libc::PROT_READ | libc::PROT_WRITE) };
+}
+
+/// A write to a protected page: a fault, a signal, the page made writable, the write once more.
+fn segv(units: u64) -> u64 {
+    let page = anonymous(4096);
+    PAGE.store(page as u64, Ordering::Relaxed);
+    SIGNALS.store(0, Ordering::Relaxed);
+    // SAFETY: the handler makes a system call and adds to an atomic number; it is taken away before the page is.
+    unsafe {
+        libc::signal(libc::SIGSEGV, allow as *const () as libc::sighandler_t);
+        for _ in 0..units {
+            libc::mprotect(page.cast(), 4096, libc::PROT_READ);
+            page.write_volatile(1);
+        }
+        libc::signal(libc::SIGSEGV, libc::SIG_DFL);
+        libc::munmap(page.cast(), 4096);
+    }
+    u64::from(SIGNALS.load(Ordering::Relaxed) == units)
+}
+
+/// 32 MiB of new memory, written once, and given back.
+fn first_touch(units: u64) -> u64 {
+    const BYTES: usize = 32 << 20;
+    for _ in 0..units {
+        let place = anonymous(BYTES);
+        // SAFETY: the mapping was made just now, of this size.
+        unsafe {
+            for at in (0..BYTES).step_by(4096) {
+                place.add(at).write_volatile(1);
+            }
+            libc::munmap(place.cast(), BYTES);
+        }
+    }
+    0
+}
+
+/// Two threads on one CPU wake each other: switches within one process.
+fn futex_ping_pong(units: u64) -> u64 {
+    super::parallel::futex_between(0, 0, units)
 }

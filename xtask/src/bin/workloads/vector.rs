@@ -4,8 +4,8 @@ use super::Workload;
 use std::arch::x86_64::{
     __m128i, __m256, _mm_add_epi8, _mm_add_ps, _mm_loadu_ps, _mm_loadu_si128, _mm_max_epu8, _mm_mul_ps,
     _mm_sad_epu8, _mm_set1_epi8, _mm_set1_ps, _mm_setzero_ps, _mm_setzero_si128, _mm_storeu_ps,
-    _mm_storeu_si128, _mm_xor_si128, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_setzero_ps,
-    _mm256_storeu_ps,
+    _mm_storeu_si128, _mm_xor_si128, _mm256_cmpeq_epi8, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256,
+    _mm256_movemask_epi8, _mm256_set1_epi8, _mm256_set1_ps, _mm256_setzero_ps, _mm256_storeu_ps,
 };
 use std::hint::black_box;
 
@@ -13,6 +13,7 @@ pub const ALL: &[Workload] = &[
     Workload { group: "vector", name: "matrix_sse2", run: matrix_sse2 },
     Workload { group: "vector", name: "matrix_avx2_fma", run: matrix_avx2 },
     Workload { group: "vector", name: "bytes_sse2", run: bytes_sse2 },
+    Workload { group: "vector", name: "find_avx2", run: find_avx2 },
 ];
 
 /// Rows and columns.
@@ -102,4 +103,29 @@ fn bytes_sse2(units: u64) -> u64 {
         black_box(&mut sums);
     }
     sums[0] ^ sums[1]
+}
+
+/// How often a byte is among 4096, 32 at a time.
+fn find_avx2(units: u64) -> u64 {
+    let bytes: Vec<u8> = (0..4096u32).map(|i| (i * i % 251) as u8).collect();
+    let mut count = 0;
+    for _ in 0..units {
+        count = if is_x86_feature_detected!("avx2") {
+            // SAFETY: the CPU has AVX2.
+            unsafe { count_avx2(black_box(&bytes), 17) }
+        } else {
+            black_box(&bytes).iter().filter(|&&byte| byte == 17).count() as u64
+        };
+    }
+    count
+}
+
+#[target_feature(enable = "avx2")]
+fn count_avx2(bytes: &[u8], wanted: i8) -> u64 {
+    let wanted = _mm256_set1_epi8(wanted);
+    bytes.chunks_exact(32).fold(0, |count, part| {
+        // SAFETY: the chunk has 32 bytes.
+        let part = unsafe { _mm256_loadu_si256(part.as_ptr().cast()) };
+        count + u64::from(_mm256_movemask_epi8(_mm256_cmpeq_epi8(part, wanted)).count_ones())
+    })
 }
