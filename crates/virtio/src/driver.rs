@@ -183,7 +183,9 @@ impl<F: Function> Driver<F> {
         self.data = DATA;
         for index in 0..count {
             self.write(self.common + 22, 2, index);
-            let size = self.read(self.common + 24, 2) as u16;
+            // What has room in RING_STEP.
+            let size = self.read(self.common + 24, 2).min(256) as u16;
+            self.write(self.common + 24, 2, size.into());
             let base = RINGS + RING_STEP * index;
             self.memory.fill(base, RING_STEP, 0).unwrap();
             let ring = Ring {

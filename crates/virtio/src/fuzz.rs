@@ -4,12 +4,13 @@
 //! the rings are, and calls from the outside. Most of the time the device was brought up properly first, so that bytes
 //! reach the rings.
 
-use crate::{Block, Console, Rng};
+use crate::{Block, Console, Net, NetConfig, Rng};
 use chipset::pci::{Function, MSIX_CAPABILITY, command};
 use device::block::{Controller, Geometry, Outcome};
 use device::serial::Endpoint;
 use device::{MsiSink, Notify, VmTime};
 use memory::{Backing, GuestMemory};
+use net::{Batch, Offload};
 
 const RAM: u64 = 1 << 18;
 /// Rings of queue `i` are in the `i`-th of pages this size, and so close together that bytes hit them.
@@ -210,6 +211,41 @@ pub fn fuzz_rng(data: &[u8]) {
     play(data, make, |_, _, _| {});
 }
 
+/// A network card with two queue pairs.
+pub fn fuzz_net(data: &[u8]) {
+    let config = NetConfig { address: [2, 0, 0, 0, 0, 1], mtu: 1500, pairs: 2 };
+    let make = |memory| Net::new(memory, MsiSink::unconnected(), Notify::unconnected(), config);
+    let mut batch = Batch::new(8, 0);
+    let mut frame = [0x55; 2048];
+    play(data, make, move |net, kind, value| match kind & 7 {
+        0..=2 => {
+            net.take(&mut batch);
+            // What one guest sends, another gets.
+            net.give(&mut batch);
+            batch.clear();
+        }
+        3..=5 => {
+            // A TCP segment over IPv4, as far as it has room, with an offload header of any content.
+            wire(&mut frame, value);
+            let len = usize::from(value).saturating_mul(4) & 0x7ff;
+            let frame = frame.get(..len.max(14)).unwrap_or_default();
+            let header = [kind >> 3 & 1, u8::from(value & 0x800 != 0), 0, 0, value as u8, 0, 34, 0, 16, 0];
+            let offload = Offload::checked(header, frame).unwrap_or_default();
+            batch.push(offload, &[frame]);
+            net.give(&mut batch);
+        }
+        6 => net.set_link(value & 1 != 0),
+        _ => net.announce(),
+    });
+}
+
+/// Headers of a frame.
+fn wire(frame: &mut [u8], value: u16) {
+    let [port, _] = value.to_le_bytes();
+    let headers = [0x08, 0, 0x45, 0, 2, 0, 0, 0, 0, 0, 64, 6, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2, 0, port, 0, 2];
+    frame.iter_mut().skip(12).zip(headers).for_each(|(to, from)| *to = from);
+}
+
 #[cfg(test)]
 mod test {
     use super::*;
@@ -226,6 +262,7 @@ mod test {
             fuzz_console(&data);
             fuzz_block(&data);
             fuzz_rng(&data);
+            fuzz_net(&data);
         }
 
         /// What no writable descriptor and no used ring names stays as it was.
@@ -279,6 +316,27 @@ mod test {
         rng.bar_write(0, 0x3000, 2, 0, NOW);
         assert_eq!(memory.read_array::<2>(0x202).unwrap(), [1, 0], "{}", rng.inspect());
         assert_eq!(memory.read_array::<64>(buffers(0) + 7 * BUFFER_STEP).unwrap(), [0xaa; 64]);
+    }
+
+    #[test]
+    fn frames_go_through_a_card_that_bytes_drive() {
+        let memory = ram().unwrap();
+        let config = NetConfig { address: [2, 0, 0, 0, 0, 1], mtu: 1500, pairs: 2 };
+        let mut card = Net::new(memory.clone(), MsiSink::unconnected(), Notify::unconnected(), config);
+        card.config_mut().write(4, 2, u32::from(command::BUS_MASTER | command::MEMORY));
+        card.config_written(4);
+        bring_up(&mut card, &memory, u64::MAX);
+        let mut batch = Batch::new(8, 0);
+        offer(&memory, 1, 3, 0);
+        card.take(&mut batch);
+        assert_eq!(batch.first().unwrap().1.len(), 16 + 512 - 12);
+        batch.clear();
+        offer(&memory, 0, 7, 0);
+        let mut frame = [0; 52];
+        wire(&mut frame, 0);
+        batch.push(Offload::default(), &[&frame]);
+        card.give(&mut batch);
+        assert_eq!(memory.read_array::<2>(0x202).unwrap(), [1, 0], "{}", card.inspect());
     }
 
     #[test]

@@ -2,8 +2,8 @@
 //!
 //! What lives here: split virtqueues ([`queue`]), the PCI transport ([`transport::Pci`]), and one folder per device,
 //! each with the same files: `spec` (numbers from the specification), `device` (behaviour), `test` (a fake driver).
-//! What may enter: `chipset` (for PCI), `device`, `memory`. No file, socket, clock or thread: bytes and disk requests
-//! leave through `device::serial::Endpoint` and `device::block::Controller`.
+//! What may enter: `chipset` (for PCI), `device`, `memory`, `net` (what frames are). No file, socket, clock or thread: bytes,
+//! disk requests and frames leave through `device::serial::Endpoint`, `device::block::Controller` and `net::Card`.
 //!
 //! The guest is hostile. Rings are parsed completely before anything is done with them, and a ring that breaks the rules
 //! puts its device into DEVICE_NEEDS_RESET (2.1.1): it touches no guest memory until the driver has reset it.
@@ -27,12 +27,14 @@ mod console;
 #[cfg(test)]
 mod driver;
 mod fuzz;
+mod net;
 pub mod queue;
 mod rng;
 pub mod transport;
 
+pub use self::net::{Net, NetConfig, NetDevice};
 pub use block::{Block, BlockDevice};
 pub use console::{CONSOLE_PORT, Console, ConsoleDevice};
 #[doc(hidden)]
-pub use fuzz::{fuzz_block, fuzz_console, fuzz_rng};
+pub use fuzz::{fuzz_block, fuzz_console, fuzz_net, fuzz_rng};
 pub use rng::{EntropySource, Rng, RngDevice};

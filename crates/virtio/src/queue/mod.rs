@@ -196,14 +196,21 @@ impl Queue {
 
     /// Gives the chain that starts at `head` back, with `written` bytes in its writable pieces.
     pub fn push(&mut self, memory: &GuestMemory, head: u16, written: u32) -> Result<(), RingError> {
+        self.push_all(memory, &[(head, written)])
+    }
+
+    /// Gives chains back, as [`Self::push`] does each, in one step: the driver sees all of them or none.
+    pub fn push_all(&mut self, memory: &GuestMemory, chains: &[(u16, u32)]) -> Result<(), RingError> {
         if !self.enabled {
             return Ok(());
         }
-        let slot = u64::from(self.next_used & self.size.wrapping_sub(1));
-        let entry = self.used.wrapping_add(4).wrapping_add(slot.wrapping_mul(8));
-        let element = u64::from(head) | (u64::from(written) << 32);
-        memory.write(entry, &element.to_le_bytes())?;
-        self.next_used = self.next_used.wrapping_add(1);
+        for &(head, written) in chains {
+            let slot = u64::from(self.next_used & self.size.wrapping_sub(1));
+            let entry = self.used.wrapping_add(4).wrapping_add(slot.wrapping_mul(8));
+            let element = u64::from(head) | (u64::from(written) << 32);
+            memory.write(entry, &element.to_le_bytes())?;
+            self.next_used = self.next_used.wrapping_add(1);
+        }
         let next = self.next_used;
         memory.atomic_u16(self.used.wrapping_add(2), |cell| cell.store(next.to_le(), Ordering::Release))?;
         self.returned = true;

@@ -100,6 +100,11 @@ impl Queues {
         &self.memory
     }
 
+    /// Whether the driver has enabled a queue.
+    pub fn enabled(&self, queue: u16) -> bool {
+        self.get(queue).is_some_and(Queue::enabled)
+    }
+
     /// How many chains one notification may cost at most before the device lets go of its lock.
     pub fn burst(&self, queue: u16) -> u16 {
         self.get(queue).map_or(0, Queue::size)
@@ -117,6 +122,14 @@ impl Queues {
     pub fn push(&mut self, queue: u16, head: u16, written: u32) -> Result<(), RingError> {
         match self.list.get_mut(usize::from(queue)) {
             Some(queue) => queue.push(&self.memory, head, written),
+            None => Ok(()),
+        }
+    }
+
+    /// Gives chains back in one step: the driver sees all of them or none.
+    pub fn push_all(&mut self, queue: u16, chains: &[(u16, u32)]) -> Result<(), RingError> {
+        match self.list.get_mut(usize::from(queue)) {
+            Some(queue) => queue.push_all(&self.memory, chains),
             None => Ok(()),
         }
     }

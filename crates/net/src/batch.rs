@@ -1,0 +1,101 @@
+//! Frames on their way, one after the other in one piece of memory that is used again and again.
+
+use crate::offload::Offload;
+use std::collections::VecDeque;
+use std::ops::Range;
+
+/// The longest frame: the longest IP packet, an Ethernet header with two tags.
+pub const FRAME_MAX: usize = 65_535 + 14 + 8;
+/// The shortest frame: an Ethernet header.
+pub const FRAME_MIN: usize = 14;
+
+/// Frames in order.
+#[derive(Debug)]
+pub struct Batch {
+    bytes: Vec<u8>,
+    used: usize,
+    frames: VecDeque<(Offload, Range<usize>)>,
+    frames_max: usize,
+}
+
+impl Batch {
+    /// Room for `frames_max` frames of `bytes_max` bytes together, and one frame of any length more.
+    pub fn new(frames_max: usize, bytes_max: usize) -> Self {
+        Self {
+            bytes: vec![0; bytes_max.saturating_add(FRAME_MAX)],
+            used: 0,
+            frames: VecDeque::with_capacity(frames_max),
+            frames_max,
+        }
+    }
+
+    /// Whether another frame of any length finds room.
+    pub fn has_room(&self) -> bool {
+        self.frames.len() < self.frames_max && self.bytes.len().saturating_sub(self.used) >= FRAME_MAX
+    }
+
+    /// Room for one frame of at most `len` bytes, to be filled and then [`Self::commit`]ted; shorter or empty if there
+    /// is none.
+    pub fn room(&mut self, len: usize) -> &mut [u8] {
+        let end = self.used.saturating_add(len).min(self.bytes.len());
+        self.bytes.get_mut(self.used..end).unwrap_or_default()
+    }
+
+    /// The first `len` bytes of the room are a frame.
+    pub fn commit(&mut self, offload: Offload, len: usize) {
+        let end = self.used.saturating_add(len).min(self.bytes.len());
+        self.frames.push_back((offload, self.used..end));
+        self.used = end;
+    }
+
+    /// Appends a frame made of `parts`; answers whether it found room.
+    pub fn push(&mut self, offload: Offload, parts: &[&[u8]]) -> bool {
+        let len = parts.iter().fold(0usize, |sum, part| sum.saturating_add(part.len()));
+        if len > FRAME_MAX || !self.has_room() {
+            return false;
+        }
+        let mut room = self.room(len);
+        for part in parts {
+            let Some((to, rest)) = room.split_at_mut_checked(part.len()) else { return false };
+            to.copy_from_slice(part);
+            room = rest;
+        }
+        self.commit(offload, len);
+        true
+    }
+
+    /// The first frame.
+    pub fn first(&self) -> Option<(Offload, &[u8])> {
+        let (offload, range) = self.frames.front()?;
+        Some((*offload, self.bytes.get(range.clone())?))
+    }
+
+    /// All frames in order.
+    pub fn iter(&self) -> impl Iterator<Item = (Offload, &[u8])> {
+        self.frames.iter().filter_map(|(offload, range)| Some((*offload, self.bytes.get(range.clone())?)))
+    }
+
+    /// Forgets the first frame.
+    pub fn pop(&mut self) {
+        self.frames.pop_front();
+        if self.frames.is_empty() {
+            self.used = 0;
+        }
+    }
+
+    /// Forgets all frames.
+    pub fn clear(&mut self) {
+        self.frames.clear();
+        self.used = 0;
+    }
+
+    /// Number of frames.
+    pub fn len(&self) -> usize {
+        self.frames.len()
+    }
+
+    /// No frames.
+    pub fn is_empty(&self) -> bool {
+        self.frames.is_empty()
+    }
+}

@@ -1,0 +1,115 @@
+//! A guest's network card as those see it who carry its frames, and the bell by which it calls them.
+
+use crate::batch::Batch;
+use rustix::event::{EventfdFlags, eventfd};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// A network card, or whatever else sends and receives frames.
+pub trait Card: Send + Sync {
+    /// Moves frames that the guest has sent into `batch` while it has room; answers whether there may be more.
+    fn take(&self, batch: &mut Batch) -> bool;
+    /// Moves frames from `batch` to the guest, in order; those that find no room stay, and the bell rings when there is.
+    fn give(&self, batch: &mut Batch);
+}
+
+struct Inner {
+    event: OwnedFd,
+    /// Something has happened that nobody has looked at.
+    rung: AtomicBool,
+    /// Somebody sleeps on `event`.
+    asleep: AtomicBool,
+    closed: AtomicBool,
+}
+
+/// Rung by a card that has frames, or room for them again. Costs a system call only if somebody sleeps.
+#[derive(Clone)]
+pub struct Bell(Arc<Inner>);
+
+impl Bell {
+    /// A bell that nobody has rung.
+    pub fn new() -> io::Result<Self> {
+        let event = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
+        let (rung, asleep, closed) = (AtomicBool::new(false), AtomicBool::new(false), AtomicBool::new(false));
+        Ok(Self(Arc::new(Inner { event, rung, asleep, closed })))
+    }
+
+    /// Rings.
+    pub fn ring(&self) {
+        self.0.rung.store(true, Ordering::SeqCst);
+        if self.0.asleep.swap(false, Ordering::SeqCst) {
+            // Fails only if the count is at its end, and then it is readable anyway.
+            let _ = rustix::io::write(&self.0.event, &1u64.to_ne_bytes());
+        }
+    }
+
+    /// The machine is gone: whoever serves the card ends.
+    pub fn close(&self) {
+        self.0.closed.store(true, Ordering::SeqCst);
+        self.ring();
+    }
+
+    /// Whether the machine is gone.
+    pub fn closed(&self) -> bool {
+        self.0.closed.load(Ordering::SeqCst)
+    }
+
+    /// Whether it was rung since it was asked last.
+    pub fn answer(&self) -> bool {
+        self.0.rung.swap(false, Ordering::SeqCst)
+    }
+
+    /// Says that the caller is about to sleep until [`Self::fd`] is readable; `false`: it was rung meanwhile, do not.
+    pub fn doze(&self) -> bool {
+        self.0.asleep.store(true, Ordering::SeqCst);
+        if self.0.rung.load(Ordering::SeqCst) {
+            self.wake();
+            return false;
+        }
+        true
+    }
+
+    /// Says that the caller sleeps no longer.
+    pub fn wake(&self) {
+        if !self.0.asleep.swap(false, Ordering::SeqCst) {
+            let mut count = [0; 8];
+            let _ = rustix::io::read(&self.0.event, &mut count);
+        }
+    }
+}
+
+impl AsFd for Bell {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.event.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use rustix::event::{PollFd, PollFlags, poll};
+
+    fn readable(bell: &Bell) -> bool {
+        let none = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
+        poll(&mut [PollFd::new(bell, PollFlags::IN)], Some(&none)).unwrap() == 1
+    }
+
+    #[test]
+    fn who_sleeps_is_woken_and_who_works_is_not_disturbed() {
+        let bell = Bell::new().unwrap();
+        bell.ring();
+        assert!(!readable(&bell), "nobody sleeps");
+        assert!(!bell.doze(), "it was rung");
+        assert!(bell.answer() && !bell.answer());
+        assert!(bell.doze());
+        bell.ring();
+        assert!(readable(&bell));
+        bell.wake();
+        assert!(!readable(&bell) && bell.answer());
+        assert!(bell.doze());
+        bell.close();
+        assert!(readable(&bell) && bell.closed());
+    }
+}

@@ -1,0 +1,11 @@
+//! virtio-net (5.1): a network card.
+
+mod control;
+mod device;
+mod filter;
+mod receive;
+mod spec;
+#[cfg(test)]
+mod test;
+
+pub use device::{Net, NetConfig, NetDevice};
