@@ -13,7 +13,7 @@ use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
 use memory::PAGE_SIZE;
 
 const PAGES: usize = 64;
-const INSTRUCTIONS: usize = 8192;
+const INSTRUCTIONS: usize = 2048;
 /// The longest instruction (Intel SDM 2, 2.3.11).
 const LONGEST: usize = 15;
 

@@ -92,7 +92,7 @@ impl Translator {
         })?;
         for i in 0..self.generator.links.len() {
             let Some(&new) = self.generator.links.get(i) else { break };
-            self.store.links.push(Link::new(number, entry + new.field, new.stub, new.target));
+            self.store.links.push(Link::new(entry + new.field, new.stub, new.target));
             if !self.single
                 && let Some(to) = self.store.find(page | u64::from(new.target), mode.bits())
             {

@@ -343,7 +343,7 @@ impl Translator {
                 let Some(number) = next.take().or_else(|| self.find(core, mode)) else {
                     return Outcome::Step;
                 };
-                let Some(found) = self.store.get(number).filter(|b| !b.step) else { return Outcome::Step };
+                let Some(found) = self.store.get(number).filter(|b| !b.step()) else { return Outcome::Step };
                 core.state.linkage.page_base = core.state.rip & !0xfff;
                 core.state.linkage.enter = self.cache.address(found.direct());
             }
@@ -448,7 +448,7 @@ impl Translator {
             None => self.translate(core, walk.physical, None, mode)?,
         };
         self.fetched(core, rip, &walk, mode);
-        if self.store.get(number).is_some_and(|block| block.crosses) {
+        if self.store.get(number).is_some_and(|block| block.crosses()) {
             let next = (rip | !PAGE_MASK).wrapping_add(1);
             if !Mmu::canonical(next) {
                 return None;
@@ -498,7 +498,7 @@ impl Translator {
 
     /// Enters a block into the jump cache.
     fn remember(&mut self, state: &mut CpuState, rip: u64, number: u32, class: usize) {
-        let Some(block) = self.store.get(number).filter(|block| !block.step) else { return };
+        let Some(block) = self.store.get(number).filter(|block| !block.step()) else { return };
         let Some((at, key)) = self.key(rip, class) else { return };
         let link = &mut state.linkage;
         if let (Some(negative), Some(host)) = (link.jump_keys.get_mut(at), link.jump_hosts.get_mut(at)) {

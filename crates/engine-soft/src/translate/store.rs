@@ -8,6 +8,7 @@ use super::cache::CodeCache;
 use super::linkage::Linkage;
 use super::thunk::{Thunks, reason};
 use crate::state::SPACES;
+use hashbrown::HashTable;
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
@@ -38,6 +39,12 @@ impl Hasher for NumberHasher {
     }
 }
 
+fn hash(number: u64) -> u64 {
+    let mut hasher = NumberHasher::default();
+    hasher.write_u64(number);
+    hasher.finish()
+}
+
 pub(super) type NumberMap<T> = HashMap<u64, T, BuildHasherDefault<NumberHasher>>;
 
 /// A block. There are hundreds of thousands, so it is small.
@@ -53,20 +60,33 @@ pub(super) struct Block {
     start: u16,
     /// Number of its first hint.
     first_hint: u32,
+    /// The last link that was made to jump here, or [`NONE`].
+    incoming: u32,
+    /// Page offset of the end of what it depends on from its start.
+    end: u16,
+    /// Two more ranges of bytes on which it depends: where they start, and how long they are.
+    ahead: [u16; 2],
+    ahead_len: [u8; 2],
     /// How many hints it has.
     hints: u16,
     pub mode: u8,
-    /// It holds no instruction: the first is for the single-step tier.
-    pub step: bool,
-    /// It holds no instruction: the first reaches into the next page, and which that is, is not known here.
-    pub crosses: bool,
-    alive: bool,
-    /// It holds one instruction, which reaches into a page of [`Store::seconds`].
-    two_pages: bool,
-    ranges: [Range; 3],
-    /// The last link that was made to jump here, or [`NONE`].
-    incoming: u32,
+    /// What else there is to know of it: bits of [`about`].
+    about: u8,
 }
+
+/// Bits of [`Block::about`].
+mod about {
+    /// It holds no instruction: the first is for the single-step tier.
+    pub(super) const STEP: u8 = 1 << 0;
+    /// It holds no instruction: the first reaches into the next page, and which that is, is not known here.
+    pub(super) const CROSSES: u8 = 1 << 1;
+    /// It holds one instruction, which reaches into a page of [`super::Store::seconds`].
+    pub(super) const TWO_PAGES: u8 = 1 << 2;
+    /// Bytes that it was made from have changed.
+    pub(super) const DEAD: u8 = 1 << 3;
+}
+
+const _: () = assert!(size_of::<Block>() == 32);
 
 /// No link.
 const NONE: u32 = u32::MAX;
@@ -94,6 +114,30 @@ impl Block {
         u64::from(self.page) << 12
     }
 
+    fn is(&self, bits: u8) -> bool {
+        self.about & bits != 0
+    }
+
+    fn alive(&self) -> bool {
+        !self.is(about::DEAD)
+    }
+
+    /// It holds no instruction: the first is for the single-step tier.
+    pub(super) fn step(&self) -> bool {
+        self.is(about::STEP)
+    }
+
+    /// It holds no instruction: the first reaches into the next page, and which that is, is not known here.
+    pub(super) fn crosses(&self) -> bool {
+        self.is(about::CROSSES)
+    }
+
+    /// Bytes of its page on which it depends.
+    fn ranges(&self) -> [Range; 3] {
+        let ahead = |i: usize| (self.ahead[i], self.ahead[i].saturating_add(u16::from(self.ahead_len[i])));
+        [(self.start, self.end), ahead(0), ahead(1)]
+    }
+
     /// Guest-physical address.
     pub(super) fn address(&self) -> u64 {
         self.page() | u64::from(self.start)
@@ -118,12 +162,10 @@ impl Block {
 /// A direct jump that can be patched.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Link {
-    /// Cache offset of the displacement.
+    /// Cache offset of the displacement, which is inside the block it belongs to.
     field: u32,
     /// Cache offset of the stub it goes to while it has no target.
     stub: u32,
-    /// The block it belongs to.
-    from: u32,
     /// The next link of those that jump to the same block, or [`NONE`].
     next: u32,
     /// Page offset of the target.
@@ -131,10 +173,10 @@ pub(super) struct Link {
 }
 
 impl Link {
-    /// A link from block `from`, with cache offsets of its displacement and its stub.
-    pub(super) fn new(from: u32, field: usize, stub: usize, target: u16) -> Self {
+    /// A link with cache offsets of its displacement and its stub.
+    pub(super) fn new(field: usize, stub: usize, target: u16) -> Self {
         // The cache is at most 1 GiB.
-        Self { field: field as u32, stub: stub as u32, from, next: NONE, target }
+        Self { field: field as u32, stub: stub as u32, next: NONE, target }
     }
 }
 
@@ -163,7 +205,8 @@ pub(super) struct Store {
     pub bridges: [Vec<Bridge>; 2],
     /// Bridges that lead somewhere, and the blocks they lead to, for the supervisor and by the user's address space.
     open: [Vec<(u32, u32)>; 1 + SPACES],
-    index: NumberMap<u32>,
+    /// Blocks that live and do not reach into a second page, by address and mode.
+    index: HashTable<u32>,
     /// Into which page, and how far, the instructions of such blocks reach, by block.
     seconds: NumberMap<(u64, u16)>,
     /// Blocks whose instruction reaches into a second page, by their and its address and mode.
@@ -186,6 +229,11 @@ fn key(address: u64, mode: u8) -> u64 {
     address << 5 | u64::from(mode)
 }
 
+/// Bytes of a range; `None` if there are too many.
+fn span((from, to): Range) -> Option<u8> {
+    u8::try_from(to.saturating_sub(from)).ok()
+}
+
 fn granules(from: u64, to: u64) -> u128 {
     if from >= to {
         return 0;
@@ -203,12 +251,25 @@ impl Store {
         // Hints are handed out in the order of blocks.
         let after = self.blocks.partition_point(|block| block.first_hint <= hint);
         let block = self.blocks.get(after.checked_sub(1)?)?;
-        (block.alive && hint - block.first_hint < u32::from(block.hints)).then_some(block)
+        (block.alive() && hint - block.first_hint < u32::from(block.hints)).then_some(block)
     }
 
     /// The block that starts at guest-physical `address`.
     pub(super) fn find(&self, address: u64, mode: u8) -> Option<u32> {
-        self.index.get(&key(address, mode)).copied()
+        let wanted = key(address, mode);
+        self.index.find(hash(wanted), |&number| self.key(number) == wanted).copied()
+    }
+
+    /// What a block is found by.
+    fn key(&self, number: u32) -> u64 {
+        self.blocks.get(number as usize).map_or(u64::MAX, |block| key(block.address(), block.mode))
+    }
+
+    /// The block whose code is at a cache offset.
+    fn at(&self, offset: u32) -> Option<&Block> {
+        // Code is appended in the order of blocks.
+        let after = self.blocks.partition_point(|block| block.entry <= offset);
+        self.blocks.get(after.checked_sub(1)?)
     }
 
     /// The block of the instruction that starts at `address` and reaches into the page at `second`.
@@ -230,42 +291,54 @@ impl Store {
             prologue: u16::try_from(direct.checked_sub(entry)?).ok()?,
             start: (new.address & 0xfff) as u16,
             first_hint: new.hints.0,
+            incoming: NONE,
+            end: new.ranges[0].1,
+            ahead: [new.ranges[1].0, new.ranges[2].0],
+            ahead_len: [span(new.ranges[1])?, span(new.ranges[2])?],
             hints: u16::try_from(new.hints.1).ok()?,
             mode: new.mode,
-            step: new.step,
-            crosses: new.crosses,
-            alive: true,
-            two_pages: new.second.is_some(),
-            ranges: new.ranges,
-            incoming: NONE,
+            about: [
+                (new.step, about::STEP),
+                (new.crosses, about::CROSSES),
+                (new.second.is_some(), about::TWO_PAGES),
+            ]
+            .into_iter()
+            .filter(|known| known.0)
+            .fold(0, |bits, known| bits | known.1),
         };
         let page = self.pages.entry(block.page()).or_default();
         page.blocks.push(number);
-        for &(from, to) in &block.ranges {
+        for (from, to) in block.ranges() {
             page.granules |= granules(u64::from(from), u64::from(to));
         }
+        let wanted = key(new.address, block.mode);
+        self.blocks.push(block);
         match new.second {
             None => {
-                self.index.insert(key(new.address, block.mode), number);
+                let blocks = &self.blocks;
+                self.index.insert_unique(hash(wanted), number, |&number| {
+                    let block = blocks.get(number as usize);
+                    hash(block.map_or(u64::MAX, |block| key(block.address(), block.mode)))
+                });
             }
             Some((second, len)) => {
-                self.crossings.insert((new.address, second, block.mode), number);
+                self.crossings.insert((new.address, second, new.mode), number);
                 self.seconds.insert(u64::from(number), (second, len));
                 let page = self.pages.entry(second).or_default();
                 page.blocks.push(number);
                 page.granules |= granules(0, u64::from(len));
             }
         }
-        self.blocks.push(block);
         Some(number)
     }
 
     /// Lets link `number` go to block `to`, if that is on the same page.
     pub(super) fn connect(&mut self, cache: &mut CodeCache, number: u32, to: u32) {
+        let Some(field) = self.links.get(number as usize).map(|link| link.field) else { return };
+        let from = self.at(field).map(|block| (block.page, block.alive()));
         let Some(link) = self.links.get_mut(number as usize) else { return };
-        let from = self.blocks.get(link.from as usize).map(|b| (b.page, b.alive));
         let Some(block) = self.blocks.get_mut(to as usize) else { return };
-        if block.alive && from == Some((block.page, true)) {
+        if block.alive() && from == Some((block.page, true)) {
             link.next = std::mem::replace(&mut block.incoming, number);
             cache.patch_jump(link.field as usize, block.direct());
         }
@@ -306,12 +379,12 @@ impl Store {
         page.granules = 0;
         page.blocks.retain(|&number| {
             let Some(block) = self.blocks.get_mut(number as usize) else { return false };
-            if !block.alive {
+            if !block.alive() {
                 // It died of a write to its other page.
                 return false;
             }
-            let second = if block.two_pages { self.seconds.get(&u64::from(number)).copied() } else { None };
-            let [a, b, c] = if block.page() == base { block.ranges } else { [(0, 0); 3] };
+            let second = if block.is(about::TWO_PAGES) { self.seconds.get(&u64::from(number)).copied() } else { None };
+            let [a, b, c] = if block.page() == base { block.ranges() } else { [(0, 0); 3] };
             let reached = second.filter(|second| second.0 == base).map_or(0, |second| second.1);
             let ranges = [a, b, c, (0, reached)];
             let hit = ranges.iter().any(|r| u64::from(r.0) < to && u64::from(r.1) > from && r.0 < r.1);
@@ -322,9 +395,14 @@ impl Store {
                 return true;
             }
             killed += 1;
-            block.alive = false;
+            block.about |= about::DEAD;
             match second {
-                None => drop(self.index.remove(&key(block.address(), block.mode))),
+                None => {
+                    let hash = hash(key(block.address(), block.mode));
+                    if let Ok(entry) = self.index.find_entry(hash, |&other| other == number) {
+                        entry.remove();
+                    }
+                }
                 Some((second, _)) => drop(self.crossings.remove(&(block.address(), second, block.mode))),
             }
             let mut incoming = std::mem::replace(&mut block.incoming, NONE);
@@ -352,7 +430,7 @@ impl Store {
         for (set, (array, open)) in linkage.bridges.iter_mut().zip(&mut self.open).enumerate() {
             let bridges = &self.bridges[usize::from(set > 0)];
             open.retain(|&(number, to)| {
-                let alive = self.blocks.get(to as usize).is_some_and(|block| block.alive);
+                let alive = self.blocks.get(to as usize).is_some_and(|block| block.alive());
                 if !alive {
                     close(bridges, number, cache, array);
                 }
@@ -386,7 +464,7 @@ impl Store {
         cache: &CodeCache,
         linkage: &mut Linkage,
     ) {
-        if let Some(block) = self.blocks.get(to as usize).filter(|block| block.alive && !block.step)
+        if let Some(block) = self.blocks.get(to as usize).filter(|block| block.alive() && !block.step())
             && let Some(open) = self.open.get_mut(array)
             && let Some(host) =
                 linkage.bridges.get_mut(array).and_then(|array| array.get_mut(number as usize))

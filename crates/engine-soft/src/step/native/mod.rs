@@ -21,7 +21,7 @@ use iced_x86::{
     CpuidFeature, EncodingKind, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register,
 };
 
-const SLOTS: usize = 16384;
+const SLOTS: usize = 4096;
 /// The largest operand that goes through the bounce buffer: FXSAVE's.
 const BOUNCE: usize = 512;
 
