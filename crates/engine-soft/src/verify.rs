@@ -19,7 +19,7 @@ use crate::host;
 use crate::state::{CpuState, Shadow, Vectors, X87};
 use crate::step::native::arena;
 use crate::step::step;
-use crate::translate::{Outcome, Translator};
+use crate::translate::{Outcome, Translator, passed};
 use cpu::{Error, Registers, rflags};
 use iced_x86::{EncodingKind, FlowControl, Instruction, Mnemonic};
 use std::fmt::Write;
@@ -251,7 +251,7 @@ impl Verifier {
                 vectors: self.vectors.len() - 1,
             });
             // Blocks do not go on there either.
-            let controls = instruction.flow_control() != FlowControl::Next;
+            let controls = instruction.flow_control() != FlowControl::Next && !passed(&instruction);
             if controls || state.rip != instruction.next_ip() || (state.rip ^ instruction.ip()) >> 12 != 0 {
                 break;
             }

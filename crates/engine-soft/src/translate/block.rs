@@ -115,18 +115,26 @@ pub(super) fn plan(
             live_after: 0,
             saved: false,
         });
-        if controls(template.kind) {
+        if controls(template.kind) && !passed(&instruction) {
             into.controlled = true;
             break;
         }
     }
+    // There is nothing to go on with after a jump.
+    into.controlled |= into.items.last().is_some_and(|item| controls(item.template.kind)) && !into.step;
     let end = into.items.last().map_or(start, |item| item.next);
     into.ranges = [(start, end.saturating_add(15).min(PAGE as u16)), (0, 0), (0, 0)];
     liveness(into, page);
     stretches(into);
 }
 
-/// The instruction ends a block.
+/// A block goes on after this conditional jump, which it leaves where it is taken: one that skips something. One that
+/// closes a loop is the block's end.
+pub(crate) fn passed(instruction: &Instruction) -> bool {
+    instruction.is_jcc_short_or_near() && instruction.near_branch_target() as i64 > instruction.ip() as i64
+}
+
+/// The instruction ends a block, or leaves it.
 fn controls(kind: Kind) -> bool {
     matches!(
         kind,
@@ -156,7 +164,12 @@ fn liveness(plan: &mut Plan, page: &[u8]) {
         live = ahead(page, next, one);
     }
     (plan.ranges[1], plan.ranges[2]) = (*one, *two);
-    for item in plan.items.iter_mut().rev() {
+    let last = plan.items.len() - 1;
+    for (place, item) in plan.items.iter_mut().enumerate().rev() {
+        if place != last && controls(item.template.kind) {
+            // What reads the flags where it leads is not looked for.
+            live = flags::STATUS;
+        }
         item.live_after = live;
         live = flags::before(&item.instruction, live);
         item.live_before = live;

@@ -122,6 +122,7 @@ impl Translator {
                 saved,
                 live_after: item.live_after != 0,
                 followed: place + 1 < count || self.plan.step,
+                last: place + 1 == count && self.plan.controlled,
             };
             let bytes = self.bytes.get(usize::from(item.offset)..usize::from(item.next)).unwrap_or_default();
             let mark = self.generator.mark();

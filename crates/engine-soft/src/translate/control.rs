@@ -231,13 +231,14 @@ impl Generator {
         if target > i64::from(site.offset) && Self::linked(target) {
             let field = self.out.jump_if(condition);
             self.links.push(super::generate::NewLink { field, stub: 0, target: target as u16 });
-            self.jump_page(i64::from(site.next), None);
-            return;
+        } else {
+            let past = self.out.jump_if(condition ^ 1);
+            self.jump_polled(target, site);
+            self.out.bind(past);
         }
-        let past = self.out.jump_if(condition ^ 1);
-        self.jump_polled(target, site);
-        self.out.bind(past);
-        self.jump_page(i64::from(site.next), None);
+        if site.last {
+            self.jump_page(i64::from(site.next), None);
+        }
     }
 
     fn jump_count(&mut self, instruction: &Instruction, bytes: &[u8], site: Site) -> Option<()> {

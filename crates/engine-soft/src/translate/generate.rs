@@ -177,6 +177,8 @@ pub(super) struct Site {
     pub live_after: bool,
     /// The block goes on after it, or leaves for the single-step tier without looking for events.
     pub followed: bool,
+    /// The block ends with it.
+    pub last: bool,
 }
 
 /// Host register of a guest register, if it has one.

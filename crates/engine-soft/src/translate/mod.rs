@@ -39,7 +39,7 @@ use std::time::{Duration, Instant};
 use store::{NumberMap, Store, Write};
 use template::Templates;
 
-pub(crate) use block::INSTRUCTIONS_MAX;
+pub(crate) use block::{INSTRUCTIONS_MAX, passed};
 pub(crate) use template::must_align;
 use thunk::{Thunks, reason};
 
