@@ -2,17 +2,13 @@
 
 use super::block::{self, INSTRUCTIONS_MAX, Mode};
 use super::generate;
-use super::linkage;
-use super::store::{Bridge, Link, NewBlock};
+use super::store::NewBlock;
 use super::thunk::reason;
 use super::{BLOCK_ROOM, Translator};
 use crate::cpu_core::Core;
-use crate::state::SPACES;
 
 /// Hints that must be free: more than a block has.
 const HINT_ROOM: usize = 4 * INSTRUCTIONS_MAX;
-/// Bridges that must be free, as well.
-const BRIDGE_ROOM: usize = 2 * INSTRUCTIONS_MAX;
 
 impl Translator {
     /// Translates the block at a guest-physical address, or the instruction there that reaches into a second page.
@@ -23,9 +19,7 @@ impl Translator {
         second: Option<u64>,
         mode: Mode,
     ) -> Option<u32> {
-        let class = usize::from(mode.user);
-        let bridges = self.store.bridges.get(class).map_or(0, Vec::len) + BRIDGE_ROOM;
-        if self.cache.room() < BLOCK_ROOM || !core.state.hints.room(HINT_ROOM) || bridges > linkage::BRIDGES {
+        if self.cache.room() < BLOCK_ROOM || !core.state.hints.room(HINT_ROOM) {
             self.flush(core);
         }
         let (page, start) = (physical & !0xfff, (physical & 0xfff) as u16);
@@ -40,12 +34,9 @@ impl Translator {
         let options = Core::decoder_options(core.amd);
         let bytes = if second.is_some() { self.bytes.as_slice() } else { own };
         block::plan(&mut self.plan, bytes, (start, options), mode, &mut self.templates);
-        let first_link = self.store.links.len() as u32;
         let first_hint = core.state.hints.next();
-        let first_bridge = self.store.bridges.get(class).map_or(0, Vec::len) as u32;
-        let numbers = [first_link, first_bridge, first_hint];
         let bases = [self.cache.next(), self.cache.next_cold()];
-        self.generator.start(bases, numbers, usize::from(mode.user));
+        self.generator.start(bases, first_hint, usize::from(mode.user));
         self.generator.unsteady.clear();
         if let Some(unsteady) = self.unsteady.get(&(physical, mode.bits())) {
             self.generator.unsteady.extend(unsteady);
@@ -69,17 +60,6 @@ impl Translator {
         self.statistics.cold_bytes += cold.len() as u64;
         let end = self.plan.items.last().map_or(start, |item| item.next);
         self.statistics.guest_bytes += u64::from(end.wrapping_sub(start));
-        let arrays = if mode.user { 1..1 + SPACES } else { 0..1 };
-        let arrays = core.state.linkage.bridges.get_mut(arrays).unwrap_or_default();
-        if let Some(bridges) = self.store.bridges.get_mut(class) {
-            for new in &self.generator.bridges {
-                let stub = self.cache.address(new.stub);
-                for host in arrays.iter_mut().filter_map(|array| array.get_mut(bridges.len())) {
-                    *host = stub;
-                }
-                bridges.push(Bridge { stub: new.stub as u32, target: new.target });
-            }
-        }
         let number = self.store.add(NewBlock {
             address: physical,
             mode: mode.bits(),
@@ -90,13 +70,11 @@ impl Translator {
             hints: (first_hint, hints),
             ranges: self.plan.ranges,
         })?;
-        for i in 0..self.generator.links.len() {
-            let Some(&new) = self.generator.links.get(i) else { break };
-            self.store.links.push(Link::new(entry + new.field, new.stub, new.target));
+        for link in &self.generator.links {
             if !self.single
-                && let Some(to) = self.store.find(page | u64::from(new.target), mode.bits())
+                && let Some(to) = self.store.find(page | u64::from(link.target), mode.bits())
             {
-                self.store.connect(&mut self.cache, first_link.wrapping_add(i as u32), to);
+                self.store.connect(&mut self.cache, link.note, to);
             }
         }
         Some(number)

@@ -127,6 +127,16 @@ impl CodeCache {
         }
     }
 
+    /// Bytes of existing code, or zeroes beyond it.
+    pub(super) fn read<const N: usize>(&self, offset: usize) -> [u8; N] {
+        let mut bytes = [0; N];
+        if offset.checked_add(N).is_some_and(|end| end <= self.size) {
+            // SAFETY: the range was checked to be inside the writable mapping.
+            unsafe { std::ptr::copy_nonoverlapping(self.write.as_ptr().add(offset), bytes.as_mut_ptr(), N) };
+        }
+        bytes
+    }
+
     /// Lets the 32-bit relative jump whose displacement is at `field` go to `target`.
     pub(super) fn patch_jump(&mut self, field: usize, target: usize) {
         let distance = (target as u32).wrapping_sub(field as u32 + 4);

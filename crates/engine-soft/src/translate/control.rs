@@ -1,7 +1,7 @@
 //! Templates of the instructions that are not copied: stack, control flow, addresses.
 
 use super::emit::{Mem, cc, r};
-use super::generate::{Check, Generator, Origin, Place, Site, host};
+use super::generate::{Check, Generator, NewJump, Origin, Place, Site, host};
 use super::hints::STACK;
 use super::template::{Kind, Template};
 use super::thunk::{linked, spill};
@@ -230,7 +230,7 @@ impl Generator {
         let condition = cc::O + condition(instruction);
         if target > i64::from(site.offset) && Self::linked(target) {
             let field = self.out.jump_if(condition);
-            self.links.push(super::generate::NewLink { field, stub: 0, target: target as u16 });
+            self.links.push(NewJump { at: field, target: target as u16, note: 0 });
         } else {
             let past = self.out.jump_if(condition ^ 1);
             self.jump_polled(target, site);

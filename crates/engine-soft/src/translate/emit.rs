@@ -297,8 +297,13 @@ impl Emitter {
     /// Lets a jump whose displacement is at `field` go to `target`, an offset of the cache.
     pub(super) fn bind_to(&mut self, field: usize, target: usize) {
         let distance = (target as u32).wrapping_sub((self.base + field + 4) as u32);
-        if let Some(bytes) = self.bytes.get_mut(field..field + 4) {
-            bytes.copy_from_slice(&distance.to_le_bytes());
+        self.overwrite(field, &distance.to_le_bytes());
+    }
+
+    /// Puts bytes in the place of others.
+    pub(super) fn overwrite(&mut self, at: usize, bytes: &[u8]) {
+        if let Some(place) = self.bytes.get_mut(at..at + bytes.len()) {
+            place.copy_from_slice(bytes);
         }
     }
 

@@ -6,7 +6,8 @@
 use super::block::MAY_CROSS;
 use super::emit::{Emitter, Mem, cc, r};
 use super::hints::{self, Hint};
-use super::linkage::Linkage;
+use super::linkage::{BRIDGES, Linkage};
+use super::store::Note;
 use super::thunk::{self, LINKAGE, Renewal, Thunks, linked, reason, spill};
 use crate::state::{CpuState, Doorbell, TLB_ENTRIES, TlbEntry, TlbTable, seg};
 use iced_x86::{Instruction, InstructionInfoFactory, OpAccess, Register};
@@ -112,24 +113,15 @@ impl Check {
     }
 }
 
-/// A direct jump to another block of the same page.
+/// A direct jump that somebody may patch, to another block of the same page or to another page.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct NewLink {
-    /// Position of the displacement to patch.
-    pub field: usize,
-    /// Cache offset of the stub that asks for the link.
-    pub stub: usize,
+pub(super) struct NewJump {
+    /// Position of what is patched.
+    pub at: usize,
     /// Page offset of the target.
     pub target: u16,
-}
-
-/// A direct jump to another page.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct NewBridge {
-    /// Cache offset of the stub that looks for its target.
-    pub stub: usize,
-    /// Page offset of the target.
-    pub target: u16,
+    /// Cache offset of its note.
+    pub note: u32,
 }
 
 enum Cold {
@@ -141,12 +133,8 @@ pub(super) struct Generator {
     pub out: Emitter,
     /// The code of the block that is seldom run, when finished.
     pub seldom: Emitter,
-    pub links: Vec<NewLink>,
-    pub bridges: Vec<NewBridge>,
-    /// Number that the first of `bridges` gets.
-    pub first_bridge: u32,
-    /// Number that the first of `links` gets.
-    pub first_link: u32,
+    pub links: Vec<NewJump>,
+    pub bridges: Vec<NewJump>,
     pub thunks: Thunks,
     /// 1 for CPL 3, else 0.
     pub class: usize,
@@ -219,8 +207,6 @@ impl Generator {
             seldom: Emitter::default(),
             links: Vec::new(),
             bridges: Vec::new(),
-            first_bridge: 0,
-            first_link: 0,
             thunks,
             class: 0,
             bmi2,
@@ -233,8 +219,8 @@ impl Generator {
         }
     }
 
-    /// Starts a block whose parts will stand at `bases`, with links, bridges and hints numbered from those given.
-    pub(super) fn start(&mut self, bases: [usize; 2], [link, bridge, hint]: [u32; 3], class: usize) {
+    /// Starts a block whose parts will stand at `bases`, with hints numbered from that given.
+    pub(super) fn start(&mut self, bases: [usize; 2], hint: u32, class: usize) {
         self.out.bytes.clear();
         self.seldom.bytes.clear();
         [self.out.base, self.seldom.base] = bases;
@@ -242,7 +228,7 @@ impl Generator {
         self.cold.clear();
         self.shared.clear();
         self.bridges.clear();
-        (self.first_link, self.first_bridge, self.class) = (link, bridge, class);
+        self.class = class;
         (self.first_hint, self.next_hint) = (hint, hint);
     }
 
@@ -605,17 +591,14 @@ impl Generator {
         }
         if Self::linked(target) {
             let field = self.out.jump();
-            self.links.push(NewLink { field, stub: 0, target: offset });
+            self.links.push(NewJump { at: field, target: offset, note: 0 });
             return;
         }
-        let number = self.first_bridge as usize + self.bridges.len();
-        self.bridges.push(NewBridge { stub: 0, target: offset });
-        if self.class == 0 {
-            self.out.jump_mem(Mem::state(LINKAGE + Linkage::bridges_offset(0) + number * 8));
-        } else {
-            self.out.load(r::T1, linked!(user_bridges));
-            self.out.jump_mem(Mem::state(number * 8).with_index(r::T1, 0));
-        }
+        let at = self.out.pos();
+        // Room for the longest: until its first run it goes to its stub.
+        bridge(&mut self.out, self.class, BRIDGES - 1);
+        self.out.overwrite(at, &[0xe9]);
+        self.bridges.push(NewJump { at, target: offset, note: 0 });
     }
 
     /// Whether a jump to this offset is linked to the block there: in this page, and surely all in it.
@@ -679,20 +662,32 @@ impl Generator {
                 }
             }
         }
-        let mut links = std::mem::take(&mut self.links);
-        for (i, link) in links.iter_mut().enumerate() {
-            link.stub = self.out.base + self.out.pos();
-            self.seldom.bind_to(link.field, link.stub);
-            self.exit(reason::LINK, self.first_link.wrapping_add(i as u32));
+        for (why, opcode, jumps) in
+            [(reason::LINK, 0, &mut self.links), (reason::BRIDGE, 1, &mut self.bridges)]
+        {
+            for jump in jumps {
+                // `seldom` is what is run often: see above.
+                let note =
+                    Note { at: (self.seldom.base + jump.at) as u32, number: u32::MAX, target: jump.target };
+                let at = self.out.base + self.out.pos();
+                jump.note = at as u32;
+                self.out.raw(&note.bytes());
+                self.seldom.bind_to(jump.at + opcode, at + Note::LEN);
+                self.out.imm32(r::T1, at as u32);
+                self.out.jump_to(self.thunks.exit(why));
+            }
         }
-        self.links = links;
-        let mut bridges = std::mem::take(&mut self.bridges);
-        for (i, bridge) in bridges.iter_mut().enumerate() {
-            bridge.stub = self.out.base + self.out.pos();
-            self.exit(reason::BRIDGE, self.first_bridge.wrapping_add(i as u32));
-        }
-        self.bridges = bridges;
         std::mem::swap(&mut self.out, &mut self.seldom);
+    }
+}
+
+/// The jump of a bridge, by privilege class. Uses T1.
+pub(super) fn bridge(out: &mut Emitter, class: usize, number: usize) {
+    if class == 0 {
+        out.jump_mem(Mem::state(LINKAGE + Linkage::bridges_offset(0) + number * 8));
+    } else {
+        out.load(r::T1, linked!(user_bridges));
+        out.jump_mem(Mem::state(number * 8).with_index(r::T1, 0));
     }
 }
 

@@ -31,12 +31,13 @@ use crate::state::{CpuState, PAGE_MASK, SPACES, Shadow};
 use block::{Mode, Plan};
 use cache::CodeCache;
 use cpu::{Error, cr0, cr4, rflags};
+use emit::Emitter;
 use generate::{Descriptor, Generator, Origin};
 use iced_x86::InstructionInfoFactory;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
-use store::{NumberMap, Store, Write};
+use store::{Note, NumberMap, Store, Write};
 use template::Templates;
 
 pub(crate) use block::{INSTRUCTIONS_MAX, passed};
@@ -358,21 +359,21 @@ impl Translator {
                     },
                     reason::LINK => {
                         self.statistics.exits_link += 1;
-                        let number = link.payload[0] as u32;
-                        let target = self.store.links.get(number as usize).map_or(0, |link| link.target);
+                        let note = link.payload[0] as u32;
+                        let target = Note::read(&self.cache, note).target;
                         core.state.rip = link.page_base.wrapping_add(u64::from(target));
                         if !self.single {
-                            next = self.link(core, mode, number);
+                            next = self.link(core, mode, note);
                         }
                         break None;
                     }
                     reason::BRIDGE => {
                         self.statistics.exits_bridge += 1;
-                        let number = link.payload[0] as u32;
-                        let target = self.store.bridge_target(class, number);
+                        let note = link.payload[0] as u32;
+                        let target = Note::read(&self.cache, note).target;
                         core.state.rip = link.page_base.wrapping_add(u64::from(target));
                         if !self.single {
-                            next = self.span(core, mode, number);
+                            next = self.span(core, mode, note);
                         }
                         break None;
                     }
@@ -416,22 +417,33 @@ impl Translator {
     }
 
     /// Connects a link to the block at RIP, making it if need be, and answers that.
-    fn link(&mut self, core: &mut Core, mode: Mode, number: u32) -> Option<u32> {
+    fn link(&mut self, core: &mut Core, mode: Mode, note: u32) -> Option<u32> {
         let flushes = self.statistics.cache_flushes;
         let to = self.find(core, mode)?;
         if flushes == self.statistics.cache_flushes {
-            self.store.connect(&mut self.cache, number, to);
+            self.store.connect(&mut self.cache, note, to);
         }
         Some(to)
     }
 
     /// Lets a bridge lead to the block at RIP, made if need be, and answers that.
-    fn span(&mut self, core: &mut Core, mode: Mode, number: u32) -> Option<u32> {
+    fn span(&mut self, core: &mut Core, mode: Mode, note: u32) -> Option<u32> {
+        let class = usize::from(mode.user);
+        if self.store.bridges(class) == linkage::BRIDGES {
+            self.flush(core);
+            return None;
+        }
         let flushes = self.statistics.cache_flushes;
         let to = self.find(core, mode)?;
         if flushes == self.statistics.cache_flushes {
+            let linkage = &mut core.state.linkage;
+            let number = self.store.bridge(class, note, &mut self.cache, linkage, |number| {
+                let mut out = Emitter::default();
+                generate::bridge(&mut out, class, number);
+                out.bytes
+            })?;
             let array = if mode.user { 1 + core.state.space } else { 0 };
-            self.store.span(array, number, to, &self.cache, &mut core.state.linkage);
+            self.store.span(array, number, to, &self.cache, linkage);
         }
         Some(to)
     }

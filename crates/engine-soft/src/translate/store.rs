@@ -159,25 +159,56 @@ impl Block {
     }
 }
 
-/// A direct jump that can be patched.
+/// What stands before the stub of a direct jump, in the code cache: most jumps never run, and cost nothing else.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Link {
-    /// Cache offset of the displacement, which is inside the block it belongs to.
-    field: u32,
-    /// Cache offset of the stub it goes to while it has no target.
-    stub: u32,
-    /// The next link of those that jump to the same block, or [`NONE`].
-    next: u32,
+pub(super) struct Note {
+    /// Cache offset of what is patched: a link's displacement, the whole jump of a bridge.
+    pub at: u32,
+    /// Number of the link or bridge, or [`NONE`] if it has not run.
+    pub number: u32,
     /// Page offset of the target.
     pub target: u16,
 }
 
-impl Link {
-    /// A link with cache offsets of its displacement and its stub.
-    pub(super) fn new(field: usize, stub: usize, target: u16) -> Self {
-        // The cache is at most 1 GiB.
-        Self { field: field as u32, stub: stub as u32, next: NONE, target }
+impl Note {
+    /// Bytes in the cache.
+    pub(super) const LEN: usize = 10;
+
+    pub(super) fn bytes(self) -> [u8; Self::LEN] {
+        let mut bytes = [0; Self::LEN];
+        bytes[..4].copy_from_slice(&self.at.to_le_bytes());
+        bytes[4..8].copy_from_slice(&self.number.to_le_bytes());
+        bytes[8..].copy_from_slice(&self.target.to_le_bytes());
+        bytes
     }
+
+    /// The note at a cache offset.
+    pub(super) fn read(cache: &CodeCache, offset: u32) -> Self {
+        let [a, b, c, d, e, f, g, h, i, j] = cache.read(offset as usize);
+        Self {
+            at: u32::from_le_bytes([a, b, c, d]),
+            number: u32::from_le_bytes([e, f, g, h]),
+            target: u16::from_le_bytes([i, j]),
+        }
+    }
+
+    fn write(self, cache: &mut CodeCache, offset: u32) {
+        cache.patch(offset as usize, &self.bytes());
+    }
+
+    /// Cache offset of the stub after the note at `offset`.
+    fn stub(offset: u32) -> usize {
+        offset as usize + Self::LEN
+    }
+}
+
+/// A direct jump within a page that has run.
+#[derive(Debug, Clone, Copy)]
+struct Link {
+    /// Cache offset of its note.
+    note: u32,
+    /// The next link of those that jump to the same block, or [`NONE`].
+    next: u32,
 }
 
 #[derive(Debug, Default)]
@@ -188,21 +219,12 @@ struct Page {
     slow_writes: u32,
 }
 
-/// A direct jump to another page.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Bridge {
-    /// Cache offset of the stub that looks for its target.
-    pub stub: u32,
-    /// Page offset of the target.
-    pub target: u16,
-}
-
 #[derive(Default)]
 pub(super) struct Store {
     pub blocks: Vec<Block>,
-    pub links: Vec<Link>,
-    /// Numbered apart by privilege class.
-    pub bridges: [Vec<Bridge>; 2],
+    links: Vec<Link>,
+    /// Cache offsets of the notes of direct jumps to other pages that have run; numbered apart by privilege class.
+    bridges: [Vec<u32>; 2],
     /// Bridges that lead somewhere, and the blocks they lead to, for the supervisor and by the user's address space.
     open: [Vec<(u32, u32)>; 1 + SPACES],
     /// Blocks that live and do not reach into a second page, by address and mode.
@@ -332,16 +354,22 @@ impl Store {
         Some(number)
     }
 
-    /// Lets link `number` go to block `to`, if that is on the same page.
-    pub(super) fn connect(&mut self, cache: &mut CodeCache, number: u32, to: u32) {
-        let Some(field) = self.links.get(number as usize).map(|link| link.field) else { return };
-        let from = self.at(field).map(|block| (block.page, block.alive()));
-        let Some(link) = self.links.get_mut(number as usize) else { return };
+    /// Lets the link with a note at a cache offset go to block `to`, if that is on the same page.
+    pub(super) fn connect(&mut self, cache: &mut CodeCache, offset: u32, to: u32) {
+        let mut note = Note::read(cache, offset);
+        let from = self.at(note.at).map(|block| (block.page, block.alive()));
         let Some(block) = self.blocks.get_mut(to as usize) else { return };
-        if block.alive() && from == Some((block.page, true)) {
-            link.next = std::mem::replace(&mut block.incoming, number);
-            cache.patch_jump(link.field as usize, block.direct());
+        if !block.alive() || from != Some((block.page, true)) {
+            return;
         }
+        if note.number == NONE {
+            note.number = self.links.len() as u32;
+            note.write(cache, offset);
+            self.links.push(Link { note: offset, next: NONE });
+        }
+        let Some(link) = self.links.get_mut(note.number as usize) else { return };
+        link.next = std::mem::replace(&mut block.incoming, note.number);
+        cache.patch_jump(note.at as usize, block.direct());
     }
 
     /// What a write of `len` bytes at guest-physical `address` (within a page) would do.
@@ -383,7 +411,8 @@ impl Store {
                 // It died of a write to its other page.
                 return false;
             }
-            let second = if block.is(about::TWO_PAGES) { self.seconds.get(&u64::from(number)).copied() } else { None };
+            let second =
+                if block.is(about::TWO_PAGES) { self.seconds.get(&u64::from(number)).copied() } else { None };
             let [a, b, c] = if block.page() == base { block.ranges() } else { [(0, 0); 3] };
             let reached = second.filter(|second| second.0 == base).map_or(0, |second| second.1);
             let ranges = [a, b, c, (0, reached)];
@@ -407,7 +436,7 @@ impl Store {
             }
             let mut incoming = std::mem::replace(&mut block.incoming, NONE);
             while let Some(link) = self.links.get_mut(incoming as usize) {
-                cache.patch_jump(link.field as usize, link.stub as usize);
+                cache.patch_jump(Note::read(cache, link.note).at as usize, Note::stub(link.note));
                 incoming = std::mem::replace(&mut link.next, NONE);
             }
             // The jump cache may still lead here: look the address up again.
@@ -449,10 +478,36 @@ impl Store {
         }
     }
 
-    /// Page offset of the target of a bridge.
-    pub(super) fn bridge_target(&self, class: usize, number: u32) -> u16 {
-        let bridge = self.bridges.get(class).and_then(|bridges| bridges.get(number as usize));
-        bridge.map_or(0, |bridge| bridge.target)
+    /// How many bridges of a privilege class there are.
+    pub(super) fn bridges(&self, class: usize) -> usize {
+        self.bridges.get(class).map_or(0, Vec::len)
+    }
+
+    /// Lets a jump of a privilege class, with a note at a cache offset, be a bridge from now on, by the code that
+    /// `jump` makes for its number; answers that. `None` if there are too many.
+    pub(super) fn bridge(
+        &mut self,
+        class: usize,
+        offset: u32,
+        cache: &mut CodeCache,
+        linkage: &mut Linkage,
+        jump: impl FnOnce(usize) -> Vec<u8>,
+    ) -> Option<u32> {
+        let mut note = Note::read(cache, offset);
+        if note.number != NONE {
+            return Some(note.number);
+        }
+        let bridges = self.bridges.get_mut(class)?;
+        let number = bridges.len();
+        let arrays = if class == 0 { 0..1 } else { 1..1 + SPACES };
+        for array in linkage.bridges.get_mut(arrays)? {
+            *array.get_mut(number)? = cache.address(Note::stub(offset));
+        }
+        bridges.push(offset);
+        note.number = number as u32;
+        note.write(cache, offset);
+        cache.patch(note.at as usize, &jump(number));
+        Some(note.number)
     }
 
     /// Lets a bridge lead to a block.
@@ -491,10 +546,10 @@ impl Store {
     }
 }
 
-fn close(bridges: &[Bridge], number: u32, cache: &CodeCache, array: &mut [u64]) {
-    if let Some(bridge) = bridges.get(number as usize)
+fn close(bridges: &[u32], number: u32, cache: &CodeCache, array: &mut [u64]) {
+    if let Some(&note) = bridges.get(number as usize)
         && let Some(host) = array.get_mut(number as usize)
     {
-        *host = cache.address(bridge.stub as usize);
+        *host = cache.address(Note::stub(note));
     }
 }
