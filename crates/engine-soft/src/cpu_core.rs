@@ -7,7 +7,7 @@ use crate::exception::{Stop, vector};
 use crate::fetch::FetchCache;
 use crate::io::IoLog;
 use crate::mmu::Mmu;
-use crate::state::{CpuState, Shadow};
+use crate::state::{CpuState, Owned, Shadow};
 use crate::step::Checkpoint;
 use crate::step::model::Mtrrs;
 use crate::step::native::{Stubs, arena};
@@ -56,7 +56,7 @@ pub struct Counters {
 /// One vCPU.
 pub struct Core {
     /// Registers and TLB.
-    pub state: Box<CpuState>,
+    pub state: Owned,
     /// The MMU.
     pub mmu: Mmu,
     /// What CPUID answers.
@@ -91,7 +91,7 @@ impl Core {
         let bits = cpuid.get(0x8000_0008, 0).map_or(36, |leaf| leaf.eax & 0xff).clamp(32, 52);
         let amd = cpuid.get(0, 0).is_some_and(|leaf| leaf.ebx == u32::from_le_bytes(*b"Auth"));
         Ok(Self {
-            state: CpuState::new(),
+            state: CpuState::power_up(),
             mmu: Mmu::new(memory, bits),
             cpuid,
             index,
@@ -141,7 +141,7 @@ impl Core {
 
     /// Power-up values of what INIT leaves alone: FPU, vectors, MSRs.
     pub(crate) fn reset_extended(&mut self) {
-        let fresh = CpuState::new();
+        let fresh = CpuState::power_up();
         self.state.msrs = fresh.msrs.clone();
         self.state.ymm = fresh.ymm;
         self.state.x87 = fresh.x87;

@@ -235,10 +235,62 @@ impl Default for X87 {
     }
 }
 
+/// A [`CpuState`] in memory of its own, of which only what is used exists: an allocator would fill all of it.
+pub struct Owned(std::ptr::NonNull<CpuState>);
+
+#[allow(unsafe_code)]
+mod owned {
+    use super::{CpuState, Owned};
+    use std::ptr::NonNull;
+
+    // SAFETY: it owns what it points to, as a `Box` does, and that is `Send`.
+    unsafe impl Send for Owned {}
+
+    impl Owned {
+        pub(super) fn zeroed() -> Self {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+            let rights = libc::PROT_READ | libc::PROT_WRITE;
+            let size = size_of::<CpuState>();
+            // SAFETY: a fresh mapping.
+            let at = unsafe { libc::mmap(std::ptr::null_mut(), size, rights, flags, -1, 0) };
+            match NonNull::new(at.cast()) {
+                Some(state) if at != libc::MAP_FAILED => Self(state),
+                _ => std::alloc::handle_alloc_error(std::alloc::Layout::new::<CpuState>()),
+            }
+        }
+    }
+
+    impl Drop for Owned {
+        fn drop(&mut self) {
+            // SAFETY: the mapping is this value's, and the state has nothing to drop.
+            unsafe { libc::munmap(self.0.as_ptr().cast(), size_of::<CpuState>()) };
+        }
+    }
+
+    impl std::ops::Deref for Owned {
+        type Target = CpuState;
+
+        fn deref(&self) -> &CpuState {
+            // SAFETY: valid and owned. All fields are integers, arrays of them, booleans and an enumeration with a variant 0,
+            // for which the zeros of a fresh mapping are a value; pages are aligned more strictly than the struct.
+            unsafe { self.0.as_ref() }
+        }
+    }
+
+    impl std::ops::DerefMut for Owned {
+        fn deref_mut(&mut self) -> &mut CpuState {
+            // SAFETY: as above.
+            unsafe { self.0.as_mut() }
+        }
+    }
+}
+
+const _: () = assert!(!std::mem::needs_drop::<CpuState>());
+
 impl CpuState {
     /// The power-up state, on the heap (it is large, and most of it is not touched soon).
-    pub fn new() -> Box<Self> {
-        let mut state = Self::zeroed();
+    pub fn power_up() -> Owned {
+        let mut state = Owned::zeroed();
         for table in state.tlb.iter_mut().flatten() {
             table.entries.fill(TlbEntry { tag: TLB_INVALID, addend: 0 });
         }
@@ -253,20 +305,6 @@ impl CpuState {
         state.hints.start(crate::host::random());
         state.set_registers(&Registers::default());
         state
-    }
-
-    #[allow(unsafe_code)]
-    fn zeroed() -> Box<Self> {
-        // SAFETY: the pointer is fresh from the allocator for this very layout, and all fields are integers, arrays of
-        // them, booleans and an enumeration with a variant 0, for which all zeros are a value.
-        unsafe {
-            let layout = std::alloc::Layout::new::<Self>();
-            let pointer = std::alloc::alloc_zeroed(layout);
-            if pointer.is_null() {
-                std::alloc::handle_alloc_error(layout);
-            }
-            Box::from_raw(pointer.cast())
-        }
     }
 
     /// The TLB tables for reads and for writes of the code that runs at CPL 3, or of that at CPL 0-2.

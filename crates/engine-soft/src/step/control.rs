@@ -404,7 +404,7 @@ pub(crate) fn swapgs(core: &mut Core, _: &Decoded) -> Result<(), Trap> {
         return Err(Exception::UD.into());
     }
     require_cpl0(core)?;
-    let state = &mut core.state;
+    let state = &mut *core.state;
     std::mem::swap(&mut state.segments[crate::state::seg::GS].base, &mut state.msrs.kernel_gs_base);
     Ok(())
 }

@@ -19,8 +19,9 @@ impl Translator {
         second: Option<u64>,
         mode: Mode,
     ) -> Option<u32> {
-        if self.cache.room() < BLOCK_ROOM || !core.state.hints.room(HINT_ROOM) {
+        if !self.cache.reserve(BLOCK_ROOM) || !core.state.hints.room(HINT_ROOM) {
             self.flush(core);
+            self.cache.reserve(BLOCK_ROOM);
         }
         let (page, start) = (physical & !0xfff, (physical & 0xfff) as u16);
         // Before the bytes are read: no write may pass unseen from here on.

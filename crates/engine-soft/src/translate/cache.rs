@@ -8,14 +8,22 @@
 use cpu::Error;
 use std::ptr::NonNull;
 
+/// Size of a chunk of code that is seldom run.
+const COLD_CHUNK: usize = 512 << 10;
+
 pub(super) struct CodeCache {
     write: NonNull<u8>,
     execute: NonNull<u8>,
     size: usize,
+    /// Where the next code goes. It grows upwards from the start.
     used: usize,
-    /// Where the part for code that is seldom run starts, and its next code.
+    /// Code that is seldom run stands in chunks from the end downwards: where the lowest starts, where in it the next code
+    /// goes, and where it ends.
     cold: usize,
     cold_used: usize,
+    cold_end: usize,
+    /// Bytes in all chunks.
+    cold_bytes: usize,
     /// What stays over a flush: the thunks.
     kept: usize,
 }
@@ -59,8 +67,17 @@ impl CodeCache {
                 // Helps where the host lets shared memory have large pages; where not, nothing is lost.
                 // SAFETY: our own mapping; the advice changes nothing but speed.
                 unsafe { libc::madvise(execute.as_ptr().cast(), size, libc::MADV_HUGEPAGE) };
-                let cold = size / 8 * 5;
-                Ok(Self { write, execute, size, used: 0, cold, cold_used: cold, kept: 0 })
+                Ok(Self {
+                    write,
+                    execute,
+                    size,
+                    used: 0,
+                    cold: size,
+                    cold_used: size,
+                    cold_end: size,
+                    cold_bytes: 0,
+                    kept: 0,
+                })
             }
             (Some(write), None) => {
                 // SAFETY: our own mapping, not used again.
@@ -82,17 +99,24 @@ impl CodeCache {
     }
 
     pub(super) fn used(&self) -> usize {
-        self.used + self.cold_used - self.cold
+        self.used + self.cold_bytes
     }
 
-    /// Bytes still free in both parts.
-    pub(super) fn room(&self) -> usize {
-        (self.cold - self.used).min(self.size - self.cold_used)
+    /// Makes room for `len` bytes in both parts; `false` if there is none.
+    pub(super) fn reserve(&mut self, len: usize) -> bool {
+        if self.cold_end - self.cold_used < len {
+            let chunk = COLD_CHUNK.min(self.size / 4).max(len);
+            match self.cold.checked_sub(chunk).filter(|&start| start >= self.used + len) {
+                Some(start) => (self.cold, self.cold_used, self.cold_end) = (start, start, start + chunk),
+                None => return false,
+            }
+        }
+        self.cold - self.used >= len
     }
 
     /// Appends code and code that is seldom run, aligning the ends; `false` if they do not fit.
     pub(super) fn append(&mut self, code: &[u8], cold: &[u8]) -> bool {
-        if code.len().max(cold.len()) > self.room() {
+        if code.len() > self.cold - self.used || cold.len() > self.cold_end - self.cold_used {
             return false;
         }
         for (at, bytes) in [(self.used, code), (self.cold_used, cold)] {
@@ -102,7 +126,8 @@ impl CodeCache {
             };
         }
         self.used = (self.used + code.len()).next_multiple_of(16).min(self.cold);
-        self.cold_used = (self.cold_used + cold.len()).min(self.size);
+        self.cold_used += cold.len();
+        self.cold_bytes += cold.len();
         true
     }
 
@@ -114,7 +139,7 @@ impl CodeCache {
     /// Frees all code but what is kept.
     pub(super) fn flush(&mut self) {
         self.used = self.kept;
-        self.cold_used = self.cold;
+        (self.cold, self.cold_used, self.cold_end, self.cold_bytes) = (self.size, self.size, self.size, 0);
     }
 
     /// Overwrites `bytes` of existing code. No thread runs this cache's code meanwhile.

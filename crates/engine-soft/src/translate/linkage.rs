@@ -57,7 +57,19 @@ pub struct Linkage {
     pub bridges: [[u64; BRIDGES]; 1 + SPACES],
 }
 
+/// How translated code was left: fields of [`Linkage`].
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Left {
+    pub reason: u32,
+    pub payload: [u64; 3],
+    pub page_base: u64,
+}
+
 impl Linkage {
+    pub(super) fn left(&self) -> Left {
+        Left { reason: self.reason, payload: self.payload, page_base: self.page_base }
+    }
+
     /// Offset of an array of bridges.
     pub(crate) fn bridges_offset(array: usize) -> usize {
         std::mem::offset_of!(Self, bridges) + array * BRIDGES * 8

@@ -351,7 +351,7 @@ impl Translator {
             let outcome = loop {
                 self.statistics.entries += 1;
                 self.thunks.run(&self.cache, &mut core.state);
-                let link = &core.state.linkage;
+                let link = core.state.linkage.left();
                 match link.reason {
                     reason::MISS => match self.miss(core) {
                         Some(()) => {}
@@ -385,7 +385,7 @@ impl Translator {
                         {
                             // The jump itself faults, and has done nothing.
                             core.state.rip = link.page_base.wrapping_add(offset);
-                            let old = link.slots[control::OVERWRITTEN];
+                            let old = core.state.linkage.slots[control::OVERWRITTEN];
                             let slot = core.state.gpr[4];
                             core.state.gpr[4] = slot.wrapping_add(stack);
                             if stack == 8 {
@@ -436,13 +436,13 @@ impl Translator {
         let flushes = self.statistics.cache_flushes;
         let to = self.find(core, mode)?;
         if flushes == self.statistics.cache_flushes {
+            let array = if mode.user { 1 + core.state.space } else { 0 };
             let linkage = &mut core.state.linkage;
             let number = self.store.bridge(class, note, &mut self.cache, linkage, |number| {
                 let mut out = Emitter::default();
                 generate::bridge(&mut out, class, number);
                 out.bytes
             })?;
-            let array = if mode.user { 1 + core.state.space } else { 0 };
             self.store.span(array, number, to, &self.cache, linkage);
         }
         Some(to)
