@@ -178,6 +178,10 @@ pub trait Vcpu: Send {
     fn reset(&mut self, init: bool);
     /// A handle for other threads.
     fn kick_handle(&self) -> Arc<dyn Kick>;
+    /// What the engine has counted since the vCPU was made, by name.
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
     /// The engine's live tree of counters and settings, for people.
     fn inspect(&self) -> Vec<(String, String)> {
         Vec::new()

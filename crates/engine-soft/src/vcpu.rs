@@ -402,19 +402,41 @@ impl Vcpu for SoftVcpu {
         self.flag.clone()
     }
 
-    fn inspect(&self) -> Vec<(String, String)> {
+    fn counters(&self) -> Vec<(&'static str, u64)> {
         let counters = &self.core.counters;
         let mut rows = vec![
-            ("steps".to_owned(), counters.steps.to_string()),
-            ("steps executed by the host CPU".to_owned(), counters.native.to_string()),
-            ("exceptions".to_owned(), counters.exceptions.to_string()),
-            ("interrupts".to_owned(), counters.interrupts.to_string()),
-            ("mmu generation".to_owned(), self.core.mmu.generation().to_string()),
+            ("steps", counters.steps),
+            ("steps_native", counters.native),
+            ("exceptions", counters.exceptions),
+            ("interrupts", counters.interrupts),
         ];
         if let Some(translator) = &self.translator {
-            rows.push(("code cache bytes used".to_owned(), translator.cache_used().to_string()));
-            rows.push(("translator".to_owned(), format!("{:?}", translator.statistics())));
+            let done = translator.statistics();
+            rows.extend([
+                ("code_cache_bytes", translator.cache_used() as u64),
+                ("blocks", done.blocks),
+                ("guest_bytes", done.guest_bytes),
+                ("host_bytes", done.host_bytes),
+                ("cache_flushes", done.cache_flushes),
+                ("blocks_killed", done.blocks_killed),
+                ("slow_writes", done.slow_writes),
+                ("tlb_misses", done.tlb_misses),
+                ("jump_cache_changes", done.salts),
+                ("entries", done.entries),
+                ("exits_step", done.exits_step),
+                ("exits_link", done.exits_link),
+                ("exits_bridge", done.exits_bridge),
+                ("exits_lookup", done.exits_lookup),
+                ("exits_kick", done.exits_kick),
+            ]);
         }
+        rows
+    }
+
+    fn inspect(&self) -> Vec<(String, String)> {
+        let mut rows: Vec<_> =
+            self.counters().into_iter().map(|(name, value)| (name.to_owned(), value.to_string())).collect();
+        rows.push(("mmu generation".to_owned(), self.core.mmu.generation().to_string()));
         rows
     }
 }

@@ -17,6 +17,7 @@ use crate::port::{Port, Wake};
 use crate::restart::Restart;
 use crate::timers::Timers;
 use crate::vcpu::paravirtual::SystemClock;
+use crate::vcpu::report::Report;
 use crate::vcpu::slot::Slot;
 use crate::vcpu::{Common, Runner};
 use chipset::power::Power;
@@ -201,6 +202,7 @@ impl Machine {
             notices,
             tsc_hz: engine.tsc_hz(),
             log_exits: config.log_exits,
+            profile: Mutex::default(),
         };
         Ok(Self {
             common: Arc::new(common),
@@ -352,9 +354,20 @@ impl Machine {
             "tsc_hz": self.common.tsc_hz,
             "outcome": self.outcome().map(|outcome| format!("{outcome:?}")),
             "next_deadline_ns": self.common.timers.next().map(|at| at.0),
+            "vcpus": self.reports().iter().map(Report::inspect).collect::<Vec<_>>(),
             "local_apics": apics,
             "devices": self.common.buses.inspect(),
         })
+    }
+
+    /// Of the CPU engine.
+    pub(crate) fn engine_name(&self) -> &'static str {
+        self.engine.name()
+    }
+
+    /// What all vCPUs and the timers share.
+    pub(crate) fn common(&self) -> &Common {
+        &self.common
     }
 
     fn threads(&self) -> MutexGuard<'_, Threads> {
@@ -365,6 +378,14 @@ impl Machine {
 impl crate::control::Operations for Machine {
     fn inspect(&self) -> serde_json::Value {
         Self::inspect(self)
+    }
+
+    fn statistics(&self) -> serde_json::Value {
+        Self::statistics(self)
+    }
+
+    fn profile(&self, length: Duration, rate_hz: u32) -> Result<serde_json::Value, String> {
+        Self::profile(self, length, rate_hz).map_err(|error| error.to_string())
     }
 
     fn power_button(&self) {

@@ -39,6 +39,8 @@ pub enum Command {
     Logs(Logs),
     /// Show a guest's live state as JSON
     Inspect(Named),
+    /// Show what a guest's vCPUs do, and where its time goes
+    Stats(Stats),
     /// Remove stopped guests with their disks
     Rm(Rm),
     /// Show what the cache of downloads and images holds
@@ -255,6 +257,29 @@ pub struct Ps {
 pub struct Named {
     /// Name of the guest (`yado ps`)
     pub name: String,
+}
+
+#[derive(Debug, Args)]
+pub struct Stats {
+    /// Name of the guest (`yado ps`)
+    pub name: String,
+    /// As JSON: all counters
+    #[arg(long)]
+    pub json: bool,
+    /// Again every second, with what happened in it, until Ctrl-C
+    #[arg(long)]
+    pub watch: bool,
+    /// Look where the guest's time goes for this many seconds, by kernel function and by process
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "5", require_equals = true)]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..=600), conflicts_with = "watch")]
+    pub profile: Option<u64>,
+    /// Samples a second of each vCPU for --profile
+    #[arg(long, value_name = "HZ", default_value_t = 499, requires = "profile")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=5000))]
+    pub rate: u32,
+    /// Lines of each table of --profile
+    #[arg(long, value_name = "N", default_value_t = 25, requires = "profile")]
+    pub top: usize,
 }
 
 #[derive(Debug, Args)]

@@ -13,6 +13,7 @@ mod registry;
 mod run;
 mod signals;
 mod size;
+mod stats;
 mod terminal;
 
 use arguments::{Arguments, Command};
@@ -59,6 +60,7 @@ fn dispatch(command: Command) -> anyhow::Result<u8> {
         Command::Resume(named) => guests::tell(&named, &Request::Resume)?,
         Command::Logs(options) => guests::logs(&options)?,
         Command::Inspect(named) => guests::inspect(&named)?,
+        Command::Stats(options) => stats::stats(&options)?,
         Command::Rm(options) => guests::rm(&options)?,
         Command::Cache(options) => cache::cache(&options)?,
         Command::Doctor(options) => doctor::doctor(&options)?,

@@ -5,3 +5,4 @@ mod accidents;
 mod commands;
 mod kernels;
 mod stays;
+mod watched;

@@ -75,6 +75,15 @@ pub struct ExecRequest {
 pub enum Request {
     /// The live tree of the machine.
     Inspect,
+    /// What its vCPUs have counted.
+    Stats,
+    /// Where its time goes, looked at for so long, so often.
+    Profile {
+        /// Milliseconds.
+        milliseconds: u64,
+        /// Samples a second of each vCPU.
+        rate_hz: u32,
+    },
     /// Press the power button.
     PowerButton,
     /// Stop at once, as if the power failed.

@@ -24,6 +24,10 @@ const TURN: Duration = Duration::from_millis(200);
 pub trait Operations: Send + Sync {
     /// The live tree.
     fn inspect(&self) -> serde_json::Value;
+    /// What the vCPUs have counted.
+    fn statistics(&self) -> serde_json::Value;
+    /// Where the guest's time goes, for so long from now on.
+    fn profile(&self, length: Duration, rate_hz: u32) -> Result<serde_json::Value, String>;
     /// Press the power button; the guest decides.
     fn power_button(&self);
     /// Stop at once.
@@ -135,6 +139,13 @@ fn serve(mut stream: UnixStream, shared: &Shared) -> io::Result<()> {
     let operations = &shared.operations;
     let value = match request {
         Request::Inspect => operations.inspect(),
+        Request::Stats => operations.statistics(),
+        Request::Profile { milliseconds, rate_hz } => {
+            match operations.profile(Duration::from_millis(milliseconds), rate_hz) {
+                Ok(value) => value,
+                Err(why) => return write_json(&mut stream, Kind::Reply, &Reply::Refused(why)),
+            }
+        }
         Request::PowerButton => done(|| operations.power_button()),
         Request::Stop => done(|| operations.stop()),
         Request::Pause => done(|| operations.pause()),

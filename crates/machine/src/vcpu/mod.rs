@@ -7,7 +7,9 @@
 //! Lock order: the local APIC's lock is never held while a device, another APIC or the memory gate is called.
 
 pub(crate) mod paravirtual;
+pub(crate) mod profile;
 mod registers;
+pub(crate) mod report;
 pub(crate) mod slot;
 
 use crate::board::Resets;
@@ -23,9 +25,12 @@ use cpu::{Error, Exit, Space, Vcpu, attr, msr};
 use device::VmTime;
 use memory::GuestMemory;
 use paravirtual::{SystemClock, hypercall};
+use profile::Profile;
 use registers::Remaining;
-use slot::Slot;
+use report::{Doing, Report, Tally};
+use slot::{Slot, question};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// KVM's first numbers for the wall clock and system time registers.
 const KVM_WALL_CLOCK_OLD: u32 = 0x11;
@@ -54,6 +59,8 @@ pub(crate) struct Common {
     pub(crate) notices: Notices,
     pub(crate) tsc_hz: u64,
     pub(crate) log_exits: bool,
+    /// The profile under way.
+    pub(crate) profile: Mutex<Option<Arc<Profile>>>,
 }
 
 /// One vCPU, on its own thread.
@@ -73,7 +80,7 @@ pub(crate) struct Runner {
     wall_clock: u64,
     remaining: Remaining,
     last_exits: std::collections::VecDeque<(u64, String)>,
-    exits: u64,
+    tally: Tally,
 }
 
 impl Runner {
@@ -93,7 +100,7 @@ impl Runner {
             wall_clock: 0,
             remaining: Remaining::default(),
             last_exits: std::collections::VecDeque::new(),
-            exits: 0,
+            tally: Tally::default(),
         })
     }
 
@@ -136,7 +143,9 @@ impl Runner {
                 }
             }
         }
+        self.answer(slot);
         if slot.take_unhalt() && self.halted {
+            self.tally.kicks = self.tally.kicks.wrapping_add(1);
             // Setting registers ends HLT in the engine too.
             let registers = self.vcpu.registers();
             self.vcpu.set_registers(&registers);
@@ -172,6 +181,35 @@ impl Runner {
         true
     }
 
+    /// Tells others what they want to know.
+    fn answer(&mut self, slot: &Slot) {
+        let questions = slot.take_questions();
+        if questions & question::REPORT != 0 {
+            slot.tell(self.report(if self.halted { Doing::Halted } else { Doing::Running }));
+        }
+        if questions & question::SAMPLE != 0 {
+            let profile = self.common.profile.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            match profile {
+                Some(profile) if self.halted => profile.idle(),
+                Some(profile) => profile.sample(&self.common.memory, &*self.vcpu),
+                None => {}
+            }
+        }
+    }
+
+    fn report(&self, doing: Doing) -> Report {
+        let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+        let waiting = doing == Doing::Halted && lock(&self.apic).waiting_for_sipi();
+        Report {
+            doing: if waiting { Doing::Waiting } else { doing },
+            at: self.common.clock.now(),
+            registers: self.vcpu.registers(),
+            tally: self.tally.clone(),
+            counters: self.vcpu.counters(),
+            host_time: Duration::try_from(time).unwrap_or_default(),
+        }
+    }
+
     /// Gives the vCPU the most urgent interrupt, or asks for a window if it cannot take it now.
     fn deliver(&mut self) {
         let mut apic = lock(&self.apic);
@@ -202,6 +240,7 @@ impl Runner {
         drop(apic);
         if let Some(vector) = vector {
             self.vcpu.inject_interrupt(vector);
+            self.tally.interrupt(vector);
             self.halted = false;
         }
         self.want_window(more);
@@ -223,10 +262,12 @@ impl Runner {
     /// Sleeps in HLT (or waiting for start-up) until there is something to look at. The timer thread stays out of
     /// it: this thread wakes at its own deadline.
     fn sleep(&mut self, slot: &Slot) {
+        let began = Instant::now();
         let deadline = lock(&self.apic).deadline();
         self.common.timers.set(self.index, None);
-        let limit = deadline.map(|at| self.common.clock.until(at).unwrap_or(std::time::Duration::MAX));
+        let limit = deadline.map(|at| self.common.clock.until(at).unwrap_or(Duration::MAX));
         slot.sleep(limit);
+        self.tally.slept(began.elapsed());
         slot.note();
     }
 
@@ -258,6 +299,9 @@ impl Runner {
     /// The machine is paused: waits without cost, then tells the guest that time stood still.
     fn park(&mut self, slot: &Slot) -> bool {
         let tsc = self.vcpu.tsc();
+        // While it stands still it answers nothing else.
+        slot.take_questions();
+        slot.tell(self.report(Doing::Paused));
         self.common.timers.set(self.index, None);
         if !self.common.lifecycle.park() {
             return false;
@@ -301,7 +345,7 @@ impl Runner {
     }
 
     fn handle(&mut self, exit: Exit, slot: &Slot) {
-        self.exits = self.exits.wrapping_add(1);
+        self.tally.exit(&exit);
         self.pausable = exit.pausable();
         if self.common.log_exits {
             self.log(&exit);

@@ -4,11 +4,27 @@
 //! variable), or busy in the loop (it will look anyway). The flag is set before the state is read, and the state
 //! before the flag, so no wake-up is lost.
 
+use super::report::Report;
 use cpu::Kick;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
+
+/// What others want to know of a vCPU: bits of what [`Slot::take_questions`] answers.
+pub(crate) mod question {
+    /// A [`super::Report`].
+    pub(crate) const REPORT: u8 = 1 << 0;
+    /// A sample of the profile under way.
+    pub(crate) const SAMPLE: u8 = 1 << 1;
+}
+
+/// The last report, and how many there were.
+#[derive(Default)]
+struct Reports {
+    count: u64,
+    last: Option<Report>,
+}
 
 /// One vCPU as other threads see it.
 #[derive(Default)]
@@ -17,6 +33,9 @@ pub(crate) struct Slot {
     asleep: AtomicBool,
     /// KVM_HC_KICK_CPU: HLT ends without an interrupt.
     unhalt: AtomicBool,
+    questions: AtomicU8,
+    reports: Mutex<Reports>,
+    reported: Condvar,
     door: Mutex<()>,
     bell: Condvar,
     kick: OnceLock<Arc<dyn Kick>>,
@@ -64,6 +83,51 @@ impl Slot {
     /// Takes the end of a HLT, if there was one.
     pub(crate) fn take_unhalt(&self) -> bool {
         self.unhalt.load(Ordering::Relaxed) && self.unhalt.swap(false, Ordering::SeqCst)
+    }
+
+    /// Asks the vCPU for a report; answers its number for [`Self::report`].
+    pub(crate) fn ask_report(&self) -> u64 {
+        let number = self.reports().count.wrapping_add(1);
+        self.questions.fetch_or(question::REPORT, Ordering::SeqCst);
+        self.wake();
+        number
+    }
+
+    /// The report of this number or a later one; after `limit` the last there is (of a vCPU that stands still).
+    pub(crate) fn report(&self, number: u64, limit: Duration) -> Option<Report> {
+        let missing = |reports: &mut Reports| reports.count < number;
+        let waited = self.reported.wait_timeout_while(self.reports(), limit, missing);
+        waited.unwrap_or_else(PoisonError::into_inner).0.last.clone()
+    }
+
+    /// The vCPU tells about itself.
+    pub(crate) fn tell(&self, report: Report) {
+        let mut reports = self.reports();
+        reports.count = reports.count.wrapping_add(1);
+        reports.last = Some(report);
+        self.reported.notify_all();
+    }
+
+    fn reports(&self) -> std::sync::MutexGuard<'_, Reports> {
+        self.reports.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Asks a vCPU that is awake for a sample; `None` if it sleeps, `Some(false)` if it still owes the last one.
+    pub(crate) fn ask_sample(&self) -> Option<bool> {
+        if self.asleep.load(Ordering::SeqCst) {
+            return None;
+        }
+        let before = self.questions.fetch_or(question::SAMPLE, Ordering::SeqCst);
+        self.wake();
+        Some(before & question::SAMPLE == 0)
+    }
+
+    /// Takes what others want to know.
+    pub(crate) fn take_questions(&self) -> u8 {
+        match self.questions.load(Ordering::Relaxed) {
+            0 => 0,
+            _ => self.questions.swap(0, Ordering::SeqCst),
+        }
     }
 
     /// The vCPU's thread has changed what it should look at.

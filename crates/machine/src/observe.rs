@@ -1,0 +1,107 @@
+//! Looking at a running machine: its vCPUs' reports, and profiles.
+
+use crate::linux::{Linux, Space};
+use crate::machine::Machine;
+use crate::vcpu::profile::Profile;
+use crate::vcpu::report::Report;
+use serde_json::{Value, json};
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How long a vCPU may take to answer: one that stands still never does, and its last word counts.
+const PATIENCE: Duration = Duration::from_millis(300);
+/// The longest profile.
+const PROFILE_MAX: Duration = Duration::from_secs(600);
+/// The most samples a second.
+const RATE_HZ_MAX: u32 = 5000;
+
+/// Why there is no profile.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// One at a time.
+    #[error("somebody else is taking a profile of this guest now; try again later")]
+    Busy,
+    /// A length or a rate that makes no sense.
+    #[error(
+        "a profile takes up to {} s at 1 to {RATE_HZ_MAX} samples a second, not {length:?} at {rate_hz}",
+        PROFILE_MAX.as_secs()
+    )]
+    Range {
+        /// As asked for.
+        length: Duration,
+        /// As asked for.
+        rate_hz: u32,
+    },
+}
+
+impl Machine {
+    /// What each vCPU tells about itself.
+    pub(crate) fn reports(&self) -> Vec<Report> {
+        let slots = &self.common().slots;
+        let until = Instant::now().checked_add(PATIENCE);
+        let asked: Vec<_> = slots.iter().map(|slot| slot.ask_report()).collect();
+        let left = || until.map_or(PATIENCE, |until| until.saturating_duration_since(Instant::now()));
+        slots.iter().zip(asked).filter_map(|(slot, number)| slot.report(number, left())).collect()
+    }
+
+    /// What the vCPUs have counted since the machine was made.
+    pub fn statistics(&self) -> Value {
+        json!({
+            "engine": self.engine_name(),
+            "vm_time_ns": self.common().clock.now().0,
+            "starts": self.starts(),
+            "vcpus": self.reports().iter().map(Report::statistics).collect::<Vec<_>>(),
+        })
+    }
+
+    /// Where the guest's time goes: looks at all vCPUs `rate_hz` times a second. A Linux guest's functions and processes
+    /// are named.
+    pub fn profile(&self, length: Duration, rate_hz: u32) -> Result<Value, Error> {
+        if rate_hz == 0 || rate_hz > RATE_HZ_MAX || length > PROFILE_MAX {
+            return Err(Error::Range { length, rate_hz });
+        }
+        let profile = Arc::new(Profile::new(self.linux()));
+        {
+            let mut current = self.common().profile.lock().unwrap_or_else(PoisonError::into_inner);
+            if current.is_some() {
+                return Err(Error::Busy);
+            }
+            *current = Some(profile.clone());
+        }
+        let (began, turns) = self.take_samples(&profile, length, rate_hz);
+        *self.common().profile.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        let mut told = profile.told();
+        if let Some(told) = told.as_object_mut() {
+            told.insert("seconds".into(), began.elapsed().as_secs_f64().into());
+            told.insert("turns".into(), turns.into());
+        }
+        Ok(told)
+    }
+
+    fn take_samples(&self, profile: &Profile, length: Duration, rate_hz: u32) -> (Instant, u64) {
+        let period = Duration::from_secs(1).checked_div(rate_hz).unwrap_or(Duration::from_millis(1));
+        let began = Instant::now();
+        let (mut next, mut turns) = (began, 0u64);
+        while began.elapsed() < length && self.outcome().is_none() {
+            for slot in self.common().slots.iter() {
+                match slot.ask_sample() {
+                    None => profile.idle(),
+                    Some(true) => {}
+                    Some(false) => profile.missed(),
+                }
+            }
+            turns = turns.saturating_add(1);
+            next = next.checked_add(period).unwrap_or(next).max(Instant::now());
+            std::thread::sleep(next.saturating_duration_since(Instant::now()));
+        }
+        // The last answers.
+        std::thread::sleep(period.min(Duration::from_millis(20)));
+        (began, turns)
+    }
+
+    /// The guest's kernel, if it is a Linux that can be read: from the address space of any vCPU that maps it.
+    fn linux(&self) -> Option<Linux> {
+        let memory = &self.common().memory;
+        self.reports().iter().find_map(|report| Linux::find(&Space::of(memory, &report.registers)?))
+    }
+}

@@ -1,0 +1,60 @@
+//! `yado stats` and `yado inspect`: what is told from outside is what the guest says itself.
+
+use serde_json::Value;
+use xtask::story::Home;
+
+fn json(home: &Home, arguments: &[&str]) -> Value {
+    let finished = home.yado(arguments);
+    finished.assert_success();
+    serde_json::from_slice(&finished.stdout).unwrap()
+}
+
+#[test]
+fn a_guest_is_seen_from_outside_as_from_inside() {
+    let home = Home::new();
+    home.yado(&["run", "-q", "debian", "--name", "watched", "--cpus", "2", "--detach"]).assert_success();
+    home.in_guest("watched", "systemd-run -q --unit=burner sha256sum /dev/zero");
+    let id: u64 = home
+        .in_guest("watched", "systemctl show -P MainPID burner")
+        .parse()
+        .expect("the service should have a process");
+
+    let told = json(&home, &["stats", "watched", "--profile=3", "--json"]);
+    let inside = home.in_guest("watched", "grep ' [tTwW] ' /proc/kallsyms | grep -vc '\\['");
+    assert_eq!(told["kernel_functions"].to_string(), inside, "functions that the guest's kernel has");
+    let processes = told["processes"].as_array().unwrap();
+    let burner = processes.iter().find(|row| row["pid"] == id).expect("the busy process should be seen");
+    assert_eq!(burner["name"], "sha256sum");
+    let [user, kernel] = ["user", "kernel"].map(|part| burner[part].as_u64().unwrap());
+    assert!(user > 100 && kernel > 0, "it computes what it reads: {burner}");
+    let functions = told["functions"].as_array().unwrap();
+    assert!(
+        functions.iter().any(|row| row["name"] == "read_zero"),
+        "where /dev/zero is read, of {}",
+        functions.len()
+    );
+
+    let stats = json(&home, &["stats", "watched", "--json"]);
+    let vcpus = stats["vcpus"].as_array().unwrap();
+    assert_eq!(vcpus.len(), 2);
+    for vcpu in vcpus {
+        let time = vcpu["vm_time_ns"].as_u64().unwrap();
+        assert!(vcpu["halted_ns"].as_u64().unwrap() < time, "{vcpu}");
+        assert!(
+            vcpu["interrupts_by_vector"].as_object().is_some_and(|vectors| !vectors.is_empty()),
+            "{vcpu}"
+        );
+        assert!(vcpu["engine"]["blocks"].as_u64().unwrap() > 1000, "{vcpu}");
+    }
+
+    // A guest that stands still still answers: both times the same.
+    home.yado(&["pause", "watched"]).assert_success();
+    let registers = || json(&home, &["inspect", "watched"])["machine"]["vcpus"].clone();
+    let first = registers();
+    assert_eq!((first[0]["state"].as_str(), &first), (Some("paused"), &registers()));
+    assert_ne!(first[0]["cr3"], "0x0");
+    home.yado(&["resume", "watched"]).assert_success();
+    home.yado(&["stop", "watched"]).assert_success();
+    home.yado(&["rm", "watched"]).assert_success();
+    home.assert_nothing_left();
+}
