@@ -162,6 +162,7 @@ impl Core {
     /// Bytes of a page that holds translated code were written.
     pub fn notify_code_write(&mut self, physical: u64, len: u64) {
         self.state.attention |= attention::CODE_WRITES;
+        self.mmu.news.written(physical);
         if let Some(peers) = &self.peers {
             peers.written(physical, len);
         }

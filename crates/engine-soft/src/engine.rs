@@ -19,13 +19,15 @@ pub struct Options {
     pub code_cache_bytes: usize,
     /// There will be one vCPU only, so atomic instructions need no bus lock.
     pub single_cpu: bool,
+    /// Run user code that computes for a while on the host's CPU, in a process of its own: needs shared memory.
+    pub direct: bool,
     /// Compare every translated block with the single-step tier and fail where they differ (very slow, one vCPU).
     pub verify: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { translate: true, code_cache_bytes: 64 << 20, single_cpu: false, verify: false }
+        Self { translate: true, code_cache_bytes: 64 << 20, single_cpu: false, direct: true, verify: false }
     }
 }
 

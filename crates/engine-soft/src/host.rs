@@ -45,6 +45,12 @@ pub(crate) fn random() -> u64 {
     if got == 8 { seed } else { std::ptr::from_ref(&seed) as u64 ^ u64::from(std::process::id()) }
 }
 
+/// Stops a traced process of ours.
+pub(crate) fn interrupt(process: libc::pid_t) {
+    // SAFETY: sends a signal to a child that is not reaped while it may be sent one.
+    unsafe { libc::kill(process, libc::SIGUSR1) };
+}
+
 #[derive(Clone, Copy)]
 #[repr(C, packed)]
 struct Unaligned<T>(T);

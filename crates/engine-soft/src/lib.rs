@@ -9,6 +9,8 @@
 //! * the **template tier** ([`translate`]): blocks of 64-bit code copied with rewritten operands, guest registers in
 //!   host registers, memory through an inlined check of the software TLB ([`mmu`]).
 //!
+//! User code that computes for a while leaves both: it runs on the host's CPU in a process of its own (`direct`).
+//!
 //! What may enter: `cpu`, `memory`. No device, no image, no thread: a vCPU runs on its caller's thread.
 #![deny(unsafe_code)]
 
@@ -16,6 +18,7 @@ mod access;
 pub mod cpu_core;
 mod debug;
 mod deliver;
+mod direct;
 mod engine;
 pub mod exception;
 mod fetch;

@@ -6,6 +6,7 @@
 //! translated code, not for user pages reached by the supervisor under SMAP. Everything else takes the slow path,
 //! each time.
 
+use crate::direct::news::News;
 use crate::state::{CpuState, PAGE_MASK, SPACES, TLB_ENTRIES, TLB_INVALID, TlbEntry, TlbTable, seg};
 use cpu::{cr0, cr4, efer, rflags};
 use memory::{GuestMemory, PAGE_SIZE, PageFlags};
@@ -84,6 +85,17 @@ pub struct Walk {
     pub user: bool,
 }
 
+/// See [`Mmu::look`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Seen {
+    /// Guest-physical address of the page.
+    pub physical: u64,
+    /// It can be written, and has been.
+    pub write: bool,
+    /// Code can be fetched from it.
+    pub execute: bool,
+}
+
 const P: u64 = 1;
 const W: u64 = 1 << 1;
 const U: u64 = 1 << 2;
@@ -113,6 +125,8 @@ pub struct Mmu {
     /// A new one after every flush, and every invalidation of a page that supervisor code was fetched from, that
     /// global translations do not survive.
     pub global_generation: u64,
+    /// For those who hold translations elsewhere.
+    pub(crate) news: News,
 }
 
 /// Translations of the supervisor, or of one address space of the user.
@@ -185,6 +199,7 @@ impl Mmu {
             low: false,
             newest: 0,
             global_generation: 0,
+            news: News::default(),
         }
     }
 
@@ -276,6 +291,30 @@ impl Mmu {
         Walker { mmu: self, state, address, access, privilege, code, nx }.run()
     }
 
+    /// What 4-level page tables say of a page of the user's that has been accessed, without a trace of having looked.
+    pub(crate) fn look(&self, state: &CpuState, address: u64) -> Option<Seen> {
+        let mut table = state.cr3 & 0x000f_ffff_ffff_f000;
+        let mut seen = Seen { physical: 0, write: true, execute: true };
+        let mut shift = 39;
+        loop {
+            let entry = self.memory.load_u64(table + (address >> shift & 0x1ff) * 8).ok()?;
+            let leaf = shift == 12 || entry & PS != 0;
+            if entry & (P | U | A) != P | U | A || leaf && shift > 30 {
+                return None;
+            }
+            seen.write &= entry & W != 0;
+            seen.execute &= entry & NX == 0;
+            table = entry & 0x000f_ffff_ffff_f000;
+            if leaf {
+                seen.write &= entry & D != 0;
+                let inside = (1u64 << shift) - 1;
+                seen.physical = table & !inside | address & inside & PAGE_MASK;
+                return Some(seen);
+            }
+            shift -= 9;
+        }
+    }
+
     /// Forgets all translations, e.g. after a write to CR0, CR4's paging bits, EFER, or by another CPU's request.
     pub fn flush_all(&mut self, state: &mut CpuState) {
         self.empty(state, 0);
@@ -351,6 +390,9 @@ impl Mmu {
 
     /// Empties the data TLB of the supervisor (0) or of an address space.
     fn empty(&mut self, state: &mut CpuState, set: usize) {
+        if let Some(space) = set.checked_sub(1) {
+            self.news.flushed(space);
+        }
         if std::mem::take(&mut self.known[set].passing) || set == 0 {
             state.tlb[set].iter_mut().for_each(clear);
         }
@@ -377,6 +419,7 @@ impl Mmu {
 
     /// Forgets one page, global or not, of the supervisor and of all address spaces: INVLPG.
     pub fn invalidate_page(&mut self, state: &mut CpuState, address: u64) {
+        self.news.invalidated(address);
         let supervisor = self.known[0].fetched.contains(address);
         for set in 0..=SPACES {
             if self.known[set].large.contains_large(address) {
@@ -416,6 +459,7 @@ impl Mmu {
     /// Forgets all translations for writes to a page of RAM.
     pub fn forget_writes(&mut self, state: &mut CpuState, physical: u64) {
         let Some(page) = self.memory.host_page(physical) else { return };
+        self.news.protected(physical);
         for (set, tables) in state.tlb.iter_mut().enumerate() {
             // Of an address space nothing may be held.
             if set > 0 && !self.known[set].passing {

@@ -14,7 +14,7 @@
 use crate::translate::hints::Hints;
 use crate::translate::linkage::Linkage;
 use cpu::{DescriptorTable, Registers, Segment, cr0, cr4, efer, rflags};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
 
 /// Entries of each software TLB table.
 pub const TLB_ENTRIES: usize = 1024;
@@ -121,6 +121,8 @@ pub struct Doorbell {
     /// The salts of the jump cache by privilege class, as indirect jumps use them: none of them is right after a kick,
     /// so that these jumps need not poll.
     pub gates: [AtomicU64; 2],
+    /// The process that runs the guest's code now, if one does.
+    pub process: AtomicI32,
 }
 
 impl Doorbell {
@@ -129,6 +131,10 @@ impl Doorbell {
         self.kick.fetch_or(bits, Ordering::SeqCst);
         for gate in &self.gates {
             gate.store(0, Ordering::SeqCst);
+        }
+        let process = self.process.load(Ordering::SeqCst);
+        if process != 0 {
+            crate::host::interrupt(process);
         }
     }
 

@@ -8,6 +8,7 @@
 //! may send are blocked in it, since translated code does not keep RSP on a stack.
 
 use crate::cpu_core::{Core, attention};
+use crate::direct::{Direct, Next};
 use crate::engine::{Options, Watch};
 use crate::exception::Stop;
 use crate::mmu::Mmu;
@@ -181,6 +182,7 @@ impl Peers {
 pub struct SoftVcpu {
     core: Core,
     translator: Option<Translator>,
+    direct: Option<Direct>,
     verifier: Option<Verifier>,
     flag: Arc<Flag>,
     writes: Arc<CodeWrites>,
@@ -191,6 +193,8 @@ impl Drop for SoftVcpu {
         // After a panic in `run`, too: the others must not wait for a vCPU that is no more.
         self.writes.inside.store(false, Ordering::SeqCst);
         self.flag.end();
+        // Only now nobody signals its processes any more.
+        self.direct = None;
     }
 }
 
@@ -215,7 +219,10 @@ impl SoftVcpu {
         let writes = Arc::new(CodeWrites::new(flag.clone()));
         core.peers = (!options.single_cpu).then(|| Peers::new(watch.clone(), writes.clone()));
         let verifier = options.verify.then(Verifier::default);
-        let mut vcpu = Self { core, translator, verifier, flag, writes };
+        let direct =
+            options.direct && options.translate && !options.verify && core.mmu.memory.file().is_some();
+        let direct = direct.then(|| Direct::new(tsc_hz));
+        let mut vcpu = Self { core, translator, direct, verifier, flag, writes };
         vcpu.reset(false);
         Ok(vcpu)
     }
@@ -238,13 +245,13 @@ impl SoftVcpu {
                     Some(Stop::Fail(error)) => return Err(error),
                     None => {}
                 }
-                if let Some(translator) = &mut self.translator {
-                    let outcome = match &mut self.verifier {
-                        None => translator.run(&mut self.core),
-                        Some(verifier) => verifier.run(&mut self.core, translator)?,
-                    };
-                    if outcome == Outcome::Kicked {
-                        continue;
+                match self.run_direct()? {
+                    Next::Kicked => continue,
+                    Next::Step => {}
+                    Next::Translate => {
+                        if self.translate()? == Outcome::Kicked {
+                            continue;
+                        }
                     }
                 }
             }
@@ -256,10 +263,36 @@ impl SoftVcpu {
         }
     }
 
+    /// Runs user code on the host's CPU, if that is worth it.
+    fn run_direct(&mut self) -> Result<Next, Error> {
+        let Some(direct) = &mut self.direct else { return Ok(Next::Translate) };
+        if !direct.wants(&self.core.state) {
+            return Ok(Next::Translate);
+        }
+        if let Some(translator) = &mut self.translator {
+            translator.drain_writes(&mut self.core);
+        }
+        direct.run(&mut self.core)
+    }
+
+    fn translate(&mut self) -> Result<Outcome, Error> {
+        match (&mut self.translator, &mut self.verifier) {
+            (None, _) => Ok(Outcome::Step),
+            (Some(translator), None) => Ok(translator.run(&mut self.core)),
+            (Some(translator), Some(verifier)) => verifier.run(&mut self.core, translator),
+        }
+    }
+
     /// What comes before the next instruction; `None` to execute it.
     fn between(&mut self) -> Option<Stop> {
         let core = &mut self.core;
         if core.pending.nmi || core.pending.interrupt.is_some() {
+            if let Some(direct) = &mut self.direct
+                && core.pending.interrupt.is_some()
+                && core.state.interruptible()
+            {
+                direct.sample(&core.state);
+            }
             let delivered = core.counters.interrupts;
             let nmi = core.pending.nmi;
             match core.deliver_pending() {
@@ -295,10 +328,12 @@ impl SoftVcpu {
         let writes = self.writes.take_written();
         let Some(translator) = &mut self.translator else { return };
         if writes.len() > WRITES_MAX {
+            self.core.mmu.news.all_written();
             translator.flush(&mut self.core);
             return;
         }
         for (address, len) in writes {
+            self.core.mmu.news.written(address);
             translator.written(&mut self.core, address, len);
         }
     }
@@ -430,6 +465,15 @@ impl Vcpu for SoftVcpu {
                 ("exits_kick", done.exits_kick),
             ]);
         }
+        if let Some(direct) = &self.direct {
+            let done = &direct.statistics;
+            rows.extend([
+                ("direct_entries", done.entries),
+                ("direct_stops", done.stops),
+                ("direct_steps", done.steps),
+                ("direct_pages", done.pages),
+            ]);
+        }
         rows
     }
 
@@ -437,6 +481,9 @@ impl Vcpu for SoftVcpu {
         let mut rows: Vec<_> =
             self.counters().into_iter().map(|(name, value)| (name.to_owned(), value.to_string())).collect();
         rows.push(("mmu generation".to_owned(), self.core.mmu.generation().to_string()));
+        if let Some(why) = self.direct.as_ref().and_then(Direct::off) {
+            rows.push(("user code does not run directly".to_owned(), why.to_owned()));
+        }
         rows
     }
 }

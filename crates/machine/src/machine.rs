@@ -125,7 +125,7 @@ impl Machine {
         if config.cpus == 0 || config.cpus > CPUS_MAX {
             return Err(Error::Cpus(config.cpus));
         }
-        let memory = make_memory(config.memory)?;
+        let memory = make_memory(config.memory, backing(config.engine))?;
         let engine = make_engine(&config, &memory)?;
         Self::with_engine(config, memory, engine)
     }
@@ -422,7 +422,15 @@ impl Drop for Machine {
     }
 }
 
-fn make_memory(bytes: u64) -> Result<GuestMemory, Error> {
+/// The software engine runs user code in processes that share the guest's RAM.
+fn backing(engine: EngineKind) -> Backing {
+    match engine {
+        EngineKind::Soft => Backing::Shared,
+        EngineKind::Kvm => Backing::Private,
+    }
+}
+
+fn make_memory(bytes: u64, backing: Backing) -> Result<GuestMemory, Error> {
     let bytes = bytes.max(1).checked_next_multiple_of(MIB).unwrap_or(u64::MAX);
     let host = host_memory();
     if host.is_some_and(|host| bytes > host) {
@@ -433,7 +441,7 @@ fn make_memory(bytes: u64) -> Result<GuestMemory, Error> {
     if bytes > low {
         layout.push((HIGH_MEMORY_BASE, bytes.saturating_sub(low)));
     }
-    Ok(GuestMemory::new(&layout, Backing::Private)?)
+    Ok(GuestMemory::new(&layout, backing)?)
 }
 
 /// Bytes of RAM and swap of this host.

@@ -6,7 +6,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
@@ -25,6 +25,8 @@ pub enum Backing {
 pub(crate) struct Mapping {
     start: NonNull<u8>,
     len: usize,
+    /// Of shared memory.
+    file: Option<OwnedFd>,
 }
 
 // SAFETY: the mapping is plain memory, owned until drop; all access goes through raw pointers and tolerates races.
@@ -36,24 +38,11 @@ impl Mapping {
     /// Maps `len` bytes of zeroes. Nothing is resident until touched.
     pub(crate) fn new(len: usize, backing: Backing) -> io::Result<Self> {
         const HUGE: usize = 2 << 20;
-        let (fd, flags) = match backing {
-            Backing::Private => (-1, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE),
-            // SAFETY: the name is a NUL-terminated literal; the result is checked.
-            Backing::Shared => match unsafe { libc::memfd_create(c"yado-ram".as_ptr(), libc::MFD_CLOEXEC) } {
-                -1 => return Err(io::Error::last_os_error()),
-                fd => (fd, libc::MAP_SHARED | libc::MAP_NORESERVE),
-            },
+        let (file, flags) = match backing {
+            Backing::Private => (None, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE),
+            Backing::Shared => (Some(memory_file(len)?), libc::MAP_SHARED | libc::MAP_NORESERVE),
         };
-        if fd >= 0 {
-            // SAFETY: fd is open and ours; a length that does not fit is refused by the kernel.
-            let sized = unsafe { libc::ftruncate(fd, libc::off_t::try_from(len).unwrap_or(-1)) };
-            if sized != 0 {
-                let error = io::Error::last_os_error();
-                // SAFETY: fd is ours and not used again.
-                unsafe { libc::close(fd) };
-                return Err(error);
-            }
-        }
+        let fd = file.as_ref().map_or(-1, AsRawFd::as_raw_fd);
         // An address aligned to a huge page lets the host back guest RAM with huge pages from the first byte, so
         // reserve a little more, then map at the aligned place inside the reservation.
         let reserved = len.checked_add(HUGE).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
@@ -61,12 +50,7 @@ impl Mapping {
         // SAFETY: a fresh anonymous reservation, no memory of ours is touched.
         let area = unsafe { libc::mmap(std::ptr::null_mut(), reserved, libc::PROT_NONE, none, -1, 0) };
         if area == libc::MAP_FAILED {
-            let error = io::Error::last_os_error();
-            if fd >= 0 {
-                // SAFETY: fd is ours and not used again.
-                unsafe { libc::close(fd) };
-            }
-            return Err(error);
+            return Err(io::Error::last_os_error());
         }
         let aligned = (area as usize).next_multiple_of(HUGE);
         // SAFETY: [aligned, aligned+len) lies inside the reservation made above, which nobody else uses.
@@ -81,10 +65,6 @@ impl Mapping {
             )
         };
         let error = io::Error::last_os_error();
-        if fd >= 0 {
-            // SAFETY: the mapping keeps the file alive; the descriptor is ours and not used again.
-            unsafe { libc::close(fd) };
-        }
         let before = aligned.wrapping_sub(area as usize);
         let after = HUGE.wrapping_sub(before);
         // SAFETY: these are the unused head and tail of our own reservation.
@@ -105,9 +85,14 @@ impl Mapping {
             libc::madvise(start, len, libc::MADV_DONTDUMP);
         }
         match NonNull::new(start.cast()) {
-            Some(start) => Ok(Self { start, len }),
+            Some(start) => Ok(Self { start, len, file }),
             None => Err(io::Error::from_raw_os_error(libc::ENOMEM)),
         }
+    }
+
+    /// The file that is mapped, from its first byte on, if the memory is shared.
+    pub(crate) fn file(&self) -> Option<BorrowedFd<'_>> {
+        self.file.as_ref().map(AsFd::as_fd)
     }
 
     pub(crate) fn as_ptr(&self) -> *mut u8 {
@@ -217,11 +202,21 @@ impl Mapping {
         at.is_aligned().then(|| unsafe { AtomicU64::from_ptr(at) })
     }
 
-    /// Gives the pages back to the host; they read as zero afterwards. Only meaningful for private memory.
+    /// Gives the pages back to the host; they read as zero afterwards.
     pub(crate) fn discard(&self, offset: usize, len: usize) -> Option<io::Result<()>> {
         let at = self.at(offset, len)?;
-        // SAFETY: the range is inside our mapping, and guest RAM may change under any reader at any time.
-        let done = unsafe { libc::madvise(at.cast(), len, libc::MADV_DONTNEED) };
+        let done = match &self.file {
+            // SAFETY: the range is inside our mapping, and guest RAM may change under any reader at any time.
+            None => unsafe { libc::madvise(at.cast(), len, libc::MADV_DONTNEED) },
+            Some(file) => {
+                let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+                let (Ok(from), Ok(len)) = (libc::off_t::try_from(offset), libc::off_t::try_from(len)) else {
+                    return None;
+                };
+                // SAFETY: changes only our file; as above.
+                unsafe { libc::fallocate(file.as_raw_fd(), mode, from, len) }
+            }
+        };
         Some(if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) })
     }
 
@@ -229,6 +224,20 @@ impl Mapping {
     pub(crate) fn acquire() {
         std::sync::atomic::fence(Ordering::Acquire);
     }
+}
+
+/// A file in memory of `len` bytes of zeroes.
+fn memory_file(len: usize) -> io::Result<OwnedFd> {
+    // SAFETY: the name is a NUL-terminated literal; the result is checked.
+    let fd = unsafe { libc::memfd_create(c"yado-ram".as_ptr(), libc::MFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: fresh and nobody else's.
+    let file = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: fd is open and ours; a length that does not fit is refused by the kernel.
+    let sized = unsafe { libc::ftruncate(fd, libc::off_t::try_from(len).unwrap_or(-1)) };
+    if sized == 0 { Ok(file) } else { Err(io::Error::last_os_error()) }
 }
 
 /// A system call that was interrupted is made again; any other failure stands.

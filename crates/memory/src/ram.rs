@@ -116,6 +116,16 @@ impl GuestMemory {
         &self.0.regions
     }
 
+    /// The file that holds all RAM, of [`Backing::Shared`] memory: for processes that are to map parts of it.
+    pub fn file(&self) -> Option<BorrowedFd<'_>> {
+        self.0.mapping.file()
+    }
+
+    /// Where in that file the page is that holds `address`; `None` where there is no RAM.
+    pub fn file_offset(&self, address: u64) -> Option<u64> {
+        self.offset(address & !PAGE_SIZE.wrapping_sub(1), PAGE_SIZE).ok().map(|offset| offset as u64)
+    }
+
     /// Bytes of RAM in all regions.
     pub fn len(&self) -> u64 {
         (self.0.pages.len() as u64) << PAGE_SHIFT
@@ -326,7 +336,7 @@ impl GuestMemory {
         })
     }
 
-    /// Gives a range of whole pages back to the host; the guest then reads zeroes there (private memory only).
+    /// Gives a range of whole pages back to the host; the guest then reads zeroes there.
     pub fn discard(&self, address: u64, len: u64) -> Result<(), AccessError> {
         let error = AccessError { address, len };
         if !address.is_multiple_of(PAGE_SIZE) || !len.is_multiple_of(PAGE_SIZE) {

@@ -181,9 +181,7 @@ impl Translator {
 
     /// Runs translated code until something else has to happen.
     pub fn run(&mut self, core: &mut Core) -> Outcome {
-        if !core.code_writes.is_empty() {
-            self.drain_writes(core);
-        }
+        self.drain_writes(core);
         let Some(mode) = mode(&core.state) else { return Outcome::Step };
         self.attach(core, mode);
         import_flags(&mut core.state);
@@ -206,6 +204,7 @@ impl Translator {
     pub fn flush(&mut self, core: &mut Core) {
         if self.single_cpu {
             for page in self.store.pages() {
+                core.mmu.news.written(page);
                 core.mmu.memory.unmark_code(page);
             }
         }
@@ -224,7 +223,11 @@ impl Translator {
         state.linkage.jump_hosts.fill(lookup);
     }
 
-    fn drain_writes(&mut self, core: &mut Core) {
+    /// Hears of what this vCPU has written to pages with code.
+    pub(crate) fn drain_writes(&mut self, core: &mut Core) {
+        if core.code_writes.is_empty() {
+            return;
+        }
         core.state.attention &= !attention::CODE_WRITES;
         for (address, len) in std::mem::take(&mut core.code_writes) {
             self.written(core, address, len);
@@ -238,6 +241,8 @@ impl Translator {
         while at < end {
             let part = (4096 - (at & 0xfff)).min(end - at);
             match self.store.classify(at, part) {
+                // Nobody else has translated it.
+                Write::Free if self.single_cpu => core.mmu.memory.unmark_code(at),
                 Write::Free => {}
                 Write::Beside => self.beside(core, at),
                 Write::Code => self.kill(core, at, part),
@@ -662,6 +667,11 @@ fn mode(state: &CpuState) -> Option<Mode> {
     let avx = sse && state.cr4_has(cr4::OSXSAVE) && state.xcr0 & 6 == 6;
     let clock = !user || !state.cr4_has(cr4::TSD);
     Some(Mode { user, x87, sse, avx, clock })
+}
+
+/// Whether nothing that a user program may do now is for the single-step tier to refuse.
+pub(crate) fn runs_everything(state: &CpuState) -> bool {
+    mode(state).is_some_and(|mode| mode.avx && mode.clock)
 }
 
 /// AH after LAHF: SF, ZF, AF, PF, CF.

@@ -1,0 +1,133 @@
+//! What of an address space of the guest is mapped in its process.
+//!
+//! A mirror is to the process what a TLB is to a CPU: it holds translations that the guest's page tables allowed when they were
+//! looked up, until the guest, or somebody who must see accesses, has them forgotten. Only pages that are plain RAM are in it.
+
+use super::process::{self, Command, Process};
+use std::collections::{BTreeSet, HashMap};
+use std::io;
+
+/// What code may do with a page: PROT_* bits.
+pub(super) type Rights = libc::c_int;
+pub(super) const READ: Rights = libc::PROT_READ;
+pub(super) const WRITE: Rights = libc::PROT_WRITE;
+pub(super) const EXECUTE: Rights = libc::PROT_EXEC;
+
+const PAGE: u64 = 4096;
+/// Mappings that a process may have (vm.max_map_count), with some to spare.
+const MAPPINGS_MAX: usize = 48 << 10;
+
+/// A page that shall be in the mirror.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Wanted {
+    /// Linear address.
+    pub linear: u64,
+    /// Guest-physical address.
+    pub physical: u64,
+    /// Where it is in the file of the guest's RAM.
+    pub offset: u64,
+    pub rights: Rights,
+}
+
+/// The mirror of one address space.
+pub(super) struct Mirror {
+    pub process: Process,
+    /// Rights and guest-physical address by linear address.
+    pages: HashMap<u64, (Rights, u64)>,
+    /// Pages that can be written or executed, by guest-physical and linear address.
+    watched: BTreeSet<(u64, u64)>,
+    /// System calls to be made before guest code runs again.
+    due: Vec<Command>,
+    /// Mappings made since there were none.
+    mappings: usize,
+    /// The vector registers that the process has.
+    pub vectors: Vec<u8>,
+}
+
+impl Mirror {
+    pub(super) fn new(process: Process) -> Self {
+        let vectors = vec![0; process.xsave_len()];
+        Self { process, pages: HashMap::new(), watched: BTreeSet::new(), due: vec![], mappings: 0, vectors }
+    }
+
+    /// What is mapped at a linear page; nothing is 0.
+    pub(super) fn rights(&self, linear: u64) -> Rights {
+        self.pages.get(&linear).map_or(0, |page| page.0)
+    }
+
+    /// Forgets all.
+    pub(super) fn clear(&mut self) {
+        if self.pages.is_empty() {
+            return;
+        }
+        self.pages.clear();
+        self.watched.clear();
+        self.due.clear();
+        self.due.push(process::unmap_all());
+        self.mappings = 0;
+    }
+
+    /// Forgets a linear page.
+    pub(super) fn forget(&mut self, linear: u64) {
+        if let Some((_, physical)) = self.pages.remove(&linear) {
+            self.watched.remove(&(physical, linear));
+            self.due.push(process::unmap(linear, PAGE));
+            self.mappings += 1;
+        }
+    }
+
+    /// Forgets a guest-physical page wherever it can be accessed with `rights`.
+    pub(super) fn forget_physical(&mut self, physical: u64, rights: Rights) {
+        let found: Vec<u64> = self
+            .watched
+            .range((physical, 0)..=(physical, u64::MAX))
+            .map(|&(_, linear)| linear)
+            .filter(|&linear| self.rights(linear) & rights != 0)
+            .collect();
+        for linear in found {
+            self.forget(linear);
+        }
+    }
+
+    /// Maps pages, ascending by linear address, as few mappings as they allow.
+    pub(super) fn map(&mut self, wanted: &[Wanted]) {
+        if self.mappings > MAPPINGS_MAX {
+            self.clear();
+        }
+        let goes_on = |a: &Wanted, b: &Wanted| {
+            a.linear + PAGE == b.linear && a.offset + PAGE == b.offset && a.rights == b.rights
+        };
+        for run in wanted.chunk_by(goes_on) {
+            let Some(first) = run.first() else { continue };
+            self.due.push(process::map(first.linear, run.len() as u64 * PAGE, first.rights, first.offset));
+            self.mappings += 1;
+        }
+        for page in wanted {
+            if let Some((_, old)) = self.pages.insert(page.linear, (page.rights, page.physical)) {
+                self.watched.remove(&(old, page.linear));
+            }
+            if page.rights & (WRITE | EXECUTE) != 0 {
+                self.watched.insert((page.physical, page.linear));
+            }
+        }
+    }
+
+    /// Makes the process what the mirror says. Its registers are lost if there was something to do.
+    pub(super) fn settle(&mut self) -> io::Result<bool> {
+        if self.due.is_empty() {
+            return Ok(false);
+        }
+        let due = std::mem::take(&mut self.due);
+        if let Err(error) = self.process.run_commands(&due) {
+            // Too many mappings, or no memory for them: begin again with none.
+            self.pages.clear();
+            self.watched.clear();
+            self.mappings = 0;
+            self.process.run_commands(&[process::unmap_all()])?;
+            if error.kind() != io::ErrorKind::OutOfMemory {
+                return Err(error);
+            }
+        }
+        Ok(true)
+    }
+}

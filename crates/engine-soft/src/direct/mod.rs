@@ -1,0 +1,467 @@
+//! User code of the guest on the host's own CPU, in a process of its own.
+//!
+//! Guest and host speak the same instruction set, and a user program asks for nothing but its memory, until it calls the
+//! kernel. So code at CPL 3 that computes for a while runs in a process whose memory is the guest's ([`mirror`]), and each
+//! stop of that process (system call, fault, signal) brings it back to the other tiers with all its registers. They make
+//! the instruction at RIP, whatever it is; nothing is decided here but what is mapped.
+//!
+//! * [`process`] makes and drives such a process: what can be done in it, and what not.
+//! * [`mirror`] is what is mapped there; the MMU's [`news`] say what must be forgotten.
+//! * [`scan`] finds pages that may not run natively, since the host's CPU would answer for itself.
+//! * [`policy`] says which of the guest's processes are worth it.
+//!
+//! Where the host forbids such processes, all user code runs in the other tiers, as if this were not here.
+
+mod mirror;
+pub(crate) mod news;
+mod policy;
+mod process;
+mod scan;
+
+use crate::cpu_core::Core;
+use crate::mmu::{Access, Privilege};
+use crate::state::{CpuState, SPACES, seg};
+use crate::step::model::host_tsc;
+use crate::step::native::arena;
+use cpu::{Error, rflags};
+use memory::PageFlags;
+use mirror::{EXECUTE, Mirror, READ, WRITE, Wanted};
+use policy::Policy;
+use process::{Process, Stop};
+use std::io;
+use std::sync::atomic::Ordering;
+
+/// Pages around one that is brought in that come along, if the guest has used them: a power of two.
+const AROUND: u64 = 32;
+const PAGE: u64 = 4096;
+/// Pages of a large page.
+const LARGE: u64 = 512;
+
+/// Flags that user code can change.
+const USER_FLAGS: u64 = rflags::STATUS | rflags::TF | rflags::DF | rflags::NT | rflags::AC | rflags::ID;
+
+/// `si_code` of a signal for an exception that is not of the host's page tables.
+const SI_KERNEL: i32 = 0x80;
+
+/// Parts of an XSAVE image in standard form (Intel SDM 1, 13.4).
+const XSTATE_BV: usize = 512;
+const X87_SSE_AVX: u64 = 7;
+
+/// What comes next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Next {
+    /// The single-step tier does the instruction at RIP.
+    Step,
+    /// The translator goes on from RIP.
+    Translate,
+    /// Somebody wants the vCPU.
+    Kicked,
+}
+
+/// How many times what happened, for people.
+#[derive(Debug, Default, Clone)]
+#[allow(missing_docs)]
+pub(crate) struct Statistics {
+    pub entries: u64,
+    pub stops: u64,
+    pub pages: u64,
+    pub steps: u64,
+}
+
+/// The processes of one vCPU.
+pub(crate) struct Direct {
+    mirrors: [Option<Mirror>; SPACES],
+    /// Those of another thread.
+    retired: Vec<Mirror>,
+    policy: Policy,
+    /// The thread that made the processes, and only it can drive them.
+    thread: libc::pid_t,
+    /// Why there can be none.
+    off: Option<String>,
+    /// Where the upper halves of YMM registers are in an XSAVE image.
+    ymm_high: usize,
+    seconds: f64,
+    pub statistics: Statistics,
+}
+
+impl Direct {
+    /// None of the processes is made before it is wanted. `hz` is the frequency of the host's TSC.
+    pub(crate) fn new(hz: u64) -> Self {
+        let off =
+            if is_x86_feature_detected!("avx") { None } else { Some("the host's CPU has no AVX".into()) };
+        Self {
+            mirrors: Default::default(),
+            retired: vec![],
+            policy: Policy::default(),
+            thread: 0,
+            off,
+            ymm_high: cpu::cpuid::host(0xd, 2).ebx as usize,
+            seconds: 1.0 / hz as f64,
+            statistics: Statistics::default(),
+        }
+    }
+
+    /// Why user code does not run directly on this host, if so.
+    pub(crate) fn off(&self) -> Option<&str> {
+        self.off.as_deref()
+    }
+
+    fn now(&self) -> f64 {
+        host_tsc() as f64 * self.seconds
+    }
+
+    /// An interrupt is about to be delivered: who is running?
+    pub(crate) fn sample(&mut self, state: &CpuState) {
+        if self.off.is_none() && state.long_mode() {
+            self.policy.sample(state.cr3, state.cpl() == 3, self.now());
+        }
+    }
+
+    /// Whether the code at RIP is to run directly: that of a process that is worth it, in a state that the host's kernel can
+    /// be asked for.
+    pub(crate) fn wants(&mut self, state: &CpuState) -> bool {
+        let segment = |index: usize| u64::from(state.segments[index].selector);
+        state.cpl() == 3
+            && self.off.is_none()
+            && self.policy.active(state.cr3)
+            && (segment(seg::CS), segment(seg::SS)) == (process::USER_CS, process::USER_SS)
+            && [seg::DS, seg::ES, seg::FS, seg::GS].into_iter().all(|index| segment(index) == 0)
+            && [seg::FS, seg::GS].into_iter().all(|index| state.segments[index].base < process::OURS)
+            && state.rip < process::OURS
+            && crate::translate::runs_everything(state)
+    }
+
+    /// Runs user code until something else has to be done.
+    pub(crate) fn run(&mut self, core: &mut Core) -> Result<Next, Error> {
+        let began = self.now();
+        self.statistics.entries += 1;
+        let space = core.state.space;
+        self.settle_thread();
+        if let Err(error) = self.ready(core, space) {
+            self.off = Some(error.to_string());
+            self.retire();
+            core.mmu.news = news::News::default();
+            return Ok(Next::Translate);
+        }
+        let stops = self.statistics.stops;
+        let (next, inside) = self.code(core, space).map_err(|error| Error::Host {
+            what: "running the guest's user code in a process of its own",
+            source: error,
+        })?;
+        let now = self.now();
+        let stops = (self.statistics.stops - stops) as u32;
+        self.statistics.steps += u64::from(next == Next::Step);
+        self.policy.ran(core.state.cr3, (now - began, inside), stops, next == Next::Step, now);
+        Ok(next)
+    }
+
+    /// Processes belong to the thread that made them.
+    fn settle_thread(&mut self) {
+        #[allow(unsafe_code)]
+        // SAFETY: no arguments, cannot fail.
+        let thread = unsafe { libc::gettid() };
+        if self.thread != thread {
+            self.thread = thread;
+            self.retire();
+        }
+    }
+
+    /// Lets go of all processes, but keeps them: somebody may be about to signal one.
+    fn retire(&mut self) {
+        self.retired.extend(self.mirrors.iter_mut().filter_map(Option::take));
+    }
+
+    /// There is a process for the address space.
+    fn ready(&mut self, core: &mut Core, space: usize) -> io::Result<()> {
+        let Some(place) = self.mirrors.get_mut(space) else { return Ok(()) };
+        if place.is_none() {
+            let file = core.mmu.memory.file();
+            let file = file.ok_or_else(|| io::Error::other("the guest's memory cannot be shared"))?;
+            *place = Some(Mirror::new(Process::new(file)?));
+        }
+        if let Some(news) = core.mmu.news.spaces.get_mut(space) {
+            news.mirrored = true;
+        }
+        Ok(())
+    }
+
+    /// Has the mirrors forget what the MMU has.
+    fn hear(&mut self, core: &mut Core) {
+        let news = &mut core.mmu.news;
+        for (mirror, space) in self.mirrors.iter_mut().zip(&mut news.spaces) {
+            let Some(mirror) = mirror else { continue };
+            if std::mem::take(&mut space.all) {
+                mirror.clear();
+            }
+            for page in space.pages.drain(..) {
+                mirror.forget(page);
+            }
+            for &page in &news.protected {
+                mirror.forget_physical(page, WRITE);
+            }
+            for &page in &news.written {
+                mirror.forget_physical(page, EXECUTE);
+            }
+        }
+        news.protected.clear();
+        news.written.clear();
+    }
+
+    /// Runs code; also answers how long it was inside the process, in seconds.
+    fn code(&mut self, core: &mut Core, space: usize) -> io::Result<(Next, f64)> {
+        let mut registers = registers(&core.state);
+        let (mut loaded, mut vectors) = (false, false);
+        let mut inside = 0u64;
+        let next = loop {
+            self.hear(core);
+            let Some(mirror) = self.mirrors.get_mut(space).and_then(Option::as_mut) else {
+                break Next::Translate;
+            };
+            if !vectors {
+                load_vectors(&mut core.state, mirror, self.ymm_high)?;
+                vectors = true;
+            }
+            if mirror.settle()? || !loaded {
+                mirror.process.set_registers(&registers)?;
+                loaded = true;
+            }
+            core.state.doorbell.process.store(mirror.process.pid(), Ordering::SeqCst);
+            let stop = if core.state.doorbell.kick.load(Ordering::SeqCst) == 0 {
+                let entered = host_tsc();
+                let stop = mirror.process.run();
+                inside += host_tsc() - entered;
+                stop
+            } else {
+                Ok(Stop::Sent)
+            };
+            core.state.doorbell.process.store(0, Ordering::SeqCst);
+            self.statistics.stops += 1;
+            let stop = stop?;
+            registers = mirror.process.registers()?;
+            match stop {
+                Stop::Sent => break Next::Kicked,
+                Stop::Call => {
+                    // Both forms, and SYSENTER, have two bytes.
+                    registers.rip = registers.rip.wrapping_sub(2);
+                    registers.rax = registers.orig_rax;
+                    break Next::Step;
+                }
+                Stop::Raised { signal: libc::SIGSEGV | libc::SIGBUS, code, address } if code != SI_KERNEL => {
+                    match self.page_in(core, space, address, registers.rip) {
+                        None => {}
+                        Some(next) => break next,
+                    }
+                }
+                Stop::Raised { signal: libc::SIGTRAP, .. } => {
+                    registers.rip = trapped(core, registers.rip);
+                    break Next::Step;
+                }
+                Stop::Raised { .. } => break Next::Step,
+            }
+        };
+        if let Some(mirror) = self.mirrors.get_mut(space).and_then(Option::as_mut) {
+            store_vectors(&mut core.state, mirror, self.ymm_high)?;
+        }
+        store(core, &registers);
+        Ok((next, inside as f64 * self.seconds))
+    }
+
+    /// Brings in the page of an access that failed, and some of its neighbours. What has to be done instead, if the guest has to
+    /// hear of it or somebody else has to make the access.
+    fn page_in(&mut self, core: &mut Core, space: usize, address: u64, rip: u64) -> Option<Next> {
+        let page = address & !(PAGE - 1);
+        if !(process::LOWEST..process::OURS).contains(&page) {
+            return Some(Next::Step);
+        }
+        let mirror = self.mirrors.get_mut(space)?.as_mut()?;
+        let known = mirror.rights(page);
+        // An instruction may begin at the end of the page before.
+        let fetch = known & EXECUTE == 0 && address.wrapping_sub(rip) < 16;
+        let access = match () {
+            () if fetch => Access::Fetch,
+            () if known & READ != 0 => Access::Write,
+            () => Access::Read,
+        };
+        if known & WRITE != 0 && access == Access::Write {
+            return Some(Next::Step);
+        }
+        let Ok(walk) = core.mmu.walk(&core.state, page, access, Privilege::User) else {
+            return Some(Next::Step);
+        };
+        if access == Access::Fetch && !executable(core, page, walk.physical) {
+            return Some(Next::Translate);
+        }
+        let pages = if walk.page_shift > 12 { LARGE } else { AROUND };
+        let first = page & !(pages * PAGE - 1);
+        let mut wanted = Vec::with_capacity(pages as usize);
+        for linear in (first..first + pages * PAGE).step_by(PAGE as usize) {
+            let here = linear == page;
+            let known = mirror.rights(linear);
+            if !(process::LOWEST..process::OURS).contains(&linear)
+                || !here && known != 0 && access != Access::Fetch
+            {
+                continue;
+            }
+            let Some(seen) = core.mmu.look(&core.state, linear) else { continue };
+            let physical = seen.physical;
+            let (Some(offset), Some(host)) =
+                (core.mmu.memory.file_offset(physical), core.mmu.memory.host_page(physical))
+            else {
+                continue;
+            };
+            let mut rights = READ;
+            if fetch && seen.execute && (here || executable(core, linear, physical)) {
+                core.protect_code(physical);
+                rights |= EXECUTE;
+            } else if seen.write && !host.flags.contains(PageFlags::CODE) {
+                core.mmu.memory.host_page_for_write(physical);
+                rights |= WRITE;
+            }
+            if rights & !known != 0 {
+                wanted.push(Wanted { linear, physical, offset, rights });
+            }
+        }
+        if !wanted.iter().any(|wanted| wanted.linear == page) {
+            // Not RAM, or a write to a page with code.
+            return Some(Next::Step);
+        }
+        self.statistics.pages += wanted.len() as u64;
+        mirror.map(&wanted);
+        None
+    }
+}
+
+/// Whether the host's CPU may run a page's code as it is.
+fn executable(core: &Core, linear: u64, physical: u64) -> bool {
+    let memory = &core.mmu.memory;
+    let mut bytes = [0; PAGE as usize + 16];
+    let (page, more) = bytes.split_at_mut(PAGE as usize);
+    if memory.read(physical & !(PAGE - 1), page).is_err() {
+        return false;
+    }
+    let next = core.mmu.look(&core.state, linear + PAGE);
+    let known = next.is_some_and(|next| memory.read(next.physical, more).is_ok());
+    !scan::peculiar(if known { &bytes } else { page })
+}
+
+/// RIP for the single-step tier after a SIGTRAP: the breakpoint instruction's, if that has been.
+fn trapped(core: &mut Core, rip: u64) -> u64 {
+    let byte = |core: &mut Core, back: u64| {
+        let at = rip.wrapping_sub(back);
+        core.read_uint(at, 1, Privilege::User).ok()
+    };
+    match byte(core, 1) {
+        Some(0xcc | 0xf1) => rip.wrapping_sub(1),
+        Some(3) if byte(core, 2) == Some(0xcd) => rip.wrapping_sub(2),
+        _ => rip,
+    }
+}
+
+fn registers(state: &CpuState) -> libc::user_regs_struct {
+    let [rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15] = state.gpr;
+    libc::user_regs_struct {
+        rax,
+        rcx,
+        rdx,
+        rbx,
+        rsp,
+        rbp,
+        rsi,
+        rdi,
+        r8,
+        r9,
+        r10,
+        r11,
+        r12,
+        r13,
+        r14,
+        r15,
+        rip: state.rip,
+        // No system call of the process's own is to be made again.
+        orig_rax: u64::MAX,
+        cs: process::USER_CS,
+        ss: process::USER_SS,
+        ds: 0,
+        es: 0,
+        fs: 0,
+        gs: 0,
+        fs_base: state.segments[seg::FS].base,
+        gs_base: state.segments[seg::GS].base,
+        eflags: state.rflags & USER_FLAGS | rflags::FIXED | rflags::IF,
+    }
+}
+
+/// Registers of the process become the guest's.
+fn store(core: &mut Core, from: &libc::user_regs_struct) {
+    let state = &mut core.state;
+    state.gpr = [
+        from.rax, from.rcx, from.rdx, from.rbx, from.rsp, from.rbp, from.rsi, from.rdi, from.r8, from.r9,
+        from.r10, from.r11, from.r12, from.r13, from.r14, from.r15,
+    ];
+    state.rip = from.rip;
+    state.rflags = state.rflags & !USER_FLAGS | from.eflags & USER_FLAGS;
+    // Instructions of FSGSBASE may have changed these.
+    state.segments[seg::FS].base = from.fs_base;
+    state.segments[seg::GS].base = from.gs_base;
+}
+
+/// The guest's vector and x87 registers become those of the process, if they are not already.
+fn load_vectors(state: &mut CpuState, mirror: &mut Mirror, ymm_high: usize) -> io::Result<()> {
+    arena::peek_x87(state);
+    let image = &mut mirror.vectors;
+    let before = image.get(..XSTATE_BV + 64).map(<[u8]>::to_vec).unwrap_or_default();
+    let before_high = image.get(ymm_high..ymm_high + 256).map(<[u8]>::to_vec).unwrap_or_default();
+    let mut put = |at: usize, bytes: &[u8]| {
+        if let Some(place) = image.get_mut(at..at + bytes.len()) {
+            place.copy_from_slice(bytes);
+        }
+    };
+    put(0, state.x87.0.get(..24).unwrap_or_default());
+    put(24, &state.mxcsr.to_le_bytes());
+    put(32, state.x87.0.get(32..160).unwrap_or_default());
+    for (number, [a, b, c, d]) in state.ymm.0.iter().enumerate() {
+        put(160 + number * 16, &a.to_le_bytes());
+        put(168 + number * 16, &b.to_le_bytes());
+        put(ymm_high + number * 16, &c.to_le_bytes());
+        put(ymm_high + number * 16 + 8, &d.to_le_bytes());
+    }
+    put(XSTATE_BV, &X87_SSE_AVX.to_le_bytes());
+    let same = image.get(..XSTATE_BV + 64) == Some(before.as_slice())
+        && image.get(ymm_high..ymm_high + 256) == Some(before_high.as_slice());
+    if same { Ok(()) } else { mirror.process.set_xsave(image) }
+}
+
+/// And back.
+fn store_vectors(state: &mut CpuState, mirror: &mut Mirror, ymm_high: usize) -> io::Result<()> {
+    let Some(image) = mirror.vectors.get_mut(..ymm_high + 256) else { return Ok(()) };
+    mirror.process.xsave(image)?;
+    let quad = |at: usize| {
+        let bytes = image.get(at..at + 8).and_then(|bytes| bytes.try_into().ok());
+        bytes.map_or(0, u64::from_le_bytes)
+    };
+    for (number, lanes) in state.ymm.0.iter_mut().enumerate() {
+        let (low, high) = (160 + number * 16, ymm_high + number * 16);
+        *lanes = [quad(low), quad(low + 8), quad(high), quad(high + 8)];
+    }
+    state.mxcsr = quad(24) as u32;
+    if let (Some(from), Some(to)) = (image.get(..24), state.x87.0.get_mut(..24)) {
+        to.copy_from_slice(from);
+    }
+    if let (Some(from), Some(to)) = (image.get(32..160), state.x87.0.get_mut(32..160)) {
+        to.copy_from_slice(from);
+    }
+    arena::load_x87(state);
+    // What the kernel gave is what it would be given, but for what it says of itself.
+    for (at, value) in [(XSTATE_BV, X87_SSE_AVX), (XSTATE_BV + 8, 0)] {
+        if let Some(place) = image.get_mut(at..at + 8) {
+            place.copy_from_slice(&value.to_le_bytes());
+        }
+    }
+    if let Some(reserved) = image.get_mut(416..XSTATE_BV) {
+        reserved.fill(0);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod test;

@@ -1,0 +1,153 @@
+//! When user code is worth running directly.
+//!
+//! A process of the guest is tried when timer interrupts keep finding it in user mode, and left again when too little of the time
+//! is spent in its code: each stop costs what the host needs to switch between two processes, a dozen microseconds. One that
+//! failed has to wait, each time twice as long.
+
+use std::collections::HashMap;
+
+/// Interrupts that must have found a process in user mode.
+const HITS: u8 = 4;
+const HITS_MAX: u8 = 8;
+/// Stops for the single-step tier after which is judged.
+const STEPS: u32 = 64;
+/// Time after which is judged at the latest.
+const PERIOD: f64 = 0.02;
+/// What a stop costs inside the host's kernel, in seconds: it looks like time of the guest's code.
+const STOP: f64 = 4e-6;
+/// Share of the time that must be spent in the guest's code.
+const SHARE_MIN: f64 = 0.6;
+/// Seconds that a process waits after it failed for the first time, and at most.
+const WAIT: (f64, f64) = (0.1, 20.0);
+/// Processes that are remembered.
+const PROCESSES_MAX: usize = 256;
+
+#[derive(Debug, Default, Clone)]
+struct Record {
+    hits: u8,
+    active: bool,
+    /// Not before this time, and how long the wait was.
+    until: f64,
+    wait: f64,
+    /// Since the last judgement: time in code and in all, stops, and those for the single-step tier.
+    inside: f64,
+    all: f64,
+    stops: u32,
+    steps: u32,
+}
+
+/// What is known of the guest's processes, by the address of their page tables. Times are in seconds of any clock.
+#[derive(Debug, Default)]
+pub(super) struct Policy {
+    records: HashMap<u64, Record>,
+    /// The one asked for last, and the answer.
+    last: Option<(u64, bool)>,
+}
+
+impl Policy {
+    /// Whether the process runs directly.
+    pub(super) fn active(&mut self, tables: u64) -> bool {
+        if let Some((last, active)) = self.last
+            && last == tables
+        {
+            return active;
+        }
+        let active = self.records.get(&tables).is_some_and(|record| record.active);
+        self.last = Some((tables, active));
+        active
+    }
+
+    /// An interrupt has found the process in user mode, or in the kernel.
+    pub(super) fn sample(&mut self, tables: u64, user: bool, now: f64) {
+        if self.records.len() >= PROCESSES_MAX && !self.records.contains_key(&tables) {
+            self.records.clear();
+        }
+        self.last = None;
+        let record = self.records.entry(tables).or_default();
+        record.hits = if user { (record.hits + 1).min(HITS_MAX) } else { record.hits.saturating_sub(1) };
+        if record.hits >= HITS && now >= record.until {
+            record.active = true;
+        }
+    }
+
+    /// The process has run directly: how long in all and in its code, with how many stops, the last of them for the single-step
+    /// tier or not.
+    pub(super) fn ran(&mut self, tables: u64, (all, inside): (f64, f64), stops: u32, step: bool, now: f64) {
+        let Some(record) = self.records.get_mut(&tables) else { return };
+        record.all += all;
+        record.inside += inside;
+        record.stops += stops;
+        record.steps += u32::from(step);
+        if record.steps < STEPS && record.all < PERIOD {
+            return;
+        }
+        let inside = record.inside - f64::from(record.stops) * STOP;
+        if inside < record.all * SHARE_MIN {
+            record.wait = (record.wait * 2.0).clamp(WAIT.0, WAIT.1);
+            (record.active, record.hits, record.until) = (false, 0, now + record.wait);
+            self.last = None;
+        } else if record.all >= PERIOD {
+            record.wait = 0.0;
+        }
+        (record.inside, record.all, record.stops, record.steps) = (0.0, 0.0, 0, 0);
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    const TABLES: u64 = 0x1000;
+
+    fn tried() -> Policy {
+        let mut policy = Policy::default();
+        for i in 0..HITS {
+            assert!(!policy.active(TABLES));
+            policy.sample(TABLES, true, f64::from(i) * 0.004);
+        }
+        assert!(policy.active(TABLES));
+        policy
+    }
+
+    #[test]
+    fn what_computes_stays() {
+        let mut policy = tried();
+        for i in 1..100 {
+            policy.ran(TABLES, (0.004, 0.0039), 1, false, f64::from(i) * 0.004);
+        }
+        assert!(policy.active(TABLES));
+        assert!(!policy.active(TABLES + 0x1000));
+    }
+
+    #[test]
+    fn what_calls_the_kernel_all_the_time_leaves_soon_and_waits_longer_each_time() {
+        let mut policy = tried();
+        let mut now = 0.1;
+        let mut waits = vec![];
+        for _ in 0..3 {
+            let mut steps = 0;
+            while policy.active(TABLES) {
+                policy.ran(TABLES, (12e-6, 5e-6), 1, true, now);
+                steps += 1;
+                assert!(steps <= STEPS);
+            }
+            let left = now;
+            while !policy.active(TABLES) {
+                now += 0.004;
+                policy.sample(TABLES, true, now);
+            }
+            waits.push(now - left);
+        }
+        assert!(waits[0] >= 0.1 && waits[1] > 1.9 * waits[0] && waits[2] > 1.9 * waits[1], "{waits:?}");
+    }
+
+    #[test]
+    fn memory_touched_for_the_first_time_is_forgiven() {
+        let mut policy = tried();
+        // A few hundred stops that bring in pages, then none.
+        for _ in 0..300 {
+            policy.ran(TABLES, (30e-6, 6e-6), 2, false, 0.1);
+        }
+        assert!(policy.active(TABLES));
+    }
+}

@@ -1,0 +1,147 @@
+//! Instructions that the host's CPU executes for a user program without asking, but not as the guest's CPU would.
+//!
+//! They read what belongs to the host: CPUID, clocks, the CPU's number, descriptor tables, XCR0. Nothing stops them
+//! on the host, so a page with one of them is not run there. Bytes of other instructions often look like one, so the
+//! page is decoded: from each of its first bytes, since where the first instruction begins is not known; such sweeps
+//! soon agree. Code that jumps into the middle of its own instructions to see more of the host than it should sees
+//! what any user program on the host does.
+
+use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic};
+
+const PAGE: usize = 4096;
+/// The longest instruction.
+const LONGEST: usize = 15;
+
+/// Whether the first page of `bytes`, which go on with some of the next page's if that is known, has such an instruction.
+pub(super) fn peculiar(bytes: &[u8]) -> bool {
+    let last = bytes.len().saturating_sub(1);
+    let mut pairs = bytes.windows(2).take(PAGE);
+    let likely = pairs.any(|pair| pair[0] == 0x0f && may_ask_the_host(pair[1]));
+    let open = bytes.len() <= PAGE && bytes.get(last) == Some(&0x0f);
+    (likely || open) && decoded(bytes)
+}
+
+/// Whether 0F and this byte may begin one of the instructions.
+fn may_ask_the_host(opcode: u8) -> bool {
+    matches!(opcode, 0x00..=0x03 | 0x31 | 0x33 | 0x34 | 0xa2 | 0xc7)
+}
+
+fn asks_the_host(instruction: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(
+        instruction.mnemonic(),
+        M::Cpuid | M::Rdtsc | M::Rdtscp | M::Rdpid | M::Rdpmc | M::Rdpru | M::Xgetbv | M::Rdpkru | M::Wrpkru
+    ) || matches!(
+        instruction.mnemonic(),
+        M::Sgdt | M::Sidt | M::Sldt | M::Str | M::Smsw | M::Lar | M::Lsl | M::Verr | M::Verw | M::Sysenter
+    )
+}
+
+fn decoded(bytes: &[u8]) -> bool {
+    let mut seen = [0u64; PAGE / 64];
+    for start in 0..LONGEST {
+        let Some(rest) = bytes.get(start..) else { break };
+        let mut decoder = Decoder::with_ip(64, rest, start as u64, DecoderOptions::NONE);
+        let mut instruction = Instruction::default();
+        while decoder.can_decode() {
+            let at = decoder.ip() as usize;
+            let Some(word) = seen.get_mut(at / 64) else { break };
+            if *word >> (at % 64) & 1 != 0 {
+                // Another sweep has been here.
+                break;
+            }
+            *word |= 1 << (at % 64);
+            decoder.decode_out(&mut instruction);
+            match decoder.last_error() {
+                DecoderError::NoMoreBytes => return cut_off(bytes.get(at..).unwrap_or_default()),
+                DecoderError::None if asks_the_host(&instruction) => return true,
+                DecoderError::None => {}
+                _ => {
+                    // Not code, or not from here: one byte on.
+                    let next = at + 1;
+                    let Some(rest) = bytes.get(next..) else { break };
+                    decoder = Decoder::with_ip(64, rest, next as u64, DecoderOptions::NONE);
+                }
+            }
+        }
+    }
+    false
+}
+
+/// Whether an instruction of which these bytes are known may be one.
+fn cut_off(bytes: &[u8]) -> bool {
+    let prefix = |byte: &u8| matches!(byte, 0x26 | 0x2e | 0x36 | 0x3e | 0x40..=0x4f | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3);
+    let mut opcode = bytes.iter().skip_while(|byte| prefix(byte));
+    match (opcode.next(), opcode.next()) {
+        (None, _) | (Some(0x0f), None) => true,
+        (Some(0x0f), Some(&second)) => may_ask_the_host(second),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    fn page(bytes: &[u8], at: usize) -> Vec<u8> {
+        let mut page = vec![0x90; PAGE];
+        page[at..at + bytes.len()].copy_from_slice(bytes);
+        page
+    }
+
+    #[test]
+    fn instructions_that_ask_the_host_are_found() {
+        for bytes in [
+            &[0x0f, 0xa2][..],
+            &[0x0f, 0x31],
+            &[0x0f, 0x01, 0xf9],
+            &[0x0f, 0x01, 0xd0],
+            &[0x0f, 0x01, 0x00],
+            &[0xf3, 0x0f, 0xc7, 0xf8],
+            &[0x0f, 0x03, 0xc0],
+            &[0x66, 0x48, 0x0f, 0x00, 0xc8],
+        ] {
+            for at in [0, 1, 7, 14, 100, PAGE - bytes.len()] {
+                assert!(peculiar(&page(bytes, at)), "{bytes:x?} at {at}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_only_looks_like_one_is_not() {
+        for bytes in [
+            // je +0xf00, mov eax, 0xa20f3101, syscall, cmpxchg8b [rsi]
+            &[0x0f, 0x84, 0x00, 0x0f, 0x00, 0x00][..],
+            &[0xb8, 0x0f, 0xa2, 0x0f, 0x31],
+            &[0x0f, 0x05],
+            &[0x0f, 0xc7, 0x0e],
+        ] {
+            assert!(!peculiar(&page(bytes, 100)), "{bytes:x?}");
+        }
+    }
+
+    #[test]
+    fn one_that_reaches_into_the_next_page_is_found() {
+        let mut bytes = page(&[0x0f], PAGE - 1);
+        assert!(peculiar(&bytes), "the next page is not known");
+        bytes.extend([0xa2, 0x90]);
+        assert!(peculiar(&bytes));
+        bytes[PAGE] = 0x05;
+        assert!(!peculiar(&bytes));
+    }
+
+    /// Every opcode that iced knows as one of the instructions is looked for.
+    #[test]
+    fn no_encoding_is_forgotten() {
+        for opcode in 0..=255u8 {
+            for modrm in 0..=255u8 {
+                for prefix in [None, Some(0x66), Some(0xf2), Some(0xf3)] {
+                    let mut bytes: Vec<u8> = prefix.into_iter().collect();
+                    bytes.extend([0x0f, opcode, modrm, 0, 0, 0, 0, 0, 0]);
+                    let decoded = Decoder::new(64, &bytes, DecoderOptions::NONE).decode();
+                    assert!(!asks_the_host(&decoded) || may_ask_the_host(opcode), "{decoded}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,343 @@
+//! User code in a process: what comes back, what stops it, and what it cannot reach.
+
+use super::*;
+use crate::vcpu::kick;
+use cpu::{Segment, attr};
+use memory::{Backing, GuestMemory};
+use std::time::{Duration, Instant};
+
+const CODE: u64 = 0x40_0000;
+const DATA: u64 = 0x50_0000;
+const STACK: u64 = 0x60_0000;
+/// Present, writable, the user's.
+const OPEN: u64 = 7;
+
+struct Guest {
+    core: Core,
+    direct: Direct,
+}
+
+impl Guest {
+    /// A user program at [`CODE`]: 8 MiB are mapped where they are, by pages of 4 KiB that nobody has accessed.
+    fn new(code: &[u8]) -> Self {
+        let ram = GuestMemory::new(&[(0, 8 << 20)], Backing::Shared).unwrap();
+        let mut core = Core::flat64(ram.clone()).unwrap();
+        let put = |at: u64, value: u64| ram.write(at, &value.to_le_bytes()).unwrap();
+        put(0x1000, 0x2000 | OPEN);
+        put(0x2000, 0x3000 | OPEN);
+        for table in 0..4 {
+            put(0x3000 + table * 8, (0x4000 + table * 0x1000) | OPEN);
+            for page in 0..512 {
+                put(0x4000 + table * 0x1000 + page * 8, (table << 21 | page << 12) | OPEN);
+            }
+        }
+        ram.write(CODE, code).unwrap();
+        let state = &mut core.state;
+        for segment in &mut state.segments {
+            *segment = Segment::default();
+        }
+        let user = 3 << attr::DPL_SHIFT;
+        state.segments[seg::CS] =
+            Segment { base: 0, limit: u32::MAX, selector: 0x33, attr: attr::CODE64 | user };
+        state.segments[seg::SS] =
+            Segment { base: 0, limit: u32::MAX, selector: 0x2b, attr: attr::DATA | user };
+        state.rip = CODE;
+        state.gpr[4] = STACK;
+        state.rflags = rflags::FIXED | rflags::IF;
+        core.mmu.flush_all(&mut core.state);
+        Self { core, direct: Direct::new(1_000_000_000) }
+    }
+
+    fn run(&mut self) -> Next {
+        self.core.enter();
+        let next = self.direct.run(&mut self.core);
+        self.core.leave();
+        assert_eq!(self.direct.off(), None);
+        next.unwrap()
+    }
+
+    /// Runs until something is to be done, which must be at an offset of the code.
+    fn runs_to(&mut self, offset: u64) {
+        assert_eq!(self.run(), Next::Step);
+        assert_eq!(self.core.state.rip, CODE + offset);
+    }
+
+    fn read(&self, at: u64) -> u64 {
+        self.core.mmu.memory.load_u64(at).unwrap()
+    }
+
+    fn write(&self, at: u64, value: u64) {
+        self.core.mmu.memory.write(at, &value.to_le_bytes()).unwrap();
+    }
+
+    fn entry(linear: u64) -> u64 {
+        0x4000 + (linear >> 12) * 8
+    }
+
+    fn pid(&self) -> libc::pid_t {
+        self.direct.mirrors.iter().flatten().next().unwrap().process.pid()
+    }
+}
+
+/// MOV of a 64-bit number to RDI.
+fn rdi(value: u64) -> Vec<u8> {
+    [&[0x48, 0xbf][..], &value.to_le_bytes()].concat()
+}
+
+const SYSCALL: [u8; 2] = [0x0f, 0x05];
+
+fn program(parts: &[&[u8]]) -> Vec<u8> {
+    parts.concat()
+}
+
+#[test]
+fn registers_flags_and_memory_come_back() {
+    // mov [rdi], rax; add rax, rbx; vpaddq ymm1, ymm0, ymm0; fld1; stc; cld; syscall
+    let code = program(&[
+        &rdi(DATA),
+        &[0x48, 0x89, 0x07, 0x48, 0x01, 0xd8, 0xc5, 0xfd, 0xd4, 0xc8, 0xd9, 0xe8, 0xf9, 0xfc],
+        &SYSCALL,
+    ]);
+    let mut guest = Guest::new(&code);
+    guest.core.state.gpr[0] = 60;
+    guest.core.state.gpr[3] = 5;
+    guest.core.state.gpr[15] = 0x1234_5678_9abc;
+    guest.core.state.ymm.0[0] = [1, 2, 3, 4];
+    guest.core.state.mxcsr = 0x9fc0;
+    guest.core.state.segments[seg::FS].base = 0x7000;
+    guest.runs_to(code.len() as u64 - 2);
+    let state = &guest.core.state;
+    assert_eq!((state.gpr[0], state.gpr[3], state.gpr[4], state.gpr[7]), (65, 5, STACK, DATA));
+    assert_eq!(state.gpr[15], 0x1234_5678_9abc);
+    assert_eq!(state.ymm.0[1], [2, 4, 6, 8]);
+    assert_eq!((state.mxcsr, state.segments[seg::FS].base), (0x9fc0, 0x7000));
+    assert_eq!(state.rflags & (rflags::CF | rflags::ZF | rflags::IF), rflags::CF | rflags::IF);
+    // The register on top of the x87 stack is 1.0.
+    assert_eq!(state.x87.0[32..42], [0, 0, 0, 0, 0, 0, 0, 0x80, 0xff, 0x3f]);
+    assert_eq!(guest.read(DATA), 60);
+    // What was written is dirty, what was only fetched is not, what nobody touched is neither that nor accessed.
+    assert_eq!(guest.read(Guest::entry(DATA)) & 0x60, 0x60);
+    assert_eq!(guest.read(Guest::entry(CODE)) & 0x60, 0x20);
+    assert_eq!(guest.read(Guest::entry(DATA + 0x1000)) & 0x60, 0);
+}
+
+#[test]
+fn no_system_call_is_made_for_the_guest() {
+    // exit_group, kill(getppid), int 0x80: each would be the end of something.
+    for (number, call) in [(231, [0x0f, 0x05]), (62, [0x0f, 0x05]), (1, [0xcd, 0x80])] {
+        let mut guest = Guest::new(&call);
+        guest.core.state.gpr[0] = number;
+        guest.core.state.gpr[7] = u64::from(std::process::id());
+        guest.core.state.gpr[6] = 9;
+        for _ in 0..3 {
+            guest.runs_to(0);
+            assert_eq!(guest.core.state.gpr[0], number);
+        }
+    }
+}
+
+#[test]
+fn exceptions_are_for_the_other_tiers() {
+    let cases: [(&[u8], u64); 8] = [
+        // ud2; int3; int 3; icebp; hlt; div by zero; a privileged MOV; a load from nowhere
+        (&[0x0f, 0x0b], 0),
+        (&[0x90, 0xcc], 1),
+        (&[0x90, 0xcd, 0x03], 1),
+        (&[0x90, 0xf1], 1),
+        (&[0xf4], 0),
+        (&[0x31, 0xc9, 0xf7, 0xf1], 2),
+        (&[0x0f, 0x20, 0xd8], 0),
+        (&[0x48, 0x8b, 0x04, 0x25, 0, 0, 0, 0x10], 0),
+    ];
+    for (code, at) in cases {
+        let mut guest = Guest::new(code);
+        guest.runs_to(at);
+        // Nothing that the host's kernel did to get there is left in the flags.
+        assert_eq!(guest.core.state.rflags & rflags::RF, 0);
+    }
+}
+
+#[test]
+fn a_kick_stops_an_endless_loop() {
+    // inc rax; jmp
+    let mut guest = Guest::new(&[0x48, 0xff, 0xc0, 0xeb, 0xfb]);
+    let doorbell = &raw const guest.core.state.doorbell as usize;
+    let kicker = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(50));
+        #[allow(unsafe_code)]
+        // SAFETY: the guest lives until this thread has been joined.
+        unsafe {
+            (*(doorbell as *const crate::state::Doorbell)).ring(kick::LEAVE);
+        }
+    });
+    let began = Instant::now();
+    assert_eq!(guest.run(), Next::Kicked);
+    assert!(began.elapsed() < Duration::from_secs(5));
+    kicker.join().unwrap();
+    assert!(guest.core.state.gpr[0] > 1000);
+    assert_eq!(guest.run(), Next::Kicked, "a kick that nobody has taken still stops it");
+}
+
+/// Runs `mov rax, [rdi]; syscall` from the start.
+fn load(guest: &mut Guest) -> u64 {
+    guest.core.state.rip = CODE;
+    guest.runs_to(13);
+    guest.core.state.gpr[0]
+}
+
+#[test]
+fn pages_are_forgotten_when_the_guest_says_so() {
+    let code = program(&[&rdi(DATA), &[0x48, 0x8b, 0x07], &SYSCALL]);
+    let mut guest = Guest::new(&code);
+    guest.write(DATA, 1);
+    guest.write(DATA + 0x8000, 2);
+    guest.write(DATA + 0x9000, 3);
+    assert_eq!(load(&mut guest), 1);
+    guest.write(Guest::entry(DATA), (DATA + 0x8000) | OPEN);
+    assert_eq!(load(&mut guest), 1, "as a TLB, a process goes on with what it knows");
+    guest.core.mmu.invalidate_page(&mut guest.core.state, DATA + 8);
+    assert_eq!(load(&mut guest), 2);
+    guest.write(Guest::entry(DATA), (DATA + 0x9000) | OPEN);
+    guest.core.mmu.flush_all(&mut guest.core.state);
+    assert_eq!(load(&mut guest), 3);
+    // Not present any more: the guest has to hear of it.
+    guest.write(Guest::entry(DATA), 0);
+    guest.core.mmu.invalidate_page(&mut guest.core.state, DATA);
+    guest.core.state.rip = CODE;
+    guest.runs_to(10);
+}
+
+#[test]
+fn rights_are_those_of_the_page_tables() {
+    // mov [rdi], rax; syscall
+    let code = program(&[&rdi(DATA), &[0x48, 0x89, 0x07], &SYSCALL]);
+    let mut guest = Guest::new(&code);
+    guest.write(Guest::entry(DATA), DATA | 5);
+    guest.runs_to(10);
+    // The guest's kernel allows it, and needs to tell nobody.
+    guest.write(Guest::entry(DATA), DATA | OPEN);
+    guest.runs_to(13);
+    // A page of the supervisor's.
+    let mut guest = Guest::new(&code);
+    guest.write(Guest::entry(DATA), DATA | 3);
+    guest.runs_to(10);
+    // Code in a page without code: jmp rdi
+    let mut guest = Guest::new(&program(&[&rdi(DATA), &[0xff, 0xe7]]));
+    guest.write(Guest::entry(DATA), DATA | OPEN | 1 << 63);
+    assert_eq!(guest.run(), Next::Step);
+    assert_eq!(guest.core.state.rip, DATA);
+}
+
+#[test]
+fn writes_to_translated_code_are_seen() {
+    let code = program(&[&rdi(DATA), &[0x48, 0x89, 0x07], &SYSCALL]);
+    let mut guest = Guest::new(&code);
+    guest.runs_to(13);
+    guest.core.protect_code(DATA);
+    guest.core.state.rip = CODE;
+    guest.runs_to(10);
+}
+
+#[test]
+fn a_page_with_cpuid_is_for_the_translator() {
+    let mut guest = Guest::new(&[0x90, 0x0f, 0xa2]);
+    assert_eq!(guest.run(), Next::Translate);
+    assert_eq!(guest.core.state.rip, CODE);
+    // Code that becomes such a page: nop; jmp to itself, then CPUID.
+    let mut guest = Guest::new(&[0x90, 0x0f, 0x0b]);
+    guest.runs_to(1);
+    guest.core.state.rip = CODE;
+    guest.core.write_uint(CODE + 1, 0xa20f, 2, Privilege::User).unwrap();
+    guest.core.mmu.news.written(CODE);
+    assert_eq!(guest.run(), Next::Translate);
+}
+
+#[test]
+fn the_process_has_nothing_but_guest_memory() {
+    let mut guest = Guest::new(&[0x0f, 0x0b]);
+    guest.runs_to(0);
+    let pid = guest.pid();
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+    for line in maps.lines() {
+        let ours = ["yado-ram", "yado-direct", "yado-commands"].iter().any(|name| line.contains(name));
+        assert!(ours || line.ends_with("[vsyscall]"), "{maps}");
+        // What can be written is guest memory, and nothing can be both written and executed.
+        let rights = line.split_whitespace().nth(1).unwrap();
+        assert!(!rights.contains('w') || line.contains("yado-ram"), "{line}");
+        assert!(!(rights.contains('w') && rights.contains('x')), "{line}");
+    }
+    let mut files: Vec<_> = std::fs::read_dir(format!("/proc/{pid}/fd"))
+        .unwrap()
+        .map(|file| std::fs::read_link(file.unwrap().path()).unwrap().to_string_lossy().into_owned())
+        .collect();
+    files.sort();
+    assert_eq!(files.len(), 3, "{files:?}");
+    assert!(files.iter().all(|file| file.starts_with("/memfd:yado-")), "{files:?}");
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    assert!(status.contains("Seccomp:\t2") && status.contains("NoNewPrivs:\t1"), "{status}");
+}
+
+/// What a guest may try: each attempt must end as a stop, with nothing of ours changed.
+#[test]
+fn attacks_on_our_pages_end_as_faults() {
+    let ours = process::OURS;
+    let store: &[u8] = &[0x48, 0x89, 0x07];
+    let jump: &[u8] = &[0xff, 0xe7];
+    for (target, instruction) in [
+        // Our code and commands, read-only; the page after them; the vsyscall page's time(); the end of all.
+        (ours, store),
+        (ours + 0x1000, store),
+        (ours + 0x2000, store),
+        (ours + 0x3000, store),
+        (0xffff_ffff_ff60_0400, jump),
+        (0xffff_8000_0000_0000, store),
+    ] {
+        let mut guest = Guest::new(&program(&[&rdi(target), instruction, &SYSCALL]));
+        assert_eq!(guest.run(), Next::Step, "{target:#x}");
+        let state = &guest.core.state;
+        assert!(state.rip == CODE + 10 || state.rip == target, "{:#x}", state.rip);
+        assert_ne!(state.gpr[0], 1);
+    }
+    // Into our own code, which makes system calls: they are not made either.
+    let mut guest = Guest::new(&program(&[&rdi(ours + 0x127), jump]));
+    guest.core.state.gpr[0] = 231;
+    assert_eq!(guest.run(), Next::Step);
+    assert_eq!((guest.core.state.rip, guest.core.state.gpr[0]), (ours + 0x127, 231));
+    // And 32-bit code, by a far return: push 0x23; push CODE + 0x20; lretq; there, int 0x80.
+    let mut code = vec![0x6a, 0x23, 0x68, 0x20, 0, 0x40, 0, 0x48, 0xcb];
+    code.resize(0x20, 0x90);
+    code.extend([0xcd, 0x80]);
+    let mut guest = Guest::new(&code);
+    guest.core.state.gpr[0] = 1;
+    let next = guest.run();
+    assert!(next == Next::Step, "{next:?}");
+    // The process is as good as before.
+    guest.core.state.rip = CODE;
+    guest.core.state.gpr[4] = STACK;
+    assert_eq!(guest.run(), Next::Step);
+}
+
+#[test]
+fn a_process_that_is_killed_is_an_error() {
+    let mut guest = Guest::new(&[0x0f, 0x0b]);
+    guest.runs_to(0);
+    let pid = guest.pid();
+    #[allow(unsafe_code)]
+    // SAFETY: a process of ours.
+    unsafe {
+        libc::kill(pid, libc::SIGKILL);
+    }
+    guest.core.enter();
+    let end = guest.direct.run(&mut guest.core);
+    guest.core.leave();
+    assert!(matches!(end, Err(Error::Host { .. })), "{end:?}");
+}
+
+#[test]
+fn memory_that_cannot_be_shared_turns_it_off() {
+    let ram = GuestMemory::new(&[(0, 8 << 20)], Backing::Private).unwrap();
+    let mut core = Core::flat64(ram).unwrap();
+    let mut direct = Direct::new(1_000_000_000);
+    assert_eq!(direct.run(&mut core).unwrap(), Next::Translate);
+    assert!(direct.off().unwrap().contains("shared"));
+}
