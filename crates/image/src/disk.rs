@@ -2,7 +2,7 @@
 
 use crate::buffers::Buffers;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Why an image cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +31,35 @@ pub enum Error {
         /// What it is instead.
         what: &'static str,
     },
+    /// The image breaks the rules of its format.
+    #[error("{path} is no sound {format} image: {what}")]
+    Corrupt {
+        /// The file.
+        path: PathBuf,
+        /// What it should be.
+        format: &'static str,
+        /// What is wrong.
+        what: String,
+    },
+    /// The image uses something that yado has not.
+    #[error("{path} cannot be used: {what}")]
+    Unsupported {
+        /// The file.
+        path: PathBuf,
+        /// What it uses, and what to do.
+        what: String,
+    },
+    /// Somebody asked for an image that cannot be.
+    #[error("{0}")]
+    Options(String),
+    /// The host failed.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The host's reason.
+        source: io::Error,
+    },
     /// The image cannot be copied.
     #[error("cannot copy {from} to {to}: {source}")]
     Copy {
@@ -41,6 +70,43 @@ pub enum Error {
         /// The host's reason.
         source: io::Error,
     },
+}
+
+impl Error {
+    pub(crate) fn open(path: &Path, source: io::Error) -> Self {
+        Self::Open { path: path.to_path_buf(), source }
+    }
+
+    pub(crate) fn io(path: &Path, source: io::Error) -> Self {
+        Self::Io { path: path.to_path_buf(), source }
+    }
+}
+
+/// What a range of a disk is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Status {
+    /// Bytes for which the rest is true, at least one.
+    pub len: u64,
+    /// How it reads.
+    pub content: Content,
+    /// How many images below the top one hold it: 0 is the top itself.
+    pub depth: u32,
+    /// The image says something about the range (data, or that it is zero); otherwise no image of the chain does, and it
+    /// reads as zeroes.
+    pub present: bool,
+    /// Where the bytes lie in that image's file, if they lie there as they are.
+    pub offset: Option<u64>,
+    /// The bytes are stored compressed.
+    pub compressed: bool,
+}
+
+/// How a range reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Content {
+    /// As what was written there.
+    Data,
+    /// As zeroes.
+    Zero,
 }
 
 /// A disk: `capacity` bytes that can be read, written and flushed, from any thread. Offsets and lengths are bytes and
@@ -60,6 +126,21 @@ pub trait Disk: Send + Sync {
     fn discard(&self, offset: u64, len: u64) -> io::Result<()>;
     /// The range reads as zeroes afterwards; with `unmap` it may take no space.
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()>;
+    /// What begins at `offset`, at most `len` bytes of it (at least one, and on the disk).
+    fn block_status(&self, offset: u64, len: u64) -> io::Result<Status>;
+    /// Makes the disk larger (what is new reads as zeroes) or smaller.
+    fn resize(&self, capacity: u64) -> io::Result<()>;
+    /// Keeps the disk's content of this moment under a name, inside the image. Requests that run meanwhile come wholly
+    /// before or wholly after.
+    fn snapshot(&self, name: &str) -> io::Result<()>;
+}
+
+/// What a disk answers that has no place for snapshots of its own.
+pub(crate) fn no_snapshots() -> io::Error {
+    io::Error::new(
+        io::ErrorKind::Unsupported,
+        "this format keeps no snapshots inside; use qcow2, or an overlay",
+    )
 }
 
 /// Fails unless the range is on a disk of `capacity` bytes.

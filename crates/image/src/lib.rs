@@ -23,11 +23,12 @@
 mod buffers;
 mod copy;
 mod disk;
+mod endian;
 pub mod format;
 mod overlay;
 pub mod storage;
 
-pub use buffers::{Buffers, VecBuffers};
+pub use buffers::{Buffers, Part, ReadInto, VecBuffers, WriteFrom};
 pub use copy::clone_file;
-pub use disk::{Disk, Error};
+pub use disk::{Content, Disk, Error, Status};
 pub use overlay::Overlay;

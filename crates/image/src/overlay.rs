@@ -3,10 +3,10 @@
 //! Blocks that were written lie in a private sparse file at their own offsets; a bitmap says which. Nothing of it
 //! outlives the process, so flush has nothing to make stable.
 
-use crate::buffers::Buffers;
-use crate::disk::{Disk, check_range};
+use crate::buffers::{Buffers, Part};
+use crate::disk::{Content, Disk, Status, check_range, no_snapshots};
 use crate::format::Raw;
-use crate::storage::StorageFile;
+use crate::storage::{Storage, StorageFile};
 use std::fs::File;
 use std::io;
 use std::path::Path;
@@ -150,7 +150,7 @@ impl Disk for Overlay {
             if ours {
                 self.top.read(at, buffers, done, part)?;
             } else {
-                self.bottom.read(at, &Part { of: buffers, at: done, len: part })?;
+                self.bottom.read(at, &Part::new(buffers, done, part))?;
             }
             done = done.saturating_add(part);
         }
@@ -179,40 +179,38 @@ impl Disk for Overlay {
             other => other,
         })
     }
-}
 
-/// A part of other buffers.
-struct Part<'a> {
-    of: &'a dyn Buffers,
-    at: u64,
-    len: u64,
-}
-
-impl Buffers for Part<'_> {
-    fn len(&self) -> u64 {
-        self.len
+    fn block_status(&self, offset: u64, len: u64) -> io::Result<Status> {
+        check_range(offset, len, self.capacity)?;
+        let owned = self.owned.read().unwrap_or_else(PoisonError::into_inner);
+        let ours = owned.get(offset / BLOCK);
+        let mut end = (offset / BLOCK).saturating_add(1);
+        while end.saturating_mul(BLOCK) < offset.saturating_add(len) && owned.get(end) == ours {
+            end = end.saturating_add(1);
+        }
+        let part = end.saturating_mul(BLOCK).saturating_sub(offset).min(len);
+        if !ours {
+            let below = self.bottom.block_status(offset, part)?;
+            return Ok(Status { depth: below.depth.saturating_add(1), ..below });
+        }
+        let extent = self.top.extent(offset, part)?;
+        let content = if extent.hole { Content::Zero } else { Content::Data };
+        Ok(Status {
+            len: extent.len,
+            content,
+            depth: 0,
+            present: true,
+            offset: Some(offset),
+            compressed: false,
+        })
     }
 
-    fn read_file(&self, at: u64, len: u64, file: std::os::fd::BorrowedFd<'_>, offset: u64) -> io::Result<()> {
-        self.of.read_file(self.at.saturating_add(at), len, file, offset)
+    fn resize(&self, _capacity: u64) -> io::Result<()> {
+        Err(io::Error::new(io::ErrorKind::Unsupported, "a disk with disposable writes keeps its size"))
     }
 
-    fn write_file(
-        &self,
-        at: u64,
-        len: u64,
-        file: std::os::fd::BorrowedFd<'_>,
-        offset: u64,
-    ) -> io::Result<()> {
-        self.of.write_file(self.at.saturating_add(at), len, file, offset)
-    }
-
-    fn put(&self, at: u64, bytes: &[u8]) -> io::Result<()> {
-        self.of.put(self.at.saturating_add(at), bytes)
-    }
-
-    fn get(&self, at: u64, into: &mut [u8]) -> io::Result<()> {
-        self.of.get(self.at.saturating_add(at), into)
+    fn snapshot(&self, _name: &str) -> io::Result<()> {
+        Err(no_snapshots())
     }
 }
 

@@ -2,41 +2,57 @@
 //! cannot be kept: the last, partial sector reads as zeroes beyond the file's end and can only be written up to it.
 
 use crate::buffers::Buffers;
-use crate::disk::{Disk, Error, check_range, read_only_error};
-use crate::storage::StorageFile;
+use crate::disk::{Content, Disk, Error, Status, check_range, no_snapshots, read_only_error};
+use crate::storage::{Storage, StorageFile};
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 const SECTOR: u64 = 512;
 
 /// A raw image.
-#[derive(Debug)]
 pub struct Raw {
-    storage: StorageFile,
-    capacity: u64,
+    storage: Arc<dyn Storage>,
+    capacity: AtomicU64,
+    /// Bytes that can be written: the storage's length when it was opened or resized.
+    len: AtomicU64,
 }
 
 impl Raw {
     /// Opens a raw image.
     pub fn open(path: &Path, read_only: bool) -> Result<Self, Error> {
-        Ok(Self::new(StorageFile::open(path, read_only)?))
+        Ok(Self::new(Arc::new(StorageFile::open(path, read_only)?)))
     }
 
     /// A raw image in open storage.
-    pub fn new(storage: StorageFile) -> Self {
-        let capacity = storage.len().checked_next_multiple_of(SECTOR).unwrap_or(storage.len());
-        Self { storage, capacity }
+    pub fn new(storage: Arc<dyn Storage>) -> Self {
+        let len = storage.len();
+        Self { storage, capacity: AtomicU64::new(whole_sectors(len)), len: AtomicU64::new(len) }
+    }
+
+    /// The storage.
+    pub fn storage(&self) -> &Arc<dyn Storage> {
+        &self.storage
+    }
+
+    fn len(&self) -> u64 {
+        self.len.load(Ordering::Acquire)
     }
 
     fn check_write(&self, offset: u64, len: u64) -> io::Result<()> {
-        check_range(offset, len, self.capacity)?;
+        check_range(offset, len, self.capacity())?;
         if self.storage.read_only() { Err(read_only_error()) } else { Ok(()) }
     }
 }
 
+fn whole_sectors(len: u64) -> u64 {
+    len.checked_next_multiple_of(SECTOR).unwrap_or(len)
+}
+
 impl Disk for Raw {
     fn capacity(&self) -> u64 {
-        self.capacity
+        self.capacity.load(Ordering::Acquire)
     }
 
     fn read_only(&self) -> bool {
@@ -44,13 +60,13 @@ impl Disk for Raw {
     }
 
     fn read(&self, offset: u64, buffers: &dyn Buffers) -> io::Result<()> {
-        check_range(offset, buffers.len(), self.capacity)?;
+        check_range(offset, buffers.len(), self.capacity())?;
         self.storage.read(offset, buffers, 0, buffers.len())
     }
 
     fn write(&self, offset: u64, buffers: &dyn Buffers) -> io::Result<()> {
         self.check_write(offset, buffers.len())?;
-        let len = buffers.len().min(self.storage.len().saturating_sub(offset));
+        let len = buffers.len().min(self.len().saturating_sub(offset));
         self.storage.write(offset, buffers, 0, len)
     }
 
@@ -72,7 +88,35 @@ impl Disk for Raw {
         if unmap && self.storage.punch_hole(offset, len).is_ok() {
             return Ok(());
         }
-        self.storage.zero_range(offset, len.min(self.storage.len().saturating_sub(offset)))
+        self.storage.zero_range(offset, len.min(self.len().saturating_sub(offset)))
+    }
+
+    fn block_status(&self, offset: u64, len: u64) -> io::Result<Status> {
+        check_range(offset, len, self.capacity())?;
+        let extent = self.storage.extent(offset, len)?;
+        let content = if extent.hole { Content::Zero } else { Content::Data };
+        Ok(Status {
+            len: extent.len,
+            content,
+            depth: 0,
+            present: true,
+            offset: Some(offset),
+            compressed: false,
+        })
+    }
+
+    fn resize(&self, capacity: u64) -> io::Result<()> {
+        if self.read_only() {
+            return Err(read_only_error());
+        }
+        self.storage.set_len(capacity)?;
+        self.len.store(capacity, Ordering::Release);
+        self.capacity.store(whole_sectors(capacity), Ordering::Release);
+        Ok(())
+    }
+
+    fn snapshot(&self, _name: &str) -> io::Result<()> {
+        Err(no_snapshots())
     }
 }
 

@@ -1,27 +1,52 @@
 //! A regular file or block device of the host.
 
+use super::{Extent, Storage};
 use crate::Error;
 use crate::buffers::Buffers;
 use rustix::fs::{FallocateFlags, FlockOperation, fallocate, fdatasync};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// An open file, locked: one writer, or any number of readers.
 #[derive(Debug)]
 pub struct StorageFile {
     file: File,
-    len: u64,
+    /// Bytes: what the file had when it was opened, and what this process has written beyond.
+    len: AtomicU64,
     read_only: bool,
+    device: bool,
 }
 
 impl StorageFile {
     /// Opens and locks the file.
     pub fn open(path: &Path, read_only: bool) -> Result<Self, Error> {
-        let open = |source| Error::Open { path: path.to_path_buf(), source };
-        let mut file = OpenOptions::new().read(true).write(!read_only).open(path).map_err(open)?;
+        let file = OpenOptions::new().read(true).write(!read_only).open(path);
+        let this = Self::wrap(file.map_err(|source| Error::open(path, source))?, path, read_only)?;
+        if this.is_empty() {
+            return Err(Error::NotAnImage { path: path.to_path_buf(), what: "empty" });
+        }
+        Ok(this)
+    }
+
+    /// Makes a new, empty file for an image and locks it; with `replace` a regular file that is there is emptied, once it
+    /// is known that nobody uses it.
+    pub fn create(path: &Path, replace: bool) -> Result<Self, Error> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true);
+        let file = if replace { options.create(true).truncate(false) } else { options.create_new(true) };
+        let this = Self::wrap(file.open(path).map_err(|source| Error::open(path, source))?, path, false)?;
+        if !this.device {
+            this.set_len(0).map_err(|source| Error::open(path, source))?;
+        }
+        Ok(this)
+    }
+
+    fn wrap(mut file: File, path: &Path, read_only: bool) -> Result<Self, Error> {
+        let open = |source| Error::open(path, source);
         let kind = file.metadata().map_err(open)?.file_type();
         let not = |what| Err(Error::NotAnImage { path: path.to_path_buf(), what });
         if kind.is_dir() {
@@ -32,9 +57,6 @@ impl StorageFile {
         }
         // The end of a block device, too, is found by seeking.
         let len = file.seek(SeekFrom::End(0)).map_err(open)?;
-        if len == 0 {
-            return not("empty");
-        }
         let lock = if read_only {
             FlockOperation::NonBlockingLockShared
         } else {
@@ -46,77 +68,12 @@ impl StorageFile {
             // A file system without locks (some network ones) protects nobody.
             Err(_) => {}
         }
-        Ok(Self { file, len, read_only })
+        Ok(Self { file, len: AtomicU64::new(len), read_only, device: kind.is_block_device() })
     }
 
     /// Wraps a file made by this process for itself.
     pub fn private(file: File, len: u64) -> Self {
-        Self { file, len, read_only: false }
-    }
-
-    /// Bytes.
-    pub fn len(&self) -> u64 {
-        self.len
-    }
-
-    /// Never: empty files are refused.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// Opened without the right to write.
-    pub fn read_only(&self) -> bool {
-        self.read_only
-    }
-
-    /// Reads `len` bytes at `offset` into `buffers` at `at`.
-    pub fn read(&self, offset: u64, buffers: &dyn Buffers, at: u64, len: u64) -> io::Result<()> {
-        buffers.read_file(at, len, self.file.as_fd(), offset)
-    }
-
-    /// Writes `len` bytes of `buffers` from `at` to `offset`.
-    pub fn write(&self, offset: u64, buffers: &dyn Buffers, at: u64, len: u64) -> io::Result<()> {
-        buffers.write_file(at, len, self.file.as_fd(), offset)
-    }
-
-    /// Reads plain bytes; beyond the end of the file there are zeroes.
-    pub fn read_bytes(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        let mut done = 0usize;
-        while let Some(rest) = into.get_mut(done..).filter(|rest| !rest.is_empty()) {
-            match self.file.read_at(rest, offset.saturating_add(done as u64)) {
-                Ok(0) => {
-                    rest.fill(0);
-                    return Ok(());
-                }
-                Ok(count) => done = done.saturating_add(count),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-
-    /// Writes plain bytes.
-    pub fn write_bytes(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        self.file.write_all_at(bytes, offset)
-    }
-
-    /// Returns when everything written before is on stable storage.
-    pub fn flush(&self) -> io::Result<()> {
-        Ok(fdatasync(&self.file)?)
-    }
-
-    /// Gives the range's space back to the host; it reads as zeroes afterwards. `Unsupported` where the host cannot.
-    pub fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.allocate(FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len)
-    }
-
-    /// Makes the range read as zeroes, its space kept. Written out where the host has no quicker way.
-    pub fn zero_range(&self, offset: u64, len: u64) -> io::Result<()> {
-        match self.allocate(FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE, offset, len) {
-            Err(error) if error.kind() == io::ErrorKind::Unsupported => self.write_zero_bytes(offset, len),
-            other => other,
-        }
+        Self { file, len: AtomicU64::new(len), read_only: false, device: false }
     }
 
     fn write_zero_bytes(&self, offset: u64, len: u64) -> io::Result<()> {
@@ -141,5 +98,91 @@ impl StorageFile {
             }
             other => Ok(other?),
         }
+    }
+
+    /// Notes that the file reaches `end` at least.
+    fn reaches(&self, end: u64) {
+        if self.len.load(Ordering::Relaxed) < end {
+            self.len.fetch_max(end, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Storage for StorageFile {
+    fn len(&self) -> u64 {
+        self.len.load(Ordering::Relaxed)
+    }
+
+    fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn read(&self, offset: u64, buffers: &dyn Buffers, at: u64, len: u64) -> io::Result<()> {
+        buffers.read_file(at, len, self.file.as_fd(), offset)
+    }
+
+    fn write(&self, offset: u64, buffers: &dyn Buffers, at: u64, len: u64) -> io::Result<()> {
+        buffers.write_file(at, len, self.file.as_fd(), offset)?;
+        self.reaches(offset.saturating_add(len));
+        Ok(())
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        Ok(fdatasync(&self.file)?)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        if self.device {
+            return if len <= self.len() { Ok(()) } else { Err(io::ErrorKind::StorageFull.into()) };
+        }
+        self.file.set_len(len)?;
+        self.len.store(len, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.allocate(FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len)
+    }
+
+    fn zero_range(&self, offset: u64, len: u64) -> io::Result<()> {
+        match self.allocate(FallocateFlags::ZERO_RANGE, offset, len) {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => self.write_zero_bytes(offset, len),
+            Ok(()) => {
+                self.reaches(offset.saturating_add(len));
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.allocate(FallocateFlags::empty(), offset, len)?;
+        self.reaches(offset.saturating_add(len));
+        Ok(())
+    }
+
+    fn extent(&self, offset: u64, len: u64) -> io::Result<Extent> {
+        let end = self.len();
+        if offset >= end {
+            return Ok(Extent { len, hole: true });
+        }
+        let within = len.min(end.saturating_sub(offset));
+        let until = |to: u64| to.saturating_sub(offset).clamp(1, within);
+        match rustix::fs::seek(&self.file, rustix::fs::SeekFrom::Data(offset)) {
+            Ok(data) if data > offset => Ok(Extent { len: until(data), hole: true }),
+            Ok(_) => {
+                let hole = rustix::fs::seek(&self.file, rustix::fs::SeekFrom::Hole(offset)).unwrap_or(end);
+                Ok(Extent { len: until(hole), hole: false })
+            }
+            // Nothing but a hole up to the end.
+            Err(rustix::io::Errno::NXIO) => Ok(Extent { len: within, hole: true }),
+            // A file system that knows no holes has data everywhere.
+            Err(_) => Ok(Extent { len: within, hole: false }),
+        }
+    }
+
+    fn allocated(&self) -> Option<u64> {
+        let metadata = self.file.metadata().ok()?;
+        Some(metadata.blocks().saturating_mul(512))
     }
 }

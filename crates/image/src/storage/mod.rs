@@ -1,5 +1,60 @@
-//! What lies below a format.
+//! What lies below a format: bytes at offsets that can grow.
 
 mod file;
+#[cfg(test)]
+pub(crate) mod power;
 
 pub use file::StorageFile;
+
+use crate::buffers::{Buffers, ReadInto, WriteFrom};
+use std::io;
+
+/// What a range of storage is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// Bytes, at least one.
+    pub len: u64,
+    /// Nothing is stored there; it reads as zeroes.
+    pub hole: bool,
+}
+
+/// Bytes at offsets: a file, a block device, a connection. Any thread may call anything at any time. Reads beyond the
+/// end give zeroes, writes beyond it make the storage longer.
+pub trait Storage: Send + Sync {
+    /// Bytes.
+    fn len(&self) -> u64;
+    /// Whether there are none.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+    /// Writes fail.
+    fn read_only(&self) -> bool;
+    /// Reads `len` bytes at `offset` into `buffers` at `at`.
+    fn read(&self, offset: u64, buffers: &dyn Buffers, at: u64, len: u64) -> io::Result<()>;
+    /// Writes `len` bytes of `buffers` from `at` to `offset`.
+    fn write(&self, offset: u64, buffers: &dyn Buffers, at: u64, len: u64) -> io::Result<()>;
+    /// Returns when everything written before is stable.
+    fn flush(&self) -> io::Result<()>;
+    /// Cuts or grows the storage; what is new reads as zeroes.
+    fn set_len(&self, len: u64) -> io::Result<()>;
+    /// Gives the range's space back; it reads as zeroes afterwards. `Unsupported` where that cannot be.
+    fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()>;
+    /// Makes the range read as zeroes, its space kept.
+    fn zero_range(&self, offset: u64, len: u64) -> io::Result<()>;
+    /// Reserves space for the range, its content unchanged. `Unsupported` where that cannot be.
+    fn reserve(&self, offset: u64, len: u64) -> io::Result<()>;
+    /// What begins at `offset`, at most `len` bytes of it.
+    fn extent(&self, offset: u64, len: u64) -> io::Result<Extent>;
+    /// Bytes that the storage takes, where that is known.
+    fn allocated(&self) -> Option<u64>;
+
+    /// Reads plain bytes.
+    fn read_bytes(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        let len = into.len() as u64;
+        self.read(offset, &ReadInto::new(into), 0, len)
+    }
+    /// Writes plain bytes.
+    fn write_bytes(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.write(offset, &WriteFrom(bytes), 0, bytes.len() as u64)
+    }
+}

@@ -1,0 +1,568 @@
+//! The check: counts every reference from the header, tables, snapshots and bitmaps, and compares that with the refcounts.
+//!
+//! It reads the file only, with the gate closed and nothing dirty. A repair changes as little as it can: leaks lower
+//! counts in place; anything worse writes all refcounts anew into other clusters and switches to them with one write of
+//! the header, so that a cut in the middle leaves what was there.
+//!
+//! Source: docs/interop/qcow2.rst, sections "Refcounts" and "Cluster mapping".
+
+use super::header::{AUTOCLEAR_BITMAPS, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY};
+use super::refcount::{block_bits, count_max, read_count, write_count};
+use super::snapshot::read_table;
+use super::table::{COMPRESSED, COPIED, Entry, L1_RESERVED, OFFSET};
+use super::{Qcow2, lock, read_l1, words_at};
+use crate::disk::Error;
+use crate::endian::{be32, be64, bytes_be, put, size};
+use std::io;
+use std::sync::atomic::Ordering;
+
+/// Clusters of a file that can be checked: their counts take four bytes each.
+const CLUSTERS_MAX: u64 = 1 << 29;
+/// Findings that are told in words.
+const MESSAGES_MAX: usize = 1000;
+
+/// What a check is to repair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Repair {
+    /// Nothing.
+    Nothing,
+    /// Clusters that are counted and not used.
+    Leaks,
+    /// All that can be.
+    All,
+}
+
+/// What a check has found.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Findings {
+    /// Things that break the rules and can cost data.
+    pub corruptions: u64,
+    /// Clusters that are counted and not used.
+    pub leaks: u64,
+    /// Corruptions that were repaired.
+    pub corruptions_fixed: u64,
+    /// Leaks that were repaired.
+    pub leaks_fixed: u64,
+    /// Things that could not be checked.
+    pub errors: u64,
+    /// Clusters of the disk.
+    pub total_clusters: u64,
+    /// Those that are in the file.
+    pub allocated_clusters: u64,
+    /// Those that do not follow the cluster before.
+    pub fragmented_clusters: u64,
+    /// Those that are compressed.
+    pub compressed_clusters: u64,
+    /// Where the last used cluster of the file ends.
+    pub image_end_offset: u64,
+    /// The findings in words, as many as are kept.
+    pub messages: Vec<String>,
+}
+
+impl Findings {
+    fn corrupt(&mut self, message: impl FnOnce() -> String) {
+        self.corruptions = self.corruptions.saturating_add(1);
+        self.say(message);
+    }
+
+    fn say(&mut self, message: impl FnOnce() -> String) {
+        if self.messages.len() < MESSAGES_MAX {
+            self.messages.push(message());
+        }
+    }
+
+    /// Whether nothing is wrong.
+    pub fn is_clean(&self) -> bool {
+        self.corruptions == 0 && self.leaks == 0 && self.errors == 0
+    }
+}
+
+/// References counted so far.
+struct Counts {
+    counts: Vec<u32>,
+    bits: u32,
+}
+
+impl Counts {
+    /// Counts a reference to a range of the file; answers whether it is inside.
+    fn add(&mut self, offset: u64, len: u64) -> bool {
+        let first = offset >> self.bits;
+        let last = offset.saturating_add(len.saturating_sub(1)) >> self.bits;
+        if last >= self.counts.len() as u64 || len == 0 {
+            return len == 0;
+        }
+        for count in self.counts.get_mut(size(first)..=size(last)).unwrap_or_default() {
+            *count = count.saturating_add(1);
+        }
+        true
+    }
+
+    fn get(&self, offset: u64) -> u32 {
+        self.counts.get(size(offset >> self.bits)).copied().unwrap_or(0)
+    }
+}
+
+/// An entry of a table that a repair empties: its place in the file and the words.
+type Cure = (u64, Vec<u64>);
+
+struct Walk<'a> {
+    image: &'a Qcow2,
+    counts: Counts,
+    findings: Findings,
+    cures: Vec<Cure>,
+    next: u64,
+}
+
+impl Qcow2 {
+    /// Checks the image, and repairs it if it may be written. Requests wait meanwhile.
+    pub fn check(&self, repair: Repair) -> Result<Findings, Error> {
+        self.check_inside(repair).map_err(|source| Error::io(&self.path, source))
+    }
+
+    fn check_inside(&self, repair: Repair) -> io::Result<Findings> {
+        if repair != Repair::Nothing && self.read_only {
+            return Err(crate::disk::read_only_error());
+        }
+        let _quiet = if self.read_only { None } else { Some(self.quiesce()?) };
+        if !self.read_only {
+            // The first freed clusters; this writes that they are free.
+            self.flush_quiet()?;
+        }
+        let header = self.header();
+        let dirty = header.incompatible & (INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT) != 0;
+        let mut found = self.look()?;
+        if repair == Repair::All && found.findings.corruptions > 0 {
+            self.repair_all(&mut found)?;
+        } else if repair != Repair::Nothing && found.findings.leaks > 0 {
+            self.repair_leaks(&mut found)?;
+        }
+        let clean = found.findings.corruptions == 0 && found.findings.errors == 0;
+        if repair == Repair::All && dirty && clean {
+            let mut header = lock(&self.header);
+            header.incompatible &= !(INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT);
+            self.storage.flush()?;
+            self.storage.write_bytes(72, &header.incompatible.to_be_bytes())?;
+            self.storage.flush()?;
+            self.opened.store(false, Ordering::Release);
+            self.damaged.store(false, Ordering::Release);
+        }
+        Ok(found.findings)
+    }
+
+    /// One walk over everything.
+    fn look(&self) -> io::Result<Found> {
+        let bits = self.shape.cluster_bits & 63;
+        let clusters = self.storage.len().div_ceil(self.shape.cluster());
+        if clusters > CLUSTERS_MAX {
+            let text = format!("the file has {clusters} clusters, more than can be checked ({CLUSTERS_MAX})");
+            return Err(io::Error::new(io::ErrorKind::FileTooLarge, text));
+        }
+        let mut walk = Walk {
+            image: self,
+            counts: Counts { counts: vec![0; size(clusters)], bits },
+            findings: Findings { total_clusters: self.capacity_clusters(), ..Findings::default() },
+            cures: Vec::new(),
+            next: 0,
+        };
+        let header = self.header();
+        walk.row(0, 1, "header");
+        let l1 = read_l1(self.storage.as_ref(), header.l1_offset, header.l1_size)?.words();
+        walk.row(header.l1_offset, (l1.len() as u64).saturating_mul(8), "active L1 table");
+        walk.tree(&l1, Some(header.l1_offset))?;
+        walk.snapshots()?;
+        walk.bitmaps()?;
+        walk.refcounts()?;
+        let highest =
+            walk.counts.counts.iter().rposition(|count| *count > 0).map_or(0, |last| last.saturating_add(1));
+        walk.findings.image_end_offset = (highest as u64) << bits;
+        let leaks = walk.compare()?;
+        walk.owned_flags(&l1)?;
+        let Walk { counts, findings, cures, .. } = walk;
+        Ok(Found { leaked: leaks, counts, findings, cures })
+    }
+
+    fn repair_leaks(&self, found: &mut Found) -> io::Result<()> {
+        self.open_for_change()?;
+        let storage = self.storage.as_ref();
+        for (cluster, stored, counted) in &found.leaked {
+            let change = i64::try_from(stored.saturating_sub(*counted)).unwrap_or(i64::MAX).saturating_neg();
+            self.refcounts.add(storage, *cluster, change)?;
+        }
+        self.flush_quiet()?;
+        found.findings.leaks_fixed = found.findings.leaks;
+        found.findings.leaks = 0;
+        Ok(())
+    }
+
+    /// Empties entries that break the rules, counts again, and writes all refcounts anew.
+    fn repair_all(&self, found: &mut Found) -> io::Result<()> {
+        let storage = self.storage.as_ref();
+        for (offset, words) in &found.cures {
+            storage.write_bytes(*offset, &bytes_be(words.iter().copied()))?;
+        }
+        storage.flush()?;
+        // What is gone is not counted any more; flags are judged by the new counts afterwards.
+        let again = self.look()?;
+        self.write_refcounts(&again.counts)?;
+        self.reload()?;
+        self.mark_owned()?;
+        self.flush_quiet()?;
+        let mut last = self.look()?;
+        if last.findings.leaks > 0 {
+            self.repair_leaks(&mut last)?;
+        }
+        let fixed = found.findings.corruptions.saturating_sub(last.findings.corruptions);
+        let leaks_fixed = found.findings.leaks.saturating_sub(last.findings.leaks);
+        let mut messages = std::mem::take(&mut found.findings.messages);
+        messages.extend(last.findings.messages.iter().map(|message| format!("not repaired: {message}")));
+        messages.truncate(MESSAGES_MAX);
+        found.findings = Findings { corruptions_fixed: fixed, leaks_fixed, messages, ..last.findings };
+        Ok(())
+    }
+
+    /// Reads header and tables again.
+    fn reload(&self) -> io::Result<()> {
+        let header = self.header();
+        let storage = self.storage.as_ref();
+        self.refcounts.reload(storage, &header)?;
+        let l1 = read_l1(storage, header.l1_offset, header.l1_size)?;
+        let metadata = super::metadata_of(&self.shape, &header, &l1, &self.refcounts);
+        *self.map.metadata.write().unwrap_or_else(std::sync::PoisonError::into_inner) = metadata;
+        self.map.replace(l1);
+        Ok(())
+    }
+
+    /// Writes all refcounts into new clusters at the end of the file and switches to them.
+    fn write_refcounts(&self, counts: &Counts) -> io::Result<()> {
+        let storage = self.storage.as_ref();
+        let (bits, order) = (self.shape.cluster_bits & 63, lock(&self.header).refcount_order);
+        let cluster = self.shape.cluster();
+        let per_block = 1u64 << (block_bits(self.shape.cluster_bits, order) & 63);
+        let start = counts.counts.len() as u64;
+        let old_table = {
+            let header = lock(&self.header);
+            (header.reftable_offset, header.reftable_clusters)
+        };
+        // New clusters: blocks and table, each of which must be counted too.
+        let (mut blocks, mut table) = (0u64, 0u64);
+        loop {
+            let end = start.saturating_add(blocks).saturating_add(table);
+            let need =
+                (end.div_ceil(per_block), end.div_ceil(per_block).saturating_mul(8).div_ceil(cluster).max(1));
+            if need == (blocks, table) {
+                break;
+            }
+            (blocks, table) = need;
+        }
+        if table << bits > super::header::REFTABLE_BYTES_MAX {
+            return Err(io::Error::new(
+                io::ErrorKind::FileTooLarge,
+                "the file is too large for its refcounts",
+            ));
+        }
+        let old: std::collections::BTreeSet<u64> =
+            self.refcounts.blocks().into_iter().map(|offset| offset >> bits).collect();
+        let old_rows = (old_table.0 >> bits)..(old_table.0 >> bits).saturating_add(old_table.1.into());
+        let max = count_max(order);
+        let total = start.saturating_add(blocks).saturating_add(table);
+        storage.set_len(total << bits)?;
+        for block in 0..blocks {
+            let mut bytes = vec![0; size(cluster)];
+            let base = block.saturating_mul(per_block);
+            for index in 0..per_block.min(total.saturating_sub(base)) {
+                let at = base.saturating_add(index);
+                let mut count: u64 = counts.counts.get(size(at)).copied().unwrap_or(0).into();
+                // The old blocks and table count themselves no more.
+                if old.contains(&at) || old_rows.contains(&at) {
+                    count = count.saturating_sub(1);
+                }
+                if at >= start {
+                    count = 1;
+                }
+                write_count(&mut bytes, size(index), order, count.min(max));
+            }
+            storage.write_bytes(start.saturating_add(block) << bits, &bytes)?;
+        }
+        let entries = (0..blocks).map(|block| start.saturating_add(block) << bits);
+        let mut bytes = bytes_be(entries);
+        bytes.resize(size(table << bits), 0);
+        let offset = start.saturating_add(blocks) << bits;
+        storage.write_bytes(offset, &bytes)?;
+        storage.flush()?;
+        let mut field = [0; 12];
+        put(&mut field, 0, &offset.to_be_bytes());
+        put(&mut field, 8, &(table as u32).to_be_bytes());
+        storage.write_bytes(48, &field)?;
+        storage.flush()?;
+        let mut header = lock(&self.header);
+        (header.reftable_offset, header.reftable_clusters) = (offset, table as u32);
+        Ok(())
+    }
+}
+
+struct Found {
+    /// Cluster, its stored count, its counted one.
+    leaked: Vec<(u64, u64, u64)>,
+    counts: Counts,
+    findings: Findings,
+    cures: Vec<Cure>,
+}
+
+impl Walk<'_> {
+    fn row(&mut self, offset: u64, len: u64, what: &str) {
+        if !self.counts.add(offset, len) {
+            self.findings.corrupt(|| format!("the {what} at {offset:#x} reaches beyond the end of the file"));
+        }
+    }
+
+    /// An L1 table and all below; `active` is the place of the active one, whose entries can be cured.
+    fn tree(&mut self, l1: &[u64], active: Option<u64>) -> io::Result<()> {
+        let shape = &self.image.shape;
+        for (index, word) in l1.iter().enumerate().filter(|(_, word)| **word != 0) {
+            let host = word & OFFSET;
+            let bad = word & L1_RESERVED != 0 || shape.within(host) != 0 || (host == 0 && word & COPIED != 0);
+            if host == 0 && !bad {
+                continue;
+            }
+            if bad || host < shape.cluster() || !self.counts.add(host, shape.cluster()) {
+                self.findings.corrupt(|| format!("the L1 entry {index} ({word:#x}) points at no table"));
+                if let Some(place) = active {
+                    self.cures.push((place.saturating_add((index as u64).saturating_mul(8)), vec![0]));
+                }
+                continue;
+            }
+            let words = words_at(self.image.storage.as_ref(), host, shape.cluster() / 8)?;
+            self.table(host, &words, active.is_some());
+        }
+        Ok(())
+    }
+
+    fn table(&mut self, host: u64, words: &[u64], active: bool) {
+        let shape = self.image.shape;
+        let step = if shape.extended { 2 } else { 1 };
+        for (index, pair) in words.chunks(step).enumerate() {
+            let entry =
+                Entry { word: pair.first().copied().unwrap_or(0), bitmap: pair.get(1).copied().unwrap_or(0) };
+            if entry == Entry::default() {
+                continue;
+            }
+            let sound = entry.is_sound(&shape) && self.count(&entry, active);
+            if !sound {
+                let word = entry.word;
+                self.findings.corrupt(|| {
+                    format!("the L2 entry {index} of the table at {host:#x} ({word:#x}) breaks the rules")
+                });
+                let at = host.saturating_add((index as u64).saturating_mul(8).saturating_mul(step as u64));
+                self.cures.push((at, vec![0; step]));
+            }
+        }
+    }
+
+    /// Counts what an entry refers to; answers whether all of it is in the file.
+    fn count(&mut self, entry: &Entry, active: bool) -> bool {
+        let shape = self.image.shape;
+        if entry.word & COMPRESSED != 0 {
+            let (offset, len) = shape.compressed(entry.word);
+            if offset < shape.cluster() || !self.counts.add(offset, len) {
+                return false;
+            }
+            if active {
+                self.findings.allocated_clusters = self.findings.allocated_clusters.saturating_add(1);
+                self.findings.compressed_clusters = self.findings.compressed_clusters.saturating_add(1);
+                self.findings.fragmented_clusters = self.findings.fragmented_clusters.saturating_add(1);
+            }
+            return true;
+        }
+        if !entry.has_host(&shape) {
+            return true;
+        }
+        let host = entry.host();
+        if !shape.data_file && (host < shape.cluster() || !self.counts.add(host, shape.cluster())) {
+            return false;
+        }
+        if active {
+            self.findings.allocated_clusters = self.findings.allocated_clusters.saturating_add(1);
+            if self.next != 0 && host != self.next {
+                self.findings.fragmented_clusters = self.findings.fragmented_clusters.saturating_add(1);
+            }
+            self.next = host.saturating_add(shape.cluster());
+        }
+        true
+    }
+
+    fn snapshots(&mut self) -> io::Result<()> {
+        let header = self.image.header();
+        let storage = self.image.storage.as_ref();
+        if header.snapshots == 0 {
+            return Ok(());
+        }
+        let (list, len) = match read_table(storage, header.snapshots_offset, header.snapshots, header.size) {
+            Ok(read) => read,
+            Err(error) => {
+                self.findings.corrupt(|| error.to_string());
+                return Ok(());
+            }
+        };
+        self.row(header.snapshots_offset, len, "list of snapshots");
+        for snapshot in list {
+            let bytes = u64::from(snapshot.l1_size).saturating_mul(8);
+            let bad = bytes > super::header::L1_BYTES_MAX || self.image.shape.within(snapshot.l1_offset) != 0;
+            if bad || !self.counts.add(snapshot.l1_offset, bytes) {
+                let name = snapshot.name.clone();
+                self.findings
+                    .corrupt(|| format!("the L1 table of the snapshot {name:?} is at no place that can be"));
+                continue;
+            }
+            let l1 = words_at(storage, snapshot.l1_offset, snapshot.l1_size.into())?;
+            self.tree(&l1, None)?;
+        }
+        Ok(())
+    }
+
+    /// The directory of bitmaps, their tables and bits (section "Bitmaps extension").
+    fn bitmaps(&mut self) -> io::Result<()> {
+        let header = self.image.header();
+        let Some(extension) = header.bitmaps.filter(|_| header.autoclear & AUTOCLEAR_BITMAPS != 0) else {
+            return Ok(());
+        };
+        let storage = self.image.storage.as_ref();
+        let len = extension.directory_len;
+        if len > 64 << 20 || !self.counts.add(extension.directory_offset, len) {
+            self.findings.corrupt(|| "the directory of bitmaps is at no place that can be".to_owned());
+            return Ok(());
+        }
+        let mut directory = vec![0; size(len)];
+        storage.read_bytes(extension.directory_offset, &mut directory)?;
+        let mut at = 0usize;
+        for _ in 0..extension.count {
+            let Some(entry) = directory.get(at..).filter(|entry| entry.len() >= 24) else {
+                self.findings.corrupt(|| "the directory of bitmaps is cut off".to_owned());
+                return Ok(());
+            };
+            let (table, entries) = (be64(entry, 0), be32(entry, 8));
+            let name = usize::from(crate::endian::be16(entry, 18));
+            let extra = size(be32(entry, 20).into());
+            self.bitmap(table, entries)?;
+            let len = 24usize.saturating_add(name).saturating_add(extra);
+            at = at.saturating_add(len.checked_next_multiple_of(8).unwrap_or(usize::MAX));
+        }
+        Ok(())
+    }
+
+    fn bitmap(&mut self, table: u64, entries: u32) -> io::Result<()> {
+        let bytes = u64::from(entries).saturating_mul(8);
+        if bytes > super::header::L1_BYTES_MAX
+            || self.image.shape.within(table) != 0
+            || !self.counts.add(table, bytes)
+        {
+            self.findings
+                .corrupt(|| format!("the table of a bitmap at {table:#x} is at no place that can be"));
+            return Ok(());
+        }
+        for word in words_at(self.image.storage.as_ref(), table, entries.into())? {
+            let host = word & OFFSET;
+            if host != 0
+                && (self.image.shape.within(host) != 0 || !self.counts.add(host, self.image.shape.cluster()))
+            {
+                self.findings.corrupt(|| format!("a bitmap's cluster {host:#x} is at no place that can be"));
+            }
+        }
+        Ok(())
+    }
+
+    fn refcounts(&mut self) -> io::Result<()> {
+        let (offset, clusters) = self.image.refcounts.table();
+        let cluster = self.image.shape.cluster();
+        self.row(offset, u64::from(clusters).saturating_mul(cluster), "refcount table");
+        for block in self.image.refcounts.blocks() {
+            let good =
+                self.image.shape.within(block) == 0 && block >= cluster && self.counts.add(block, cluster);
+            if !good || self.counts.get(block) != 1 {
+                self.findings
+                    .corrupt(|| format!("the refcount block at {block:#x} is at no place that can be"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Stored against counted references; answers the leaks.
+    fn compare(&mut self) -> io::Result<Vec<(u64, u64, u64)>> {
+        let image = self.image;
+        let header = image.header();
+        let (order, storage) = (header.refcount_order, image.storage.as_ref());
+        let per_block = 1u64 << (block_bits(image.shape.cluster_bits, order) & 63);
+        let (offset, clusters) = image.refcounts.table();
+        let table = words_at(storage, offset, u64::from(clusters).saturating_mul(image.shape.cluster()) / 8)?;
+        let mut leaks = Vec::new();
+        let mut bytes = vec![0; size(image.shape.cluster())];
+        let total = self.counts.counts.len() as u64;
+        let blocks = total
+            .div_ceil(per_block)
+            .max(table.iter().rposition(|at| *at != 0).map_or(0, |at| (at as u64).saturating_add(1)));
+        for number in 0..blocks {
+            let place = table.get(size(number)).copied().unwrap_or(0);
+            if place == 0 || image.shape.within(place) != 0 || place >= storage.len() {
+                bytes.fill(0);
+            } else {
+                storage.read_bytes(place, &mut bytes)?;
+            }
+            let base = number.saturating_mul(per_block);
+            for index in 0..per_block {
+                let cluster = base.saturating_add(index);
+                let counted = u64::from(self.counts.counts.get(size(cluster)).copied().unwrap_or(0));
+                let stored = read_count(&bytes, size(index), order);
+                if stored == counted {
+                    continue;
+                }
+                if stored > counted {
+                    self.findings.leaks = self.findings.leaks.saturating_add(1);
+                    self.findings.say(|| {
+                        format!(
+                            "leaked: cluster {cluster} is counted {stored} times and used {counted} times"
+                        )
+                    });
+                    leaks.push((cluster, stored, counted));
+                } else {
+                    self.findings.corrupt(|| {
+                        format!("cluster {cluster} is counted {stored} times and used {counted} times")
+                    });
+                }
+            }
+        }
+        Ok(leaks)
+    }
+
+    /// COPIED flags of the active tables against the counts.
+    fn owned_flags(&mut self, l1: &[u64]) -> io::Result<()> {
+        let shape = self.image.shape;
+        let broken: std::collections::HashSet<u64> = self.cures.iter().map(|(at, _)| *at).collect();
+        for word in l1.iter().filter(|word| **word & OFFSET != 0) {
+            let host = word & OFFSET;
+            if shape.within(host) != 0 || host >= self.image.storage.len() || word & L1_RESERVED != 0 {
+                continue;
+            }
+            let alone = self.counts.get(host) == 1;
+            if alone != (word & COPIED != 0) {
+                self.findings
+                    .corrupt(|| format!("the flag of the L2 table at {host:#x} does not fit its users"));
+            }
+            let words = words_at(self.image.storage.as_ref(), host, shape.cluster() / 8)?;
+            let step = if shape.extended { 2 } else { 1 };
+            for (index, pair) in words.chunks(step).enumerate() {
+                let word = pair.first().copied().unwrap_or(0);
+                let entry = Entry { word, bitmap: 0 };
+                let at = host.saturating_add((index as u64).saturating_mul(8).saturating_mul(step as u64));
+                if !entry.has_host(&shape) || broken.contains(&at) {
+                    continue;
+                }
+                let alone = shape.data_file || self.counts.get(entry.host()) == 1;
+                if alone != (word & COPIED != 0) {
+                    self.findings.corrupt(|| {
+                        format!("the flag of the cluster at {:#x} does not fit its users", entry.host())
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+}

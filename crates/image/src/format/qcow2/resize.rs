@@ -1,0 +1,112 @@
+//! Another size for the disk, and larger L1 tables.
+
+use super::map::L1;
+use super::table::OFFSET;
+use super::{Qcow2, header, lock};
+use crate::disk::Disk;
+use crate::endian::{bytes_be, put};
+use std::io;
+use std::sync::atomic::Ordering;
+
+impl Qcow2 {
+    /// See [`Disk::resize`]. Outside the gate.
+    pub fn resize_to(&self, capacity: u64) -> io::Result<()> {
+        let invalid = |text: &str| io::Error::new(io::ErrorKind::InvalidInput, text.to_owned());
+        if !capacity.is_multiple_of(512) {
+            return Err(invalid("the size of a disk is a multiple of 512 bytes"));
+        }
+        let (entries, snapshots) = {
+            let header = lock(&self.header);
+            (header.l1_entries_for(capacity), header.snapshots > 0 && header.version < 3)
+        };
+        if snapshots {
+            return Err(invalid("a version 2 image with snapshots cannot change its size"));
+        }
+        if entries.saturating_mul(8) > header::L1_BYTES_MAX {
+            return Err(invalid("the disk would be too large for clusters of this size"));
+        }
+        let old = self.capacity();
+        if capacity < old {
+            // What is cut off must not be there when the disk grows again.
+            self.write_zeroes(capacity, old.saturating_sub(capacity), true)?;
+        }
+        {
+            let _quiet = self.quiesce()?;
+            if entries > self.map.l1().slots.len() as u64 {
+                self.grow_l1(entries)?;
+            }
+            if let Some(data) = &self.data {
+                data.set_len(capacity)?;
+            }
+            self.set_capacity(capacity)?;
+        }
+        let below = self.backing.as_ref().map_or(0, |backing| backing.capacity()).min(capacity);
+        if below > old {
+            // What the disk did not show before must not show now.
+            self.write_zeroes(old, below.saturating_sub(old), true)?;
+        }
+        self.flush_metadata()
+    }
+
+    fn set_capacity(&self, capacity: u64) -> io::Result<()> {
+        self.storage.write_bytes(24, &capacity.to_be_bytes())?;
+        self.storage.flush()?;
+        lock(&self.header).size = capacity;
+        self.capacity.store(capacity, Ordering::Release);
+        Ok(())
+    }
+
+    fn grow_l1(&self, entries: u64) -> io::Result<()> {
+        let mut words = self.map.l1().words();
+        words.resize(crate::endian::size(entries), 0);
+        self.switch_l1(words, None)
+    }
+
+    /// Writes an L1 table into new clusters and makes it the active one, with another size of the disk if one is given.
+    /// The gate is closed, and nothing is dirty.
+    pub fn switch_l1(&self, words: Vec<u64>, capacity: Option<u64>) -> io::Result<()> {
+        let storage = self.storage.as_ref();
+        let cluster = self.shape.cluster();
+        let bits = self.shape.cluster_bits & 63;
+        let clusters = (words.len() as u64).saturating_mul(8).div_ceil(cluster).max(1);
+        let run = self.refcounts.allocate_row(storage, clusters)?;
+        let mut bytes = bytes_be(words.iter().copied());
+        bytes.resize(crate::endian::size(clusters.saturating_mul(cluster)), 0);
+        storage.write_bytes(run.offset, &bytes)?;
+        self.flush_quiet()?;
+        let (old_offset, old_entries) = {
+            let mut header = lock(&self.header);
+            let old = (header.l1_offset, header.l1_size);
+            header.l1_size = words.len() as u32;
+            header.l1_offset = run.offset;
+            header.size = capacity.unwrap_or(header.size);
+            // Size, (no) encryption, entries and offset lie side by side in the first sector: one write.
+            let mut field = [0; 24];
+            put(&mut field, 0, &header.size.to_be_bytes());
+            put(&mut field, 12, &header.l1_size.to_be_bytes());
+            put(&mut field, 16, &header.l1_offset.to_be_bytes());
+            storage.write_bytes(24, &field)?;
+            old
+        };
+        storage.flush()?;
+        if let Some(capacity) = capacity {
+            self.capacity.store(capacity, Ordering::Release);
+        }
+        let mut metadata = self.map.metadata.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let first = run.offset >> bits;
+        (first..first.saturating_add(clusters)).for_each(|at| metadata.insert(at));
+        words
+            .iter()
+            .filter(|word| *word & OFFSET != 0)
+            .for_each(|word| metadata.insert((word & OFFSET) >> bits));
+        let old_clusters = u64::from(old_entries).saturating_mul(8).div_ceil(cluster);
+        for at in 0..old_clusters {
+            let at = (old_offset >> bits).saturating_add(at);
+            metadata.remove(at);
+            self.flush.release(at);
+        }
+        drop(metadata);
+        self.map.replace(L1::new(words, run.offset));
+        Ok(())
+    }
+}

@@ -1,0 +1,401 @@
+//! qcow2 against a model in memory, and against qemu-img.
+
+use super::*;
+use crate::buffers::VecBuffers;
+use crate::format::Raw;
+use crate::storage::StorageFile;
+use proptest::prelude::*;
+use std::process::Command;
+
+/// Runs qemu-img and answers what it printed; fails if it does.
+fn qemu_img(arguments: &[&str]) -> String {
+    let output = Command::new("qemu-img").args(arguments).output();
+    let output = output.expect("qemu-img, which `cargo xtask setup` installs");
+    let text =
+        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "qemu-img {arguments:?}: {text}");
+    text
+}
+
+fn read_all(disk: &dyn Disk) -> Vec<u8> {
+    let buffers = VecBuffers::new(vec![0xee; disk.capacity() as usize]);
+    disk.read(0, &buffers).unwrap();
+    buffers.into_inner()
+}
+
+fn create(path: &Path, options: &CreateOptions, parts: Parts) -> Qcow2 {
+    let storage = Arc::new(StorageFile::create(path, false).unwrap());
+    Qcow2::create(path, storage, options, parts).unwrap()
+}
+
+fn open(path: &Path, read_only: bool, parts: Parts) -> Qcow2 {
+    let storage = Arc::new(StorageFile::open(path, read_only).unwrap());
+    let header = Qcow2::read_header(path, storage.as_ref()).unwrap();
+    Qcow2::open(path, storage, header, parts).unwrap()
+}
+
+/// A file below, whose content is no zeroes, shorter than the disk.
+fn base(directory: &Path, len: usize) -> (Arc<dyn Disk>, Vec<u8>) {
+    let path = directory.join("base.raw");
+    let bytes: Vec<u8> = (0..len).map(|at| (at % 251) as u8 + 1).collect();
+    std::fs::write(&path, &bytes).unwrap();
+    (Arc::new(Raw::open(&path, true).unwrap()), bytes)
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Write(u64, u64, u8),
+    Zero(u64, u64, bool),
+    Discard(u64, u64),
+    Compress(u64, u8),
+    Flush,
+    Reopen,
+    Snapshot,
+    Apply,
+    Delete,
+    Resize(u64),
+}
+
+const SIZE: u64 = 3 << 20;
+
+fn step() -> impl Strategy<Value = Step> {
+    let range = (0..SIZE / 512 * 2, 0u64..600, 0u64..3, 0u64..512).prop_map(|(at, sectors, odd, bytes)| {
+        let (at, len) = (at * 256, sectors * 512);
+        if odd == 0 { (at + bytes, len + bytes) } else { (at, len) }
+    });
+    (range, any::<u8>(), 0..20).prop_map(|((at, len), value, kind)| match kind {
+        0..=7 => Step::Write(at, len, value),
+        8 | 9 => Step::Zero(at, len, value & 1 == 0),
+        10 | 11 => Step::Discard(at, len),
+        12 | 13 => Step::Compress(at, value),
+        14 => Step::Flush,
+        15 => Step::Reopen,
+        16 => Step::Snapshot,
+        17 => Step::Apply,
+        18 => Step::Delete,
+        _ => Step::Resize(at / 512 * 512),
+    })
+}
+
+fn options() -> impl Strategy<Value = (CreateOptions, bool)> {
+    let shape = (9u32..=17, 0u32..=6, any::<bool>(), any::<bool>(), any::<bool>());
+    (shape, any::<bool>(), 0..6).prop_map(
+        |((cluster_bits, refcount_order, lazy_refcounts, zstd, below), sub, old)| {
+            let version = if old == 0 { 2 } else { 3 };
+            let new = version == 3;
+            let options = CreateOptions {
+                version,
+                cluster_bits,
+                refcount_order: if new { refcount_order } else { 4 },
+                lazy_refcounts: lazy_refcounts && new,
+                extended_l2: sub && new && cluster_bits >= 14,
+                compression: if zstd && new { Compression::Zstd } else { Compression::Zlib },
+                backing: below.then(|| ("base.raw".to_owned(), "raw".to_owned())),
+                ..CreateOptions::new(SIZE)
+            };
+            (options, below)
+        },
+    )
+}
+
+struct Model {
+    bytes: Vec<u8>,
+    snapshots: Vec<(String, Vec<u8>)>,
+}
+
+struct Play {
+    path: PathBuf,
+    below: Option<Arc<dyn Disk>>,
+    image: Option<Qcow2>,
+    model: Model,
+    names: u32,
+}
+
+impl Play {
+    fn parts(&self) -> Parts {
+        Parts { backing: self.below.clone(), data: None }
+    }
+
+    fn image(&self) -> &Qcow2 {
+        self.image.as_ref().unwrap()
+    }
+
+    fn clip(&self, at: u64, len: u64) -> (u64, u64, std::ops::Range<usize>) {
+        let at = at.min(self.image().capacity());
+        let len = len.min(self.image().capacity() - at);
+        (at, len, at as usize..(at + len) as usize)
+    }
+
+    fn step(&mut self, step: &Step) {
+        match *step {
+            Step::Write(at, len, value) => {
+                let (at, len, range) = self.clip(at, len);
+                let bytes: Vec<u8> = (0..len).map(|i| value.wrapping_add((i / 512) as u8)).collect();
+                self.image().write(at, &VecBuffers::new(bytes.clone())).unwrap();
+                self.model.bytes[range].copy_from_slice(&bytes);
+            }
+            Step::Zero(at, len, unmap) => {
+                let (at, len, range) = self.clip(at, len);
+                self.image().write_zeroes(at, len, unmap).unwrap();
+                self.model.bytes[range].fill(0);
+            }
+            Step::Discard(at, len) => {
+                let (at, len, range) = self.clip(at, len);
+                self.image().discard(at, len).unwrap();
+                let mut now = vec![0; range.len()];
+                self.image().read(at, &crate::ReadInto::new(&mut now)).unwrap();
+                for (model, now) in self.model.bytes[range].iter_mut().zip(now) {
+                    assert!(now == 0 || now == *model, "a discard has made something new");
+                    *model = now;
+                }
+            }
+            Step::Compress(at, value) => self.compress(at, value),
+            Step::Flush => self.image().flush().unwrap(),
+            Step::Reopen => {
+                drop(self.image.take());
+                self.image = Some(open(&self.path, false, self.parts()));
+            }
+            Step::Snapshot => {
+                self.names += 1;
+                let name = format!("s{}", self.names);
+                match self.image().snapshot(&name) {
+                    Ok(()) => self.model.snapshots.push((name, self.model.bytes.clone())),
+                    // Narrow refcounts have no room.
+                    Err(error) => assert_eq!(error.kind(), io::ErrorKind::Unsupported, "{error}"),
+                }
+            }
+            Step::Apply => {
+                let Some((name, bytes)) = self.model.snapshots.last().cloned() else { return };
+                match self.image().apply_snapshot(&name) {
+                    Ok(()) => self.model.bytes = bytes,
+                    Err(error) => assert_eq!(error.kind(), io::ErrorKind::Unsupported, "{error}"),
+                }
+            }
+            Step::Delete => {
+                if self.model.snapshots.is_empty() {
+                    return;
+                }
+                let (name, _) = self.model.snapshots.remove(0);
+                self.image().delete_snapshot(&name).unwrap();
+            }
+            Step::Resize(to) => {
+                if self.image().resize(to).is_ok() {
+                    self.model.bytes.resize(to as usize, 0);
+                }
+            }
+        }
+    }
+
+    fn compress(&mut self, at: u64, value: u8) {
+        let cluster = self.image().header().cluster_size();
+        let (at, len, _) = self.clip(at / cluster * cluster, cluster);
+        if len == 0 {
+            return;
+        }
+        let mut bytes: Vec<u8> = (0..len).map(|i| value ^ (i / 64) as u8).collect();
+        self.model.bytes[at as usize..(at + len) as usize].copy_from_slice(&bytes);
+        bytes.resize(cluster as usize, 0);
+        let mut deflater = self.image().deflater().unwrap();
+        self.image().write_compressed(at, &bytes, &mut deflater).unwrap();
+    }
+}
+
+fn play(options: &CreateOptions, below: bool, steps: &[Step]) {
+    let directory = tempfile::tempdir().unwrap();
+    let (disk, bytes) = base(directory.path(), 2_000_000);
+    let path = directory.path().join("top.qcow2");
+    let mut model = if below { bytes } else { Vec::new() };
+    model.resize(SIZE as usize, 0);
+    let below = below.then_some(disk);
+    let image = create(&path, options, Parts { backing: below.clone(), data: None });
+    let model = Model { bytes: model, snapshots: Vec::new() };
+    let mut play = Play { path: path.clone(), below, image: Some(image), model, names: 0 };
+    for step in steps {
+        play.step(step);
+        assert!(read_all(play.image()) == play.model.bytes, "after {step:?}");
+    }
+    let found = play.image().check(Repair::Nothing).unwrap();
+    assert!(found.is_clean(), "{found:?}");
+    drop(play.image.take());
+    let found = open(&path, true, play.parts()).check(Repair::Nothing).unwrap();
+    assert!(found.is_clean(), "closed: {found:?}");
+    judge(directory.path(), &path, &play.model);
+}
+
+/// qemu-img finds nothing wrong and reads what the model has.
+fn judge(directory: &Path, path: &Path, model: &Model) {
+    let path = path.to_str().unwrap();
+    qemu_img(&["check", "-f", "qcow2", path]);
+    let raw = directory.join("model.raw");
+    std::fs::write(&raw, &model.bytes).unwrap();
+    if !model.bytes.is_empty() {
+        qemu_img(&["compare", "-f", "qcow2", "-F", "raw", path, raw.to_str().unwrap()]);
+    }
+    // qemu-img gives a snapshot the size that the disk has now.
+    if let Some((name, bytes)) = model.snapshots.first().filter(|(_, bytes)| bytes.len() == model.bytes.len())
+    {
+        let copy = directory.join("snapshot.raw");
+        qemu_img(&["convert", "-l", name, "-f", "qcow2", "-O", "raw", path, copy.to_str().unwrap()]);
+        assert!(&std::fs::read(copy).unwrap() == bytes, "snapshot {name}");
+    }
+}
+
+/// How many cases a test tries; `IMAGE_TEST_CASES` multiplies them for long runs.
+pub fn cases(usual: u32) -> u32 {
+    let times = std::env::var("IMAGE_TEST_CASES").ok().and_then(|times| times.parse().ok());
+    usual * times.unwrap_or(1)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { max_shrink_iters: 300, failure_persistence: None, ..ProptestConfig::with_cases(cases(32)) })]
+
+    #[test]
+    fn an_image_is_a_disk_and_qemu_agrees(
+        (options, below) in options(),
+        steps in prop::collection::vec(step(), 1..25),
+    ) {
+        play(&options, below, &steps);
+    }
+}
+
+/// Many threads on one image: each owns every fourth sector of the disk, so that their requests share clusters and
+/// tables all the time, and none may see another's bytes in its own.
+#[test]
+fn threads_do_not_disturb_each_other() {
+    for (bits, extended_l2, below) in [(12, false, false), (16, false, true), (16, true, true)] {
+        let directory = tempfile::tempdir().unwrap();
+        let (disk, bytes) = base(directory.path(), 2_000_000);
+        let path = directory.path().join("top.qcow2");
+        let backing = below.then(|| ("base.raw".to_owned(), "raw".to_owned()));
+        let options = CreateOptions { cluster_bits: bits, extended_l2, backing, ..CreateOptions::new(SIZE) };
+        let parts = Parts { backing: below.then_some(disk), data: None };
+        let image = create(&path, &options, parts);
+        let mut first = if below { bytes } else { Vec::new() };
+        first.resize(SIZE as usize, 0);
+        std::thread::scope(|scope| {
+            for thread in 0..4u64 {
+                let (image, first) = (&image, &first);
+                scope.spawn(move || one_of_many(image, first, thread));
+            }
+            scope.spawn(|| {
+                for round in 0..6 {
+                    image.flush().unwrap();
+                    image.snapshot(&format!("s{round}")).unwrap();
+                    std::thread::yield_now();
+                }
+                image.delete_snapshot("s2").unwrap();
+            });
+        });
+        let found = image.check(Repair::Nothing).unwrap();
+        assert!(found.is_clean(), "{found:?}");
+        let content = read_all(&image);
+        drop(image);
+        let model = Model { bytes: content, snapshots: Vec::new() };
+        judge(directory.path(), &path, &model);
+    }
+}
+
+fn one_of_many(image: &Qcow2, first: &[u8], thread: u64) {
+    let mut mine: std::collections::HashMap<u64, u8> = std::collections::HashMap::new();
+    let mut random = thread.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    for round in 0..800u64 {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        let sector = random % (SIZE / 2048) * 4 + thread;
+        let at = sector * 512;
+        let mut bytes = [0xee; 512];
+        image.read(at, &crate::ReadInto::new(&mut bytes)).unwrap();
+        match mine.get(&sector) {
+            Some(value) => assert!(bytes == [*value; 512], "sector {sector}"),
+            None => assert!(bytes[..] == first[at as usize..at as usize + 512], "sector {sector}"),
+        }
+        let value = (round % 255) as u8 + 1;
+        if round % 7 == 0 {
+            image.write_zeroes(at, 512, true).unwrap();
+            mine.insert(sector, 0);
+        } else {
+            image.write(at, &crate::WriteFrom(&[value; 512])).unwrap();
+            mine.insert(sector, value);
+        }
+    }
+    for (sector, value) in mine {
+        let mut bytes = [0xee; 512];
+        image.read(sector * 512, &crate::ReadInto::new(&mut bytes)).unwrap();
+        assert!(bytes == [value; 512], "sector {sector} at the end");
+    }
+}
+
+#[test]
+fn an_external_data_file_is_a_raw_image() {
+    let directory = tempfile::tempdir().unwrap();
+    let (path, data) = (directory.path().join("top.qcow2"), directory.path().join("data.raw"));
+    let options = CreateOptions {
+        data_file: Some((data.to_str().unwrap().to_owned(), true)),
+        ..CreateOptions::new(SIZE)
+    };
+    let storage = Arc::new(StorageFile::create(&data, false).unwrap());
+    let image = create(&path, &options, Parts { backing: None, data: Some(storage) });
+    image.write(70_000, &crate::WriteFrom(&[7; 100_000])).unwrap();
+    image.write_zeroes(80_000, 70_000, true).unwrap();
+    image.discard(0, 65536).unwrap();
+    let content = read_all(&image);
+    assert!(image.check(Repair::Nothing).unwrap().is_clean());
+    drop(image);
+    assert!(std::fs::read(&data).unwrap() == content);
+    qemu_img(&["compare", "-f", "qcow2", "-F", "raw", path.to_str().unwrap(), data.to_str().unwrap()]);
+    qemu_img(&["check", path.to_str().unwrap()]);
+}
+
+#[test]
+fn preallocated_images_are_sound() {
+    for how in [Preallocation::Metadata, Preallocation::Falloc, Preallocation::Full] {
+        for extended_l2 in [false, true] {
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join("top.qcow2");
+            let options = CreateOptions { preallocation: how, extended_l2, ..CreateOptions::new(SIZE) };
+            let image = create(&path, &options, Parts::default());
+            assert!(read_all(&image).iter().all(|byte| *byte == 0));
+            image.write(5000, &crate::WriteFrom(&[1; 5000])).unwrap();
+            let found = image.check(Repair::Nothing).unwrap();
+            assert!(found.is_clean() && found.allocated_clusters == SIZE / 65536, "{found:?}");
+            drop(image);
+            qemu_img(&["check", path.to_str().unwrap()]);
+        }
+    }
+}
+
+/// What qemu-img makes in all shapes, and what it says of it.
+#[test]
+fn images_of_qemu_are_read_and_written() {
+    let directory = tempfile::tempdir().unwrap();
+    let raw = directory.path().join("raw");
+    let bytes: Vec<u8> =
+        (0..SIZE).map(|at| if at / 200_000 % 3 == 0 { 0 } else { (at / 700) as u8 }).collect();
+    std::fs::write(&raw, &bytes).unwrap();
+    let shapes = [
+        "compat=0.10",
+        "cluster_size=512,refcount_bits=1",
+        "cluster_size=2M",
+        "compression_type=zstd",
+        "extended_l2=on",
+    ];
+    for (shape, compressed) in shapes.iter().flat_map(|shape| [(shape, false), (shape, true)]) {
+        let path = directory.path().join("top.qcow2");
+        let mut arguments = vec!["convert", "-f", "raw", "-O", "qcow2", "-o", shape];
+        if compressed {
+            arguments.push("-c");
+        }
+        arguments.extend([raw.to_str().unwrap(), path.to_str().unwrap()]);
+        qemu_img(&arguments);
+        let image = open(&path, false, Parts::default());
+        assert!(read_all(&image) == bytes, "{shape} {compressed}");
+        let found = image.check(Repair::Nothing).unwrap();
+        assert!(found.is_clean(), "{shape} {compressed} {found:?}");
+        image.write(100_000, &crate::WriteFrom(&[9; 77_777])).unwrap();
+        image.discard(0, SIZE / 2).unwrap();
+        let content = read_all(&image);
+        drop(image);
+        judge(directory.path(), &path, &Model { bytes: content, snapshots: Vec::new() });
+    }
+}
