@@ -4,6 +4,7 @@
 //! looked up, until the guest, or somebody who must see accesses, has them forgotten. Only pages that are plain RAM are in it.
 
 use super::process::{self, Command, Process};
+use super::scan::SITES_MAX;
 use std::collections::{BTreeSet, HashMap};
 use std::io;
 
@@ -40,6 +41,9 @@ pub(super) struct Mirror {
     due: Vec<Command>,
     /// Mappings made since there were none.
     mappings: usize,
+    /// Breakpoints, 0 if free, and whether the process does not know yet.
+    breakpoints: [u64; SITES_MAX],
+    breakpoints_due: bool,
     /// The vector registers that the process has.
     pub vectors: Vec<u8>,
 }
@@ -47,7 +51,16 @@ pub(super) struct Mirror {
 impl Mirror {
     pub(super) fn new(process: Process) -> Self {
         let vectors = vec![0; process.xsave_len()];
-        Self { process, pages: HashMap::new(), watched: BTreeSet::new(), due: vec![], mappings: 0, vectors }
+        Self {
+            process,
+            pages: HashMap::new(),
+            watched: BTreeSet::new(),
+            due: vec![],
+            mappings: 0,
+            breakpoints: [0; SITES_MAX],
+            breakpoints_due: false,
+            vectors,
+        }
     }
 
     /// What is mapped at a linear page; nothing is 0.
@@ -112,8 +125,37 @@ impl Mirror {
         }
     }
 
+    /// Has the process stop before the instructions at these addresses of one page, which is going to be executable. If there are
+    /// not enough breakpoints, other pages that need some are not executable any more.
+    pub(super) fn stop_at(&mut self, addresses: impl ExactSizeIterator<Item = u64> + Clone) {
+        let wanted = addresses.len().min(SITES_MAX);
+        let executable = |mirror: &Self, address: u64| mirror.rights(address & !(PAGE - 1)) & EXECUTE != 0;
+        for i in 0..SITES_MAX {
+            if !executable(self, self.breakpoints[i]) {
+                self.breakpoints[i] = 0;
+            }
+        }
+        for i in 0..SITES_MAX {
+            let free = self.breakpoints.iter().filter(|&&address| address == 0).count();
+            let address = self.breakpoints[i];
+            if free < wanted && address != 0 {
+                let page = address & !(PAGE - 1);
+                self.forget(page);
+                for breakpoint in self.breakpoints.iter_mut().filter(|at| **at & !(PAGE - 1) == page) {
+                    *breakpoint = 0;
+                }
+            }
+        }
+        let free = self.breakpoints.iter_mut().filter(|address| **address == 0);
+        free.zip(addresses).for_each(|(place, address)| *place = address);
+        self.breakpoints_due = true;
+    }
+
     /// Makes the process what the mirror says. Its registers are lost if there was something to do.
     pub(super) fn settle(&mut self) -> io::Result<bool> {
+        if std::mem::take(&mut self.breakpoints_due) {
+            self.process.set_breakpoints(&self.breakpoints)?;
+        }
         if self.due.is_empty() {
             return Ok(false);
         }

@@ -7,7 +7,7 @@
 //!
 //! * [`process`] makes and drives such a process: what can be done in it, and what not.
 //! * [`mirror`] is what is mapped there; the MMU's [`news`] say what must be forgotten.
-//! * [`scan`] finds pages that may not run natively, since the host's CPU would answer for itself.
+//! * [`scan`] finds instructions that may not run natively, since the host's CPU would answer for itself.
 //! * [`policy`] says which of the guest's processes are worth it.
 //!
 //! Where the host forbids such processes, all user code runs in the other tiers, as if this were not here.
@@ -28,6 +28,8 @@ use memory::PageFlags;
 use mirror::{EXECUTE, Mirror, READ, WRITE, Wanted};
 use policy::Policy;
 use process::{Process, Stop};
+use scan::Sites;
+use std::collections::HashMap;
 use std::io;
 use std::sync::atomic::Ordering;
 
@@ -42,6 +44,9 @@ const USER_FLAGS: u64 = rflags::STATUS | rflags::TF | rflags::DF | rflags::NT | 
 
 /// `si_code` of a signal for an exception that is not of the host's page tables.
 const SI_KERNEL: i32 = 0x80;
+
+/// `si_code` of SIGTRAP for one of our breakpoints.
+const TRAP_HWBKPT: i32 = 4;
 
 /// Parts of an XSAVE image in standard form (Intel SDM 1, 13.4).
 const XSTATE_BV: usize = 512;
@@ -71,6 +76,8 @@ pub(crate) struct Statistics {
 /// The processes of one vCPU.
 pub(crate) struct Direct {
     mirrors: [Option<Mirror>; SPACES],
+    /// What in pages with code is not for the host's CPU, by guest-physical address, until they are written to.
+    known: HashMap<u64, Sites>,
     /// Those of another thread.
     retired: Vec<Mirror>,
     policy: Policy,
@@ -91,6 +98,7 @@ impl Direct {
             if is_x86_feature_detected!("avx") { None } else { Some("the host's CPU has no AVX".into()) };
         Self {
             mirrors: Default::default(),
+            known: HashMap::new(),
             retired: vec![],
             policy: Policy::default(),
             thread: 0,
@@ -113,7 +121,7 @@ impl Direct {
     /// An interrupt is about to be delivered: who is running?
     pub(crate) fn sample(&mut self, state: &CpuState) {
         if self.off.is_none() && state.long_mode() {
-            self.policy.sample(state.cr3, state.cpl() == 3, self.now());
+            self.policy.sample(tables(state), state.cpl() == 3, self.now());
         }
     }
 
@@ -123,7 +131,7 @@ impl Direct {
         let segment = |index: usize| u64::from(state.segments[index].selector);
         state.cpl() == 3
             && self.off.is_none()
-            && self.policy.active(state.cr3)
+            && self.policy.active(tables(state))
             && (segment(seg::CS), segment(seg::SS)) == (process::USER_CS, process::USER_SS)
             && [seg::DS, seg::ES, seg::FS, seg::GS].into_iter().all(|index| segment(index) == 0)
             && [seg::FS, seg::GS].into_iter().all(|index| state.segments[index].base < process::OURS)
@@ -148,10 +156,14 @@ impl Direct {
             what: "running the guest's user code in a process of its own",
             source: error,
         })?;
+        if self.off.is_some() {
+            self.retire();
+            core.mmu.news = news::News::default();
+        }
         let now = self.now();
         let stops = (self.statistics.stops - stops) as u32;
         self.statistics.steps += u64::from(next == Next::Step);
-        self.policy.ran(core.state.cr3, (now - began, inside), stops, next == Next::Step, now);
+        self.policy.ran(tables(&core.state), (now - began, inside), stops, next == Next::Step, now);
         Ok(next)
     }
 
@@ -168,6 +180,7 @@ impl Direct {
 
     /// Lets go of all processes, but keeps them: somebody may be about to signal one.
     fn retire(&mut self) {
+        self.known.clear();
         self.retired.extend(self.mirrors.iter_mut().filter_map(Option::take));
     }
 
@@ -203,8 +216,13 @@ impl Direct {
                 mirror.forget_physical(page, EXECUTE);
             }
         }
+        if std::mem::take(&mut news.any_written) {
+            self.known.clear();
+        }
+        for page in news.written.drain(..) {
+            self.known.remove(&page);
+        }
         news.protected.clear();
-        news.written.clear();
     }
 
     /// Runs code; also answers how long it was inside the process, in seconds.
@@ -217,13 +235,22 @@ impl Direct {
             let Some(mirror) = self.mirrors.get_mut(space).and_then(Option::as_mut) else {
                 break Next::Translate;
             };
+            mirror.process.follow();
             if !vectors {
                 load_vectors(&mut core.state, mirror, self.ymm_high)?;
                 vectors = true;
             }
-            if mirror.settle()? || !loaded {
-                mirror.process.set_registers(&registers)?;
-                loaded = true;
+            match mirror.settle() {
+                Ok(false) if loaded => {}
+                Ok(_) => {
+                    mirror.process.set_registers(&registers)?;
+                    loaded = true;
+                }
+                Err(error) => {
+                    // The guest is where it was: the other tiers go on.
+                    self.off = Some(error.to_string());
+                    break Next::Translate;
+                }
             }
             core.state.doorbell.process.store(mirror.process.pid(), Ordering::SeqCst);
             let stop = if core.state.doorbell.kick.load(Ordering::SeqCst) == 0 {
@@ -252,6 +279,7 @@ impl Direct {
                         Some(next) => break next,
                     }
                 }
+                Stop::Raised { signal: libc::SIGTRAP, code: TRAP_HWBKPT, .. } => break Next::Step,
                 Stop::Raised { signal: libc::SIGTRAP, .. } => {
                     registers.rip = trapped(core, registers.rip);
                     break Next::Step;
@@ -288,8 +316,12 @@ impl Direct {
         let Ok(walk) = core.mmu.walk(&core.state, page, access, Privilege::User) else {
             return Some(Next::Step);
         };
-        if access == Access::Fetch && !executable(core, page, walk.physical) {
-            return Some(Next::Translate);
+        if fetch {
+            let sites = look_through(&mut self.known, core, page, walk.physical);
+            let Some(offsets) = sites.offsets() else { return Some(Next::Translate) };
+            if !offsets.is_empty() {
+                mirror.stop_at(offsets.iter().map(|&offset| page + u64::from(offset)));
+            }
         }
         let pages = if walk.page_shift > 12 { LARGE } else { AROUND };
         let first = page & !(pages * PAGE - 1);
@@ -310,8 +342,8 @@ impl Direct {
                 continue;
             };
             let mut rights = READ;
-            if fetch && seen.execute && (here || executable(core, linear, physical)) {
-                core.protect_code(physical);
+            // To look through a page takes longer than to bring it in.
+            if fetch && seen.execute && (here || self.known.get(&physical).is_some_and(Sites::none)) {
                 rights |= EXECUTE;
             } else if seen.write && !host.flags.contains(PageFlags::CODE) {
                 core.mmu.memory.host_page_for_write(physical);
@@ -331,17 +363,34 @@ impl Direct {
     }
 }
 
-/// Whether the host's CPU may run a page's code as it is.
-fn executable(core: &Core, linear: u64, physical: u64) -> bool {
+/// Where the page tables are, which stands for the guest's process.
+fn tables(state: &CpuState) -> u64 {
+    state.cr3 & 0x000f_ffff_ffff_f000
+}
+
+/// Pages that are remembered.
+const KNOWN_MAX: usize = 1 << 16;
+
+/// What in a page is not for the host's CPU. The page is watched from now on.
+fn look_through(known: &mut HashMap<u64, Sites>, core: &mut Core, linear: u64, physical: u64) -> Sites {
+    let page = physical & !(PAGE - 1);
+    if let Some(&sites) = known.get(&page) {
+        return sites;
+    }
+    if known.len() == KNOWN_MAX {
+        known.clear();
+    }
+    // Before the bytes are read: no write may pass unseen from here on.
+    core.protect_code(page);
     let memory = &core.mmu.memory;
     let mut bytes = [0; PAGE as usize + 16];
-    let (page, more) = bytes.split_at_mut(PAGE as usize);
-    if memory.read(physical & !(PAGE - 1), page).is_err() {
-        return false;
-    }
+    let (own, more) = bytes.split_at_mut(PAGE as usize);
     let next = core.mmu.look(&core.state, linear + PAGE);
-    let known = next.is_some_and(|next| memory.read(next.physical, more).is_ok());
-    !scan::peculiar(if known { &bytes } else { page })
+    let whole =
+        memory.read(page, own).is_ok() && next.is_some_and(|next| memory.read(next.physical, more).is_ok());
+    let sites = scan::sites(if whole { &bytes } else { own });
+    known.insert(page, sites);
+    sites
 }
 
 /// RIP for the single-step tier after a SIGTRAP: the breakpoint instruction's, if that has been.

@@ -25,6 +25,8 @@ pub(crate) struct News {
     pub protected: Vec<u64>,
     /// Guest-physical pages with code that have been written to, or are not watched any more.
     pub written: Vec<u64>,
+    /// Any of them may have been.
+    pub any_written: bool,
 }
 
 impl News {
@@ -68,6 +70,7 @@ impl News {
 
     /// Any page with code may have been written to.
     pub(crate) fn all_written(&mut self) {
+        self.any_written = true;
         for space in 0..SPACES {
             self.flushed(space);
         }

@@ -96,6 +96,8 @@ pub(super) struct Process {
     commands: NonNull<Command>,
     /// Bytes of the XSAVE image that the kernel wants.
     xsave_len: usize,
+    /// The host's CPU it runs on.
+    cpu: libc::c_int,
     _ram: OwnedFd,
 }
 
@@ -276,7 +278,7 @@ impl Process {
             end(pid);
             return Err(error);
         };
-        let mut process = Self { pid, commands, xsave_len: 0, _ram: ram };
+        let mut process = Self { pid, commands, xsave_len: 0, cpu: -1, _ram: ram };
         process.start()?;
         Ok(process)
     }
@@ -376,6 +378,34 @@ impl Process {
     /// Sets all that XSAVE knows, from a whole image.
     pub(super) fn set_xsave(&self, image: &mut [u8]) -> io::Result<()> {
         self.transfer(libc::PTRACE_SETREGSET, image).map(drop)
+    }
+
+    /// Stops guest code before the instructions at these addresses; 0 is none.
+    pub(super) fn set_breakpoints(&self, addresses: &[u64; 4]) -> io::Result<()> {
+        let field = |number: usize| std::mem::offset_of!(libc::user, u_debugreg) + number * size_of::<u64>();
+        let mut control = 0;
+        for (number, &address) in addresses.iter().enumerate() {
+            if address != 0 {
+                self.trace(libc::PTRACE_POKEUSER, field(number), address as usize, "setting a breakpoint")?;
+                // Enabled, for execution (Intel SDM 3, 18.2.4).
+                control |= 1 << (2 * number);
+            }
+        }
+        self.trace(libc::PTRACE_POKEUSER, field(7), control, "setting breakpoints")
+    }
+
+    /// Lets the process run on one CPU of the host only, that of its tracer, where it is switched to fastest.
+    pub(super) fn follow(&mut self) {
+        // SAFETY: plain calls on a struct of ours. Where they fail, the process runs anywhere.
+        unsafe {
+            let cpu = libc::sched_getcpu();
+            if cpu != self.cpu && cpu >= 0 {
+                self.cpu = cpu;
+                let mut set: libc::cpu_set_t = zeroed();
+                libc::CPU_SET(cpu as usize % (8 * size_of::<libc::cpu_set_t>()), &mut set);
+                libc::sched_setaffinity(self.pid, size_of::<libc::cpu_set_t>(), &raw const set);
+            }
+        }
     }
 
     /// Lets guest code run until it stops. No system call of it is executed.

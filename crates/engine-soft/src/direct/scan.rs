@@ -1,10 +1,11 @@
 //! Instructions that the host's CPU executes for a user program without asking, but not as the guest's CPU would.
 //!
 //! They read what belongs to the host: CPUID, clocks, the CPU's number, descriptor tables, XCR0. Nothing stops them
-//! on the host, so a page with one of them is not run there. Bytes of other instructions often look like one, so the
-//! page is decoded: from each of its first bytes, since where the first instruction begins is not known; such sweeps
-//! soon agree. Code that jumps into the middle of its own instructions to see more of the host than it should sees
-//! what any user program on the host does.
+//! on the host but a breakpoint of the CPU's, and there are four. Bytes of other instructions and of data often look
+//! like one, so a page is decoded: from each of its first bytes, since where the first instruction begins is not
+//! known; such sweeps soon agree. A place where none begins after all does no harm: a breakpoint there is never met.
+//! Code that jumps into the middle of its own instructions to see more of the host than it should sees what any user
+//! program on the host does.
 
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic};
 
@@ -12,13 +13,45 @@ const PAGE: usize = 4096;
 /// The longest instruction.
 const LONGEST: usize = 15;
 
-/// Whether the first page of `bytes`, which go on with some of the next page's if that is known, has such an instruction.
-pub(super) fn peculiar(bytes: &[u8]) -> bool {
+/// The most places in a page that can be watched: the CPU's breakpoints.
+pub(super) const SITES_MAX: usize = 4;
+
+/// Where such instructions begin in a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Sites {
+    offsets: [u16; SITES_MAX],
+    count: usize,
+}
+
+impl Sites {
+    /// Page offsets, unless there are too many.
+    pub(super) fn offsets(&self) -> Option<&[u16]> {
+        self.offsets.get(..self.count)
+    }
+
+    pub(super) fn none(&self) -> bool {
+        self.count == 0
+    }
+
+    fn add(&mut self, at: usize) {
+        if let Some(place) = self.offsets.get_mut(self.count) {
+            *place = at as u16;
+        }
+        self.count = (self.count + 1).min(SITES_MAX + 1);
+    }
+}
+
+/// Such instructions in the first page of `bytes`, which go on with some of the next page's if that is known.
+pub(super) fn sites(bytes: &[u8]) -> Sites {
+    let mut sites = Sites::default();
     let last = bytes.len().saturating_sub(1);
     let mut pairs = bytes.windows(2).take(PAGE);
     let likely = pairs.any(|pair| pair[0] == 0x0f && may_ask_the_host(pair[1]));
     let open = bytes.len() <= PAGE && bytes.get(last) == Some(&0x0f);
-    (likely || open) && decoded(bytes)
+    if likely || open {
+        decode(bytes, &mut sites);
+    }
+    sites
 }
 
 /// Whether 0F and this byte may begin one of the instructions.
@@ -37,7 +70,7 @@ fn asks_the_host(instruction: &Instruction) -> bool {
     )
 }
 
-fn decoded(bytes: &[u8]) -> bool {
+fn decode(bytes: &[u8], sites: &mut Sites) {
     let mut seen = [0u64; PAGE / 64];
     for start in 0..LONGEST {
         let Some(rest) = bytes.get(start..) else { break };
@@ -53,8 +86,13 @@ fn decoded(bytes: &[u8]) -> bool {
             *word |= 1 << (at % 64);
             decoder.decode_out(&mut instruction);
             match decoder.last_error() {
-                DecoderError::NoMoreBytes => return cut_off(bytes.get(at..).unwrap_or_default()),
-                DecoderError::None if asks_the_host(&instruction) => return true,
+                DecoderError::NoMoreBytes => {
+                    if cut_off(bytes.get(at..).unwrap_or_default()) {
+                        sites.add(at);
+                    }
+                    break;
+                }
+                DecoderError::None if asks_the_host(&instruction) => sites.add(at),
                 DecoderError::None => {}
                 _ => {
                     // Not code, or not from here: one byte on.
@@ -65,7 +103,6 @@ fn decoded(bytes: &[u8]) -> bool {
             }
         }
     }
-    false
 }
 
 /// Whether an instruction of which these bytes are known may be one.
@@ -82,6 +119,10 @@ fn cut_off(bytes: &[u8]) -> bool {
 #[cfg(test)]
 mod test {
     use super::*;
+
+    fn peculiar(bytes: &[u8]) -> bool {
+        !sites(bytes).none()
+    }
 
     fn page(bytes: &[u8], at: usize) -> Vec<u8> {
         let mut page = vec![0x90; PAGE];
@@ -102,7 +143,9 @@ mod test {
             &[0x66, 0x48, 0x0f, 0x00, 0xc8],
         ] {
             for at in [0, 1, 7, 14, 100, PAGE - bytes.len()] {
-                assert!(peculiar(&page(bytes, at)), "{bytes:x?} at {at}");
+                let found = sites(&page(bytes, at));
+                let offsets = found.offsets().unwrap();
+                assert!(offsets.contains(&(at as u16)), "{bytes:x?} at {at}: {offsets:?}");
             }
         }
     }
@@ -128,6 +171,13 @@ mod test {
         assert!(peculiar(&bytes));
         bytes[PAGE] = 0x05;
         assert!(!peculiar(&bytes));
+    }
+
+    #[test]
+    fn too_many_are_said() {
+        let found = sites(&page(&[0x0f, 0xa2].repeat(5), 64));
+        assert_eq!(found.offsets(), None);
+        assert_eq!(sites(&page(&[0x0f, 0xa2].repeat(4), 64)).offsets(), Some(&[64, 66, 68, 70][..]));
     }
 
     /// Every opcode that iced knows as one of the instructions is looked for.

@@ -239,17 +239,33 @@ fn writes_to_translated_code_are_seen() {
 }
 
 #[test]
-fn a_page_with_cpuid_is_for_the_translator() {
-    let mut guest = Guest::new(&[0x90, 0x0f, 0xa2]);
+fn cpuid_is_not_the_hosts() {
+    let mut guest = Guest::new(&[0x90, 0x0f, 0xa2, 0x90, 0x0f, 0x31, 0x0f, 0x0b]);
+    for offset in [1, 4, 6] {
+        guest.runs_to(offset);
+        // The single-step tier would do it here.
+        guest.core.state.rip = CODE + [3, 6, 0][[1, 4, 6].iter().position(|&at| at == offset).unwrap()];
+    }
+    guest.runs_to(1);
+    // Other pages need breakpoints too, and there are four.
+    for page in 1..4u64 {
+        let at = CODE + page * 0x1000;
+        guest.core.mmu.memory.write(at, &[0x90, 0x0f, 0xa2, 0x0f, 0x31]).unwrap();
+        guest.core.state.rip = at;
+        guest.runs_to(page * 0x1000 + 1);
+    }
+    guest.core.state.rip = CODE;
+    guest.runs_to(1);
+    // More in a page than breakpoints: the translator's.
+    let mut guest = Guest::new(&[0x0f, 0xa2].repeat(5));
     assert_eq!(guest.run(), Next::Translate);
     assert_eq!(guest.core.state.rip, CODE);
-    // Code that becomes such a page: nop; jmp to itself, then CPUID.
+    // Code that is written later.
     let mut guest = Guest::new(&[0x90, 0x0f, 0x0b]);
     guest.runs_to(1);
     guest.core.state.rip = CODE;
-    guest.core.write_uint(CODE + 1, 0xa20f, 2, Privilege::User).unwrap();
-    guest.core.mmu.news.written(CODE);
-    assert_eq!(guest.run(), Next::Translate);
+    guest.core.write_uint(CODE + 1, 0xa20f_9090, 4, Privilege::User).unwrap();
+    guest.runs_to(3);
 }
 
 #[test]
