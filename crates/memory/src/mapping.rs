@@ -220,6 +220,14 @@ impl Mapping {
         Some(if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) })
     }
 
+    /// Asks the host to hold a range in large pages now, at the cost of a copy.
+    pub(crate) fn enlarge(&self, offset: usize, len: usize) -> Option<io::Result<()>> {
+        let at = self.at(offset, len)?;
+        // SAFETY: the range is inside our mapping; what it holds stays.
+        let done = unsafe { libc::madvise(at.cast(), len, libc::MADV_COLLAPSE) };
+        Some(if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) })
+    }
+
     /// Keeps the compiler from moving later reads before this point, as a bus master's read barrier does.
     pub(crate) fn acquire() {
         std::sync::atomic::fence(Ordering::Acquire);

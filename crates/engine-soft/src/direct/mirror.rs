@@ -18,6 +18,12 @@ const PAGE: u64 = 4096;
 /// Mappings that a process may have (vm.max_map_count), with some to spare.
 const MAPPINGS_MAX: usize = 48 << 10;
 
+/// Pages that are looked up again when the guest forgets all of an address space: that takes a fraction of what it takes to
+/// bring one in.
+const CHECKED_MAX: usize = 16 << 10;
+/// Pages that are unmapped one by one.
+const GONE_MAX: usize = 64;
+
 /// A page that shall be in the mirror.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Wanted {
@@ -33,6 +39,8 @@ pub(super) struct Wanted {
 /// The mirror of one address space.
 pub(super) struct Mirror {
     pub process: Process,
+    /// Where the page tables are that it is made from.
+    tables: u64,
     /// Rights and guest-physical address by linear address.
     pages: HashMap<u64, (Rights, u64)>,
     /// Pages that can be written or executed, by guest-physical and linear address.
@@ -53,6 +61,7 @@ impl Mirror {
         let vectors = vec![0; process.xsave_len()];
         Self {
             process,
+            tables: 0,
             pages: HashMap::new(),
             watched: BTreeSet::new(),
             due: vec![],
@@ -78,6 +87,28 @@ impl Mirror {
         self.due.clear();
         self.due.push(process::unmap_all());
         self.mappings = 0;
+    }
+
+    /// Forgets what is not as `now` says: guest-physical address and rights by linear address, for the page tables at `tables`.
+    pub(super) fn check(&mut self, tables: u64, now: impl Fn(u64) -> Option<(u64, Rights)>) {
+        if std::mem::replace(&mut self.tables, tables) != tables || self.pages.len() > CHECKED_MAX {
+            return self.clear();
+        }
+        let holds = |linear: u64, (rights, physical): (Rights, u64)| {
+            now(linear).is_some_and(|(place, allowed)| place == physical && rights & !allowed == 0)
+        };
+        let gone: Vec<u64> = self
+            .pages
+            .iter()
+            .filter(|&(&linear, &page)| !holds(linear, page))
+            .map(|(&linear, _)| linear)
+            .collect();
+        if gone.len() > GONE_MAX {
+            return self.clear();
+        }
+        for linear in gone {
+            self.forget(linear);
+        }
     }
 
     /// Forgets a linear page.

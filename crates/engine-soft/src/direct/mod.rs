@@ -19,17 +19,17 @@ mod process;
 mod scan;
 
 use crate::cpu_core::Core;
-use crate::mmu::{Access, Privilege};
+use crate::mmu::{Access, Privilege, Seen};
 use crate::state::{CpuState, SPACES, seg};
 use crate::step::model::host_tsc;
 use crate::step::native::arena;
 use cpu::{Error, rflags};
 use memory::PageFlags;
-use mirror::{EXECUTE, Mirror, READ, WRITE, Wanted};
+use mirror::{EXECUTE, Mirror, READ, Rights, WRITE, Wanted};
 use policy::Policy;
 use process::{Process, Stop};
 use scan::Sites;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::sync::atomic::Ordering;
 
@@ -78,6 +78,8 @@ pub(crate) struct Direct {
     mirrors: [Option<Mirror>; SPACES],
     /// What in pages with code is not for the host's CPU, by guest-physical address, until they are written to.
     known: HashMap<u64, Sites>,
+    /// Large pages of guest-physical memory that the host was asked to hold in one piece.
+    large: HashSet<u64>,
     /// Those of another thread.
     retired: Vec<Mirror>,
     policy: Policy,
@@ -99,6 +101,7 @@ impl Direct {
         Self {
             mirrors: Default::default(),
             known: HashMap::new(),
+            large: HashSet::new(),
             retired: vec![],
             policy: Policy::default(),
             thread: 0,
@@ -163,7 +166,7 @@ impl Direct {
         let now = self.now();
         let stops = (self.statistics.stops - stops) as u32;
         self.statistics.steps += u64::from(next == Next::Step);
-        self.policy.ran(tables(&core.state), (now - began, inside), stops, next == Next::Step, now);
+        self.policy.ran(tables(&core.state), (now - began, inside), stops, next != Next::Kicked, now);
         Ok(next)
     }
 
@@ -198,14 +201,22 @@ impl Direct {
         Ok(())
     }
 
-    /// Has the mirrors forget what the MMU has.
-    fn hear(&mut self, core: &mut Core) {
-        let news = &mut core.mmu.news;
+    /// Has the mirrors forget what the MMU has. That all of an address space is forgotten means only that its page tables have to
+    /// be looked at again; this is done when they are in force.
+    fn hear(&mut self, core: &mut Core, current: usize) {
+        let Core { mmu, state, .. } = core;
+        let all = mmu.news.spaces.get_mut(current).is_some_and(|space| std::mem::take(&mut space.all));
+        if let Some(mirror) = self.mirrors.get_mut(current).and_then(Option::as_mut)
+            && all
+        {
+            mirror.check(tables(state), |linear| {
+                let seen = mmu.look(state, linear)?;
+                Some((seen.physical, rights(&seen, mmu.memory.host_page(seen.physical)?.flags)))
+            });
+        }
+        let news = &mut mmu.news;
         for (mirror, space) in self.mirrors.iter_mut().zip(&mut news.spaces) {
             let Some(mirror) = mirror else { continue };
-            if std::mem::take(&mut space.all) {
-                mirror.clear();
-            }
             for page in space.pages.drain(..) {
                 mirror.forget(page);
             }
@@ -231,7 +242,7 @@ impl Direct {
         let (mut loaded, mut vectors) = (false, false);
         let mut inside = 0u64;
         let next = loop {
-            self.hear(core);
+            self.hear(core, space);
             let Some(mirror) = self.mirrors.get_mut(space).and_then(Option::as_mut) else {
                 break Next::Translate;
             };
@@ -324,6 +335,10 @@ impl Direct {
             }
         }
         let pages = if walk.page_shift > 12 { LARGE } else { AROUND };
+        if pages == LARGE && self.large.insert(walk.physical & !(LARGE * PAGE - 1)) {
+            // Once for each: the host's TLB holds it as the guest means it.
+            core.mmu.memory.enlarge(walk.physical & !(LARGE * PAGE - 1), LARGE * PAGE);
+        }
         let first = page & !(pages * PAGE - 1);
         let mut wanted = Vec::with_capacity(pages as usize);
         for linear in (first..first + pages * PAGE).step_by(PAGE as usize) {
@@ -341,11 +356,13 @@ impl Direct {
             else {
                 continue;
             };
+            let allowed = rights(&seen, host.flags);
             let mut rights = READ;
             // To look through a page takes longer than to bring it in.
-            if fetch && seen.execute && (here || self.known.get(&physical).is_some_and(Sites::none)) {
+            if fetch && allowed & EXECUTE != 0 && (here || self.known.get(&physical).is_some_and(Sites::none))
+            {
                 rights |= EXECUTE;
-            } else if seen.write && !host.flags.contains(PageFlags::CODE) {
+            } else if allowed & WRITE != 0 {
                 core.mmu.memory.host_page_for_write(physical);
                 rights |= WRITE;
             }
@@ -366,6 +383,12 @@ impl Direct {
 /// Where the page tables are, which stands for the guest's process.
 fn tables(state: &CpuState) -> u64 {
     state.cr3 & 0x000f_ffff_ffff_f000
+}
+
+/// What page tables and flags of the host's page allow.
+fn rights(seen: &Seen, flags: PageFlags) -> Rights {
+    let write = seen.write && !flags.contains(PageFlags::CODE);
+    READ | if write { WRITE } else { 0 } | if seen.execute { EXECUTE } else { 0 }
 }
 
 /// Pages that are remembered.

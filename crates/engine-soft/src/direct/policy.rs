@@ -70,7 +70,7 @@ impl Policy {
         }
     }
 
-    /// The process has run directly: how long in all and in its code, with how many stops, the last of them for the single-step
+    /// The process has run directly: how long in all and in its code, with how many stops, the last of them for another
     /// tier or not.
     pub(super) fn ran(&mut self, tables: u64, (all, inside): (f64, f64), stops: u32, step: bool, now: f64) {
         let Some(record) = self.records.get_mut(&tables) else { return };
