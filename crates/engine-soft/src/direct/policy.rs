@@ -12,11 +12,11 @@ const HITS_MAX: u8 = 8;
 /// Stops for the single-step tier after which is judged.
 const STEPS: u32 = 64;
 /// Time after which is judged at the latest.
-const PERIOD: f64 = 0.02;
+const PERIOD: f64 = 0.05;
 /// What a stop costs inside the host's kernel, in seconds: it looks like time of the guest's code.
 const STOP: f64 = 4e-6;
 /// Share of the time that must be spent in the guest's code.
-const SHARE_MIN: f64 = 0.6;
+const SHARE_MIN: f64 = 0.5;
 /// Seconds that a process waits after it failed for the first time, and at most.
 const WAIT: (f64, f64) = (0.1, 20.0);
 /// Processes that are remembered.
@@ -146,7 +146,7 @@ mod test {
         let mut policy = tried();
         // A few hundred stops that bring in pages, then none.
         for _ in 0..300 {
-            policy.ran(TABLES, (30e-6, 6e-6), 2, false, 0.1);
+            policy.ran(TABLES, (60e-6, 6e-6), 2, false, 0.1);
         }
         assert!(policy.active(TABLES));
     }
