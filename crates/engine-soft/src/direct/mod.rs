@@ -78,6 +78,8 @@ pub(crate) struct Direct {
     mirrors: [Option<Mirror>; SPACES],
     /// What in pages with code is not for the host's CPU, by guest-physical address, until they are written to.
     known: HashMap<u64, Sites>,
+    /// An address space and a page of it that the guest has to do something about.
+    awaited: Option<(usize, u64)>,
     /// Large pages of guest-physical memory that the host was asked to hold in one piece.
     large: HashSet<u64>,
     /// Those of another thread.
@@ -101,6 +103,7 @@ impl Direct {
         Self {
             mirrors: Default::default(),
             known: HashMap::new(),
+            awaited: None,
             large: HashSet::new(),
             retired: vec![],
             policy: Policy::default(),
@@ -239,6 +242,15 @@ impl Direct {
     /// Runs code; also answers how long it was inside the process, in seconds.
     fn code(&mut self, core: &mut Core, space: usize) -> io::Result<(Next, f64)> {
         let mut registers = registers(&core.state);
+        if let Some((of, page)) = self.awaited.take()
+            && of == space
+            && core.mmu.look(&core.state, page).is_some()
+        {
+            // The guest's kernel has dealt with the fault, and the access is about to be made again.
+            self.hear(core, space);
+            self.page_in(core, space, page, registers.rip);
+            self.awaited = None;
+        }
         let (mut loaded, mut vectors) = (false, false);
         let mut inside = 0u64;
         let next = loop {
@@ -325,6 +337,7 @@ impl Direct {
             return Some(Next::Step);
         }
         let Ok(walk) = core.mmu.walk(&core.state, page, access, Privilege::User) else {
+            self.awaited = Some((space, page));
             return Some(Next::Step);
         };
         if fetch {
