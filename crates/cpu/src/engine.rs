@@ -174,6 +174,8 @@ pub trait Vcpu: Send {
     fn set_task_priority(&mut self, priority: u8);
     /// The guest's TSC now.
     fn tsc(&self) -> u64;
+    /// Forgets all translations of addresses, global ones too, before the guest runs again.
+    fn flush_tlb(&mut self);
     /// Returns to the power-up state (or, by `init`, the state after an INIT: FPU, most MSRs and caches kept).
     fn reset(&mut self, init: bool);
     /// A handle for other threads.

@@ -72,7 +72,7 @@ pub struct Core {
     /// Writes (guest-physical address, length) to pages that hold translated code; the translator drains it.
     pub code_writes: Vec<(u64, u64)>,
     /// The other vCPUs, if there are some.
-    pub(crate) peers: Option<crate::vcpu::Peers>,
+    pub(crate) peers: Option<crate::peers::Peers>,
     /// Statistics.
     pub counters: Counters,
     pub(crate) fetch: FetchCache,
@@ -160,12 +160,17 @@ impl Core {
         arena::store_x87(&mut self.state);
     }
 
+    /// There are other vCPUs.
+    pub(crate) fn set_peers(&mut self, peers: crate::peers::Peers) {
+        self.mmu.set_peers(peers.clone());
+        self.peers = Some(peers);
+    }
+
     /// A page is about to be translated from: no write to it by any vCPU may pass unseen from here on.
     pub(crate) fn protect_code(&mut self, page: u64) {
-        if self.mmu.protect_code(&mut self.state, page)
-            && let Some(peers) = self.peers.clone()
-        {
-            peers.protect(&mut self.mmu, &mut self.state, page);
+        match self.peers.clone() {
+            None => self.mmu.protect_code(&mut self.state, page),
+            Some(peers) => peers.protect(&mut self.mmu, &mut self.state, page),
         }
     }
 

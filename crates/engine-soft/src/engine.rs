@@ -1,13 +1,12 @@
-//! [`SoftEngine`]: makes the vCPUs of one VM, and knows what they share: the clock, and who hears of foreign writes to
-//! code.
-//!
-//! Lock order: the list of vCPUs before a vCPU's list of writes; neither is held while anything else is called.
+//! [`SoftEngine`]: makes the vCPUs of one VM, and knows what they share: the clock, and what they tell each other of code
+//! ([`crate::peers`]).
 
+use crate::peers::Watch;
 use crate::step::model::host_tsc;
-use crate::vcpu::{CodeWrites, SoftVcpu};
+use crate::vcpu::SoftVcpu;
 use cpu::{Engine, Error, Vcpu, VcpuConfig};
-use memory::{CodeWatch, GuestMemory};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use memory::GuestMemory;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// How the engine works.
@@ -41,32 +40,10 @@ pub struct SoftEngine {
     watch: Arc<Watch>,
 }
 
-/// Passes on what others than the vCPUs write to code pages.
-#[derive(Default)]
-pub(crate) struct Watch {
-    vcpus: Mutex<Vec<Weak<CodeWrites>>>,
-}
-
-impl Watch {
-    /// All vCPUs.
-    pub(crate) fn all(&self) -> Vec<Arc<CodeWrites>> {
-        let vcpus = self.vcpus.lock().unwrap_or_else(PoisonError::into_inner);
-        vcpus.iter().filter_map(Weak::upgrade).collect()
-    }
-}
-
-impl CodeWatch for Watch {
-    fn written(&self, address: u64, len: u64) {
-        for writes in self.all() {
-            writes.push(address, len);
-        }
-    }
-}
-
 impl SoftEngine {
     /// An engine over `memory`. Takes about 20 ms to measure the clock.
     pub fn new(memory: GuestMemory, options: Options) -> Result<Self, Error> {
-        let watch = Arc::new(Watch::default());
+        let watch = Arc::new(Watch::new(&memory, !options.single_cpu));
         memory.set_code_watch(watch.clone());
         Ok(Self { memory, options, tsc_hz: calibrate(), tsc_start: host_tsc(), watch })
     }
@@ -81,10 +58,6 @@ impl Engine for SoftEngine {
         let offset = self.tsc_start.wrapping_neg();
         let clock = (self.tsc_hz, offset);
         let vcpu = SoftVcpu::new(self.memory.clone(), &config, &self.options, &self.watch, clock)?;
-        let mut vcpus = self.watch.vcpus.lock().unwrap_or_else(PoisonError::into_inner);
-        vcpus.retain(|writes| writes.strong_count() > 0);
-        vcpus.push(Arc::downgrade(vcpu.code_writes()));
-        drop(vcpus);
         Ok(Box::new(vcpu))
     }
 

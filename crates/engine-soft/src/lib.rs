@@ -25,6 +25,7 @@ mod fetch;
 mod host;
 pub mod io;
 pub mod mmu;
+mod peers;
 mod segmentation;
 pub mod signal;
 pub mod state;

@@ -7,6 +7,7 @@
 //! each time.
 
 use crate::direct::news::News;
+use crate::peers::Peers;
 use crate::state::{CpuState, PAGE_MASK, SPACES, TLB_ENTRIES, TLB_INVALID, TlbEntry, TlbTable, seg};
 use cpu::{cr0, cr4, efer, rflags};
 use memory::{GuestMemory, PAGE_SIZE, PageFlags};
@@ -109,6 +110,7 @@ const NX: u64 = 1 << 63;
 pub struct Mmu {
     /// The guest's RAM.
     pub memory: GuestMemory,
+    peers: Option<Peers>,
     /// Width of guest-physical addresses in bits, as CPUID says.
     pub physical_bits: u32,
     /// What is known of the supervisor's translations, and of those of the user's address spaces.
@@ -192,6 +194,7 @@ impl Mmu {
     pub fn new(memory: GuestMemory, physical_bits: u32) -> Self {
         Self {
             memory,
+            peers: None,
             physical_bits,
             known: [const { Known::NONE }; 1 + SPACES],
             space: 0,
@@ -222,7 +225,12 @@ impl Mmu {
             self.note_fetch(address, walk.page_shift, privilege == Privilege::User);
         }
         let page = match access {
-            Access::Write => self.memory.host_page_for_write(walk.physical),
+            Access::Write => {
+                if let Some(peers) = &self.peers {
+                    peers.will_write(walk.physical);
+                }
+                self.memory.host_page_for_write(walk.physical)
+            }
             _ => self.memory.host_page(walk.physical),
         };
         let Some(page) = page else {
@@ -446,14 +454,17 @@ impl Mmu {
         }
     }
 
-    /// The page at `physical` now holds translated code: no write of this vCPU may pass unseen from here on. Answers
-    /// whether it did not until now: then the other vCPUs have to be asked as well.
-    pub fn protect_code(&mut self, state: &mut CpuState, physical: u64) -> bool {
-        if self.memory.mark_code(physical) {
-            return false;
+    /// The page at `physical` now holds translated code: no write of this vCPU, the only one, may pass unseen from here
+    /// on.
+    pub fn protect_code(&mut self, state: &mut CpuState, physical: u64) {
+        if !self.memory.mark_code(physical) {
+            self.forget_writes(state, physical);
         }
-        self.forget_writes(state, physical);
-        true
+    }
+
+    /// There are other vCPUs: they want to know to which pages this one may write.
+    pub(crate) fn set_peers(&mut self, peers: Peers) {
+        self.peers = Some(peers);
     }
 
     /// Forgets all translations for writes to a page of RAM.

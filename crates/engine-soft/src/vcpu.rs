@@ -9,174 +9,18 @@
 
 use crate::cpu_core::{Core, attention};
 use crate::direct::{Direct, Next};
-use crate::engine::{Options, Watch};
+use crate::engine::Options;
 use crate::exception::Stop;
-use crate::mmu::Mmu;
+use crate::peers::{Flag, Peers, Requests, Watch, kick};
 use crate::signal;
-use crate::state::{CpuState, Doorbell, seg};
+use crate::state::seg;
 use crate::step::step;
 use crate::translate::{Config, Outcome, Translator};
 use crate::verify::Verifier;
 use cpu::{Error, Exit, Kick, Registers, Vcpu, VcpuConfig};
 use memory::GuestMemory;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
-/// Bits of [`Doorbell::kick`].
-pub(crate) mod kick {
-    /// Somebody wants `run` to return.
-    pub(crate) const LEAVE: u32 = 1 << 0;
-    /// Somebody wrote to a code page.
-    pub(super) const CODE: u32 = 1 << 1;
-}
-
-/// The doorbell inside a vCPU's state, for other threads: gone when the vCPU is.
-struct Flag(Mutex<Option<*const Doorbell>>);
-
-#[allow(unsafe_code)]
-// SAFETY: the pointer is to atomics, and is only followed under the lock, which the vCPU takes to clear it.
-unsafe impl Send for Flag {}
-#[allow(unsafe_code)]
-// SAFETY: as above.
-unsafe impl Sync for Flag {}
-
-impl Flag {
-    fn new(state: &CpuState) -> Self {
-        Self(Mutex::new(Some(&raw const state.doorbell)))
-    }
-
-    fn set(&self, bits: u32) {
-        let guard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(flag) = *guard {
-            #[allow(unsafe_code)]
-            // SAFETY: the vCPU clears the pointer under this lock before its state goes away.
-            unsafe {
-                (*flag).ring(bits);
-            }
-        }
-    }
-
-    fn end(&self) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
-    }
-}
-
-impl Kick for Flag {
-    fn kick(&self) {
-        self.set(kick::LEAVE);
-    }
-}
-
-/// What others ask of a vCPU about code, until it looks: at least at every kick.
-pub(crate) struct CodeWrites {
-    list: Mutex<Requests>,
-    /// How many of the requests to forget have been done.
-    done: AtomicU64,
-    /// The vCPU is in `run`. If not, it looks before anything else there.
-    inside: AtomicBool,
-    flag: Arc<Flag>,
-}
-
-#[derive(Default)]
-struct Requests {
-    /// Bytes of code pages that were written: guest-physical address and length.
-    written: Vec<(u64, u64)>,
-    /// Pages that hold code now: translations for writes to them must be forgotten.
-    protected: Vec<u64>,
-    /// How many pages were ever put there.
-    asked: u64,
-}
-
-/// Beyond this many remembered writes all translations are dropped instead.
-const WRITES_MAX: usize = 1024;
-
-impl CodeWrites {
-    fn new(flag: Arc<Flag>) -> Self {
-        Self { list: Mutex::default(), done: AtomicU64::new(0), inside: AtomicBool::new(false), flag }
-    }
-
-    fn list(&self) -> MutexGuard<'_, Requests> {
-        self.list.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(crate) fn push(&self, address: u64, len: u64) {
-        let mut list = self.list();
-        if list.written.len() <= WRITES_MAX {
-            list.written.push((address, len));
-        }
-        drop(list);
-        self.flag.set(kick::CODE);
-    }
-
-    /// Asks the vCPU to forget translations for writes to a page; answers the number of the request.
-    fn protect(&self, page: u64) -> u64 {
-        let mut list = self.list();
-        list.protected.push(page);
-        list.asked += 1;
-        let asked = list.asked;
-        drop(list);
-        self.flag.set(kick::CODE);
-        asked
-    }
-
-    /// The vCPU has done a request, or will before it runs anything.
-    fn has_done(&self, number: u64) -> bool {
-        self.done.load(Ordering::SeqCst) >= number || !self.inside.load(Ordering::SeqCst)
-    }
-
-    /// Does what is asked of this vCPU's TLB.
-    fn forget(&self, mmu: &mut Mmu, state: &mut CpuState) {
-        let mut list = self.list();
-        for page in std::mem::take(&mut list.protected) {
-            mmu.forget_writes(state, page);
-        }
-        self.done.store(list.asked, Ordering::SeqCst);
-    }
-
-    fn take_written(&self) -> Vec<(u64, u64)> {
-        std::mem::take(&mut self.list().written)
-    }
-}
-
-/// The vCPUs of a VM, as one of them sees them.
-#[derive(Clone)]
-pub(crate) struct Peers {
-    watch: Arc<Watch>,
-    own: Arc<CodeWrites>,
-}
-
-impl Peers {
-    pub(crate) fn new(watch: Arc<Watch>, own: Arc<CodeWrites>) -> Self {
-        Self { watch, own }
-    }
-
-    fn others(&self) -> Vec<Arc<CodeWrites>> {
-        let mut vcpus = self.watch.all();
-        vcpus.retain(|other| !Arc::ptr_eq(other, &self.own));
-        vcpus
-    }
-
-    /// This vCPU has written to a code page.
-    pub(crate) fn written(&self, address: u64, len: u64) {
-        for other in self.others() {
-            other.push(address, len);
-        }
-    }
-
-    /// A page holds code from now on: comes back when no vCPU can write there without all hearing of it. Meanwhile
-    /// this vCPU does what the others ask of it, or two would wait for each other.
-    pub(crate) fn protect(&self, mmu: &mut Mmu, state: &mut CpuState, page: u64) {
-        let waiting: Vec<_> = self.others().into_iter().map(|other| (other.protect(page), other)).collect();
-        for (number, other) in waiting {
-            let mut turns = 0u32;
-            while !other.has_done(number) {
-                self.own.forget(mmu, state);
-                turns = turns.wrapping_add(1);
-                if turns.is_multiple_of(64) { std::thread::yield_now() } else { std::hint::spin_loop() }
-            }
-        }
-    }
-}
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 /// One vCPU of the software engine.
 pub struct SoftVcpu {
@@ -185,13 +29,13 @@ pub struct SoftVcpu {
     direct: Option<Direct>,
     verifier: Option<Verifier>,
     flag: Arc<Flag>,
-    writes: Arc<CodeWrites>,
+    requests: Arc<Requests>,
 }
 
 impl Drop for SoftVcpu {
     fn drop(&mut self) {
         // After a panic in `run`, too: the others must not wait for a vCPU that is no more.
-        self.writes.inside.store(false, Ordering::SeqCst);
+        self.requests.set_inside(false);
         self.flag.end();
         // Only now nobody signals its processes any more.
         self.direct = None;
@@ -216,19 +60,18 @@ impl SoftVcpu {
             None
         };
         let flag = Arc::new(Flag::new(&core.state));
-        let writes = Arc::new(CodeWrites::new(flag.clone()));
-        core.peers = (!options.single_cpu).then(|| Peers::new(watch.clone(), writes.clone()));
+        let requests = Arc::new(Requests::new(flag.clone()));
+        watch.add(config.index as usize, &requests);
+        if !options.single_cpu {
+            core.set_peers(Peers::new(watch.clone(), requests.clone(), config.index as usize));
+        }
         let verifier = options.verify.then(Verifier::default);
         let direct =
             options.direct && options.translate && !options.verify && core.mmu.memory.file().is_some();
         let direct = direct.then(|| Direct::new(tsc_hz));
-        let mut vcpu = Self { core, translator, direct, verifier, flag, writes };
+        let mut vcpu = Self { core, translator, direct, verifier, flag, requests };
         vcpu.reset(false);
         Ok(vcpu)
-    }
-
-    pub(crate) fn code_writes(&self) -> &Arc<CodeWrites> {
-        &self.writes
     }
 
     /// The vCPU as the tiers see it.
@@ -324,17 +167,19 @@ impl SoftVcpu {
     }
 
     fn foreign_writes(&mut self) {
-        self.writes.forget(&mut self.core.mmu, &mut self.core.state);
-        let writes = self.writes.take_written();
-        let Some(translator) = &mut self.translator else { return };
-        if writes.len() > WRITES_MAX {
-            self.core.mmu.news.all_written();
-            translator.flush(&mut self.core);
-            return;
-        }
-        for (address, len) in writes {
-            self.core.mmu.news.written(address);
-            translator.written(&mut self.core, address, len);
+        self.requests.forget(&mut self.core.mmu, &mut self.core.state);
+        for (page, written) in self.requests.take_written() {
+            self.core.mmu.news.written(page);
+            if let Some(translator) = &mut self.translator {
+                for (offset, len) in written.runs() {
+                    translator.written(&mut self.core, page + offset, len);
+                }
+            }
+            if written.drops()
+                && let Some(peers) = &self.core.peers
+            {
+                peers.dropped(page, &self.core.mmu.memory);
+            }
         }
     }
 }
@@ -342,12 +187,12 @@ impl SoftVcpu {
 impl Vcpu for SoftVcpu {
     fn run(&mut self) -> Result<Exit, Error> {
         signal::prepare_thread()?;
-        self.writes.inside.store(true, Ordering::SeqCst);
+        self.requests.set_inside(true);
         self.foreign_writes();
         self.core.enter();
         let exit = self.run_loop();
         self.core.leave();
-        self.writes.inside.store(false, Ordering::SeqCst);
+        self.requests.set_inside(false);
         exit
     }
 
@@ -406,6 +251,10 @@ impl Vcpu for SoftVcpu {
 
     fn tsc(&self) -> u64 {
         self.core.tsc()
+    }
+
+    fn flush_tlb(&mut self) {
+        self.core.mmu.flush_all(&mut self.core.state);
     }
 
     fn reset(&mut self, init: bool) {

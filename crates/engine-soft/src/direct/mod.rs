@@ -230,9 +230,6 @@ impl Direct {
                 mirror.forget_physical(page, EXECUTE);
             }
         }
-        if std::mem::take(&mut news.any_written) {
-            self.known.clear();
-        }
         for page in news.written.drain(..) {
             self.known.remove(&page);
         }
@@ -364,6 +361,12 @@ impl Direct {
             }
             let Some(seen) = core.mmu.look(&core.state, linear) else { continue };
             let physical = seen.physical;
+            if seen.write
+                && let Some(peers) = &core.peers
+            {
+                // Before the page's flags are read.
+                peers.will_write(physical);
+            }
             let (Some(offset), Some(host)) =
                 (core.mmu.memory.file_offset(physical), core.mmu.memory.host_page(physical))
             else {

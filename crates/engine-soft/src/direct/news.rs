@@ -25,8 +25,6 @@ pub(crate) struct News {
     pub protected: Vec<u64>,
     /// Guest-physical pages with code that have been written to, or are not watched any more.
     pub written: Vec<u64>,
-    /// Any of them may have been.
-    pub any_written: bool,
 }
 
 impl News {
@@ -65,14 +63,6 @@ impl News {
     pub(crate) fn written(&mut self, physical: u64) {
         if self.heard() {
             note(&mut self.written, physical & !0xfff);
-        }
-    }
-
-    /// Any page with code may have been written to.
-    pub(crate) fn all_written(&mut self) {
-        self.any_written = true;
-        for space in 0..SPACES {
-            self.flushed(space);
         }
     }
 }

@@ -1,7 +1,7 @@
 //! User code in a process: what comes back, what stops it, and what it cannot reach.
 
 use super::*;
-use crate::vcpu::kick;
+use crate::peers::kick;
 use cpu::{Segment, attr};
 use memory::{Backing, GuestMemory};
 use std::time::{Duration, Instant};

@@ -62,7 +62,7 @@ pub(crate) fn mov_cr(core: &mut Core, d: &Decoded) -> Result<(), Trap> {
         _ => {
             if std::mem::replace(&mut core.state.cr8, value) != value {
                 // The machine's local APIC has to know before the next instruction.
-                core.state.doorbell.ring(crate::vcpu::kick::LEAVE);
+                core.state.doorbell.ring(crate::peers::kick::LEAVE);
             }
             core.state.attention |= attention::MODE;
             Ok(())
