@@ -373,7 +373,10 @@ fn paravirtual(table: &mut CpuidTable, tsc_hz: u64) {
     const CLOCKSOURCE: u32 = 1 << 0;
     const NOP_IO_DELAY: u32 = 1 << 1;
     const CLOCKSOURCE2: u32 = 1 << 3;
+    const STEAL_TIME: u32 = 1 << 5;
+    const PV_EOI: u32 = 1 << 6;
     const PV_UNHALT: u32 = 1 << 7;
+    const PV_TLB_FLUSH: u32 = 1 << 9;
     const PV_SEND_IPI: u32 = 1 << 11;
     const POLL_CONTROL: u32 = 1 << 12;
     const PV_SCHED_YIELD: u32 = 1 << 13;
@@ -384,7 +387,10 @@ fn paravirtual(table: &mut CpuidTable, tsc_hz: u64) {
     let features = CLOCKSOURCE
         | NOP_IO_DELAY
         | CLOCKSOURCE2
+        | STEAL_TIME
+        | PV_EOI
         | PV_UNHALT
+        | PV_TLB_FLUSH
         | PV_SEND_IPI
         | POLL_CONTROL
         | PV_SCHED_YIELD
@@ -451,6 +457,36 @@ mod test {
             assert_eq!(table.query(7, 0).ecx & (1 << 16 | 1 << 3), 0);
             assert_eq!(table.query(0x8000_0001, 0).ecx & 1 << 2, 0);
         }
+    }
+
+    /// A version is a promise: what a model of a version offers never changes. A change that fails here wants a new
+    /// version beside the old one.
+    #[test]
+    fn versions_stay_what_they_were() {
+        let offered = |model: &Model| {
+            [
+                model.leaf1_ecx,
+                model.leaf1_edx,
+                model.leaf7_ebx,
+                model.leaf7_ecx,
+                model.leaf7_edx,
+                model.ext1_ecx,
+                model.ext1_edx,
+                model.xcr0,
+            ]
+        };
+        let named = |name| offered(&Model::named(name).unwrap());
+        assert_eq!(
+            named("x86-64-v2.1").map(|word| format!("{word:08x}")).join(" "),
+            "81ba2201 078bbb7d 00000681 00400004 00004010 00000001 2c100800 00000000"
+        );
+        assert_eq!(
+            named("x86-64-v3.1").map(|word| format!("{word:08x}")).join(" "),
+            "f7fa3203 078bbb7d 000007a9 00400004 00004010 00000121 2c100800 00000007"
+        );
+        let mut table = CpuidTable::default();
+        paravirtual(&mut table, 2_000_000_000);
+        assert_eq!(table.query(0x4000_0001, 0).eax, 0x0100_3aeb, "KVM's features");
     }
 
     #[test]

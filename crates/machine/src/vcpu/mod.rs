@@ -6,11 +6,13 @@
 //!
 //! Lock order: the local APIC's lock is never held while a device, another APIC or the memory gate is called.
 
+mod eoi;
 pub(crate) mod paravirtual;
 pub(crate) mod profile;
 mod registers;
 pub(crate) mod report;
 pub(crate) mod slot;
+mod steal;
 
 use crate::board::Resets;
 use crate::buses::Buses;
@@ -23,6 +25,7 @@ use chipset::ioapic::IoApic;
 use chipset::local_apic::{Apics, Delivery, Destination, Effect, Ipi, LocalApic, Startup, Trigger, TscClock};
 use cpu::{Error, Exit, Space, Vcpu, attr, msr};
 use device::VmTime;
+use eoi::ParavirtualEoi;
 use memory::GuestMemory;
 use paravirtual::{SystemClock, hypercall};
 use profile::Profile;
@@ -31,6 +34,7 @@ use report::{Doing, Report, Tally};
 use slot::{Slot, question};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+use steal::StealTime;
 
 /// KVM's first numbers for the wall clock and system time registers.
 const KVM_WALL_CLOCK_OLD: u32 = 0x11;
@@ -78,6 +82,8 @@ pub(crate) struct Runner {
     /// KVM_SYSTEM_TIME, if enabled.
     system_time: Option<u64>,
     wall_clock: u64,
+    steal: StealTime,
+    eoi: ParavirtualEoi,
     remaining: Remaining,
     last_exits: std::collections::VecDeque<(u64, String)>,
     tally: Tally,
@@ -98,6 +104,8 @@ impl Runner {
             pausable: true,
             system_time: None,
             wall_clock: 0,
+            steal: StealTime::default(),
+            eoi: ParavirtualEoi::default(),
             remaining: Remaining::default(),
             last_exits: std::collections::VecDeque::new(),
             tally: Tally::default(),
@@ -144,6 +152,8 @@ impl Runner {
             }
         }
         self.answer(slot);
+        self.steal.update(&self.common.memory);
+        self.settle_eoi();
         if slot.take_unhalt() && self.halted {
             self.tally.kicks = self.tally.kicks.wrapping_add(1);
             // Setting registers ends HLT in the engine too.
@@ -237,13 +247,25 @@ impl Runner {
             }
         };
         let more = apic.pending().is_some() || apic.external_pending();
+        let skippable = self.eoi.is_on() && apic.eoi_skippable();
         drop(apic);
+        if skippable {
+            self.eoi.offer(&self.common.memory);
+        }
         if let Some(vector) = vector {
             self.vcpu.inject_interrupt(vector);
             self.tally.interrupt(vector);
             self.halted = false;
         }
         self.want_window(more);
+    }
+
+    /// Ends the interrupt that the guest has ended in memory. Before anything else is done to the local APIC.
+    fn settle_eoi(&mut self) {
+        if self.eoi.settle(&self.common.memory) {
+            let level = lock(&self.apic).eoi();
+            self.act(level.map_or(Effect::None, Effect::Eoi));
+        }
     }
 
     fn want_window(&mut self, wanted: bool) {
@@ -266,7 +288,12 @@ impl Runner {
         let deadline = lock(&self.apic).deadline();
         self.common.timers.set(self.index, None);
         let limit = deadline.map(|at| self.common.clock.until(at).unwrap_or(Duration::MAX));
+        self.steal.sleeps(&self.common.memory);
         slot.sleep(limit);
+        if self.steal.wakes(&self.common.memory) {
+            self.vcpu.flush_tlb();
+            self.tally.flushes = self.tally.flushes.wrapping_add(1);
+        }
         self.tally.slept(began.elapsed());
         slot.note();
     }
@@ -277,6 +304,7 @@ impl Runner {
             Startup::Init => {
                 self.vcpu.reset(true);
                 self.task_priority = 0;
+                (self.steal, self.eoi) = Default::default();
                 self.halted = false;
                 self.window = false;
             }
@@ -337,6 +365,7 @@ impl Runner {
         self.vcpu.request_interrupt_window(false);
         (self.halted, self.window, self.pausable) = (false, false, true);
         (self.system_time, self.wall_clock, self.task_priority) = (None, 0, 0);
+        (self.steal, self.eoi) = Default::default();
         self.remaining = Remaining::default();
         slot.take_unhalt();
         self.sync_tsc();
@@ -392,6 +421,7 @@ impl Runner {
             && let Some(offset) = self.own_apic(address)
         {
             slot.note();
+            self.settle_eoi();
             return lock(&self.apic).page_read(offset, self.common.clock.now()).into();
         }
         self.common.buses.read(space, address, size)
@@ -402,6 +432,7 @@ impl Runner {
             && let Some(offset) = self.own_apic(address)
         {
             self.sync_tsc();
+            self.settle_eoi();
             let effect = lock(&self.apic).page_write(offset, value as u32, self.common.clock.now());
             self.act(effect);
             self.follow_tpr();
@@ -447,9 +478,14 @@ impl Runner {
         match index {
             msr::APIC_BASE => Some(lock(&self.apic).base()),
             msr::TSC_DEADLINE => Some(lock(&self.apic).tsc_deadline()),
-            msr::X2APIC_FIRST..=msr::X2APIC_LAST => lock(&self.apic).msr_read(index, self.common.clock.now()),
+            msr::X2APIC_FIRST..=msr::X2APIC_LAST => {
+                self.settle_eoi();
+                lock(&self.apic).msr_read(index, self.common.clock.now())
+            }
             KVM_WALL_CLOCK_OLD | msr::KVM_WALL_CLOCK => Some(self.wall_clock),
             KVM_SYSTEM_TIME_OLD | msr::KVM_SYSTEM_TIME => Some(self.system_time.map_or(0, |at| at | 1)),
+            msr::KVM_STEAL_TIME => Some(self.steal.value()),
+            msr::KVM_EOI_EN => Some(self.eoi.value()),
             msr::KVM_POLL_CONTROL => Some(1),
             _ => self.remaining.read(index),
         }
@@ -459,6 +495,7 @@ impl Runner {
         match index {
             msr::APIC_BASE => {
                 slot.note();
+                self.settle_eoi();
                 let done = lock(&self.apic).set_base(value);
                 self.follow_tpr();
                 done
@@ -471,6 +508,7 @@ impl Runner {
             }
             msr::X2APIC_FIRST..=msr::X2APIC_LAST => {
                 slot.note();
+                self.settle_eoi();
                 let effect = lock(&self.apic).msr_write(index, value, self.common.clock.now())?;
                 self.act(effect);
                 self.follow_tpr();
@@ -485,6 +523,11 @@ impl Runner {
                 self.system_time = (value & 1 != 0).then_some(value & !1);
                 self.write_system_time(false);
                 Some(())
+            }
+            msr::KVM_STEAL_TIME => self.steal.set(value, &self.common.memory),
+            msr::KVM_EOI_EN => {
+                self.settle_eoi();
+                self.eoi.set(value)
             }
             // Whether the host may poll before it sleeps: it does not.
             msr::KVM_POLL_CONTROL => (value <= 1).then_some(()),

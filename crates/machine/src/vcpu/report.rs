@@ -31,12 +31,14 @@ pub(crate) struct Tally {
     halted: Duration,
     /// HLTs that a paravirtual kick ended.
     pub(super) kicks: u64,
+    /// TLB flushes that others asked for while the vCPU slept.
+    pub(super) flushes: u64,
 }
 
 impl Default for Tally {
     fn default() -> Self {
         let vectors = Box::new([0; 256]);
-        Self { exits: [0; EXITS.len()], vectors, halts: 0, halted: Duration::ZERO, kicks: 0 }
+        Self { exits: [0; EXITS.len()], vectors, halts: 0, halted: Duration::ZERO, kicks: 0, flushes: 0 }
     }
 }
 
@@ -124,6 +126,7 @@ impl Report {
             "halted_ns": ns(self.tally.halted),
             "halts": self.tally.halts,
             "paravirtual_kicks": self.tally.kicks,
+            "paravirtual_tlb_flushes": self.tally.flushes,
             "exits": rows(EXITS.into_iter().zip(&self.tally.exits)),
             "interrupts_by_vector": rows(vectors.map(|(vector, count)| (format!("{vector:#04x}"), count))),
             "engine": self.counters.iter().map(|(name, count)| ((*name).to_owned(), Value::from(*count))).collect::<Map<_, _>>(),
