@@ -185,6 +185,20 @@ fn a_kernel_that_is_gone_at_the_reset_is_still_there_and_a_broken_one_is_named()
 }
 
 #[test]
+fn a_kick_that_comes_before_the_halt_ends_it() {
+    // mov eax, 5 (KVM_HC_KICK_CPU); xor ebx, ebx; xor ecx, ecx (the boot processor); vmcall; nop...; cli; hlt
+    let kick = [0xb8, 5, 0, 0, 0, 0x31, 0xdb, 0x31, 0xc9, 0x0f, 0x01, 0xc1];
+    let halt = [&[0x90; 64][..], &[0xfa, 0xf4]].concat();
+    let (_, outcome) = Guest::new(&[&kick[..], &halt, &power_off()].concat()).run();
+    assert_eq!(outcome, Outcome::PoweredOff);
+    // One kick, one halt.
+    let guest = Guest::new(&[&kick[..], &halt, &print("once"), &halt, &power_off()].concat());
+    let machine = guest.machine();
+    machine.start().unwrap();
+    assert_eq!(machine.wait_timeout(Duration::from_millis(500)), None);
+}
+
+#[test]
 fn a_panic_that_restarts_is_a_panic_and_one_that_hangs_ends() {
     let panic = "[    1.0] Kernel panic - not syncing: test\n";
     let reset = vec![0xb0, 0xfe, 0xe6, 0x64, 0xeb, 0xfe];

@@ -154,7 +154,8 @@ impl Runner {
         self.answer(slot);
         self.steal.update(&self.common.memory);
         self.settle_eoi();
-        if slot.take_unhalt() && self.halted {
+        // One that comes before the guest has halted is for that halt: the guest has decided to already.
+        if self.halted && slot.take_unhalt() {
             self.tally.kicks = self.tally.kicks.wrapping_add(1);
             // Setting registers ends HLT in the engine too.
             let registers = self.vcpu.registers();
