@@ -5,6 +5,7 @@ use super::{Numbers, Workload};
 use std::arch::asm;
 use std::ffi::CString;
 use std::hint::black_box;
+use std::sync::Mutex;
 
 pub const ALL: &[Workload] = &[
     Workload { group: "memory", name: "memcpy_small", run: memcpy_small },
@@ -109,20 +110,25 @@ fn rep_stos(units: u64) -> u64 {
 /// 4096 reads and writes all over 32 MiB: more pages than a TLB knows.
 fn random_access(units: u64) -> u64 {
     const WORDS: usize = 4 << 20;
-    let mut words: Vec<u64> = (0..WORDS as u64).collect();
+    static ALL: Mutex<Vec<u64>> = Mutex::new(Vec::new());
+    let Ok(mut words) = ALL.lock() else { return 0 };
+    if words.is_empty() {
+        words.extend(0..WORDS as u64);
+    }
+    let words = &mut *words;
     let mut last = 0;
     for _ in 0..units {
         let mut numbers = Numbers(3);
         last = 0;
         for _ in 0..4096 {
-            let word = &mut black_box(&mut words)[numbers.draw() as usize % WORDS];
+            let word = &mut black_box(&mut *words)[numbers.draw() as usize % WORDS];
             last ^= *word;
             *word ^= 1;
         }
         // The second time over undoes the first.
         let mut numbers = Numbers(3);
         for _ in 0..4096 {
-            black_box(&mut words)[numbers.draw() as usize % WORDS] ^= 1;
+            black_box(&mut *words)[numbers.draw() as usize % WORDS] ^= 1;
         }
     }
     last
