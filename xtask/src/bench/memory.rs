@@ -42,6 +42,7 @@ impl Usage {
     fn part(&mut self, size: u64, name: &str, ram: u64) -> &mut u64 {
         match name {
             "" if size == ram => &mut self.guest,
+            _ if name.starts_with("/memfd:yado-ram") => &mut self.guest,
             _ if name.starts_with("/memfd:yado-") => &mut self.code,
             _ if name.starts_with('/') => &mut self.program,
             _ => &mut self.heap,
@@ -89,9 +90,10 @@ mod test {
 7fb0000000-7fb0100000 rw-p 00000000 00:00 0 \nPss:                 100 kB\n\
 7fb0200000-7fb0201000 rw-p 00000000 00:00 0 \nPss:                  10 kB\n\
 7fb0300000-7fb0400000 rw-s 00000000 00:01 13874    /memfd:yado-code (deleted)\nPss:  50 kB\n\
+7fb0500000-7fb0510000 rw-s 00000000 00:01 13875    /memfd:yado-ram (deleted)\nPss:  7 kB\n\
 7ffc000000-7ffc001000 rw-p 00000000 00:00 0    [stack]\nPss:   1 kB\nVmFlags: rd wr\n";
         let usage = Usage::parse(text, 0x10_0000);
-        assert_eq!(usage, Usage { guest: 100, code: 50, program: 4, heap: 11 });
+        assert_eq!(usage, Usage { guest: 107, code: 50, program: 4, heap: 11 });
         assert_eq!(usage.overhead(), 15);
         let own = Usage::of(std::process::id(), 0).unwrap();
         assert!(own.program > 0 && own.heap > 0, "{own:?}");
