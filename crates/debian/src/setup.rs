@@ -183,7 +183,9 @@ const OWN_FILES: [(&str, u16, &str); 10] = [
          Type=ether\n\
          \n\
          [Network]\n\
-         DHCP=yes\n",
+         DHCP=yes\n\
+         # What yado's agent has configured is not taken away from the programs that use it already.\n\
+         KeepConfiguration=yes\n",
     ),
     (
         "usr/lib/yado/resolv-conf",
@@ -219,8 +221,9 @@ const OWN_FILES: [(&str, u16, &str); 10] = [
     (
         "usr/lib/udev/rules.d/80-yado-network.rules",
         0o644,
-        "# The network daemon is started by the first network card, so that a guest without one boots faster.\n\
-         ACTION==\"add\", SUBSYSTEM==\"net\", KERNEL!=\"lo\", TAG+=\"systemd\", ENV{SYSTEMD_WANTS}+=\"systemd-networkd.service\"\n",
+        "# The network daemon is started by the first network card, so that a guest without one boots faster. Renaming a card is a\n\
+         # second event, which must say the same.\n\
+         ACTION!=\"remove\", SUBSYSTEM==\"net\", KERNEL!=\"lo\", TAG+=\"systemd\", ENV{SYSTEMD_WANTS}+=\"systemd-networkd.service\"\n",
     ),
 ];
 

@@ -53,7 +53,7 @@ impl Source {
             Self::Path(path) => Some(prepare(sys::open(path, O_RDWR | O_NOCTTY | O_NONBLOCK).ok()?)),
             Self::Search { since_ms, asked_for_driver } => {
                 if !*asked_for_driver && !sys::exists(c"/sys/class/virtio-ports") {
-                    modules::load_virtio_driver(b"char/virtio_console");
+                    modules::load_virtio_driver(&[b"drivers/char/virtio_console"]);
                 }
                 *asked_for_driver = true;
                 open_port().or_else(|| {

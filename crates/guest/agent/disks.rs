@@ -15,7 +15,7 @@ pub fn wait() {
     if all_there() {
         return;
     }
-    modules::load_virtio_driver(b"block/virtio_blk");
+    modules::load_virtio_driver(&[b"drivers/block/virtio_blk"]);
     let began = sys::monotonic_ms();
     while !all_there() && sys::monotonic_ms() - began < WAIT_MS_MAX {
         sys::sleep(5);

@@ -30,6 +30,7 @@ mod kernel_line;
 #[allow(dead_code)]
 mod message;
 mod modules;
+mod network;
 #[path = "../src/peer.rs"]
 mod peer;
 mod root;
@@ -96,6 +97,7 @@ fn run(arguments: &[&CStr]) -> i32 {
         [] => {
             if !is_init {
                 disks::wait();
+                network::prepare();
             }
             Some(Source::from_kernel_line())
         }

@@ -24,22 +24,22 @@ fn load_one(file: &CString) -> Result<(), Errno> {
 
 /// Virtio over PCI, where it is a module of the running kernel (Linux 6.1 of Debian 12), in the order of need.
 const VIRTIO: [&[u8]; 5] = [
-    b"virtio/virtio",
-    b"virtio/virtio_ring",
-    b"virtio/virtio_pci_legacy_dev",
-    b"virtio/virtio_pci_modern_dev",
-    b"virtio/virtio_pci",
+    b"drivers/virtio/virtio",
+    b"drivers/virtio/virtio_ring",
+    b"drivers/virtio/virtio_pci_legacy_dev",
+    b"drivers/virtio/virtio_pci_modern_dev",
+    b"drivers/virtio/virtio_pci",
 ];
 
-/// Loads a virtio driver, by its place under `drivers`, if it is a module of the running kernel. udev would do so too, but late in
-/// the boot.
-pub fn load_virtio_driver(name: &[u8]) {
+/// Loads a virtio driver and what it needs, by their places in the kernel's tree, if they are modules of the running kernel. udev
+/// would do so too, but late in the boot.
+pub fn load_virtio_driver(names: &[&[u8]]) {
     let release = sys::read_file(c"/proc/sys/kernel/osrelease", 256).unwrap_or_default();
-    let drivers = [&b"/lib/modules/"[..], release.trim_ascii(), b"/kernel/drivers/"].concat();
+    let kernel = [&b"/lib/modules/"[..], release.trim_ascii(), b"/kernel/"].concat();
     let mut files = Vec::new();
-    for name in VIRTIO.into_iter().chain([name]) {
+    for name in VIRTIO.iter().chain(names) {
         for ending in [&b".ko"[..], b".ko.xz", b".ko.zst"] {
-            let Ok(file) = CString::new([&drivers, name, ending].concat()) else { continue };
+            let Ok(file) = CString::new([&kernel[..], name, ending].concat()) else { continue };
             if sys::exists(&file) {
                 files.push(file);
             }

@@ -35,6 +35,26 @@ pub struct DiskConfig {
     pub interface: DiskInterface,
 }
 
+/// What a network card is connected to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NetworkKind {
+    /// yado's user-mode gateway.
+    User(net::gateway::Config),
+    /// A tap of the host's, by its name.
+    Tap(String),
+}
+
+/// One network card.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetworkConfig {
+    /// Its address.
+    pub address: [u8; 6],
+    /// The longest packet, in bytes.
+    pub mtu: u16,
+    /// Where its frames go.
+    pub kind: NetworkKind,
+}
+
 /// One machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MachineConfig {
@@ -54,6 +74,8 @@ pub struct MachineConfig {
     pub command_line: String,
     /// Disks, in the order in which the guest finds them.
     pub disks: Vec<DiskConfig>,
+    /// Network cards, in the order in which the guest finds them.
+    pub networks: Vec<NetworkConfig>,
     /// Names of virtio-console ports (`/dev/virtio-ports/NAME` in the guest); none: no such device.
     pub ports: Vec<String>,
     /// A virtio-rng device.
@@ -82,6 +104,7 @@ impl MachineConfig {
             initrd: None,
             command_line: String::new(),
             disks: Vec::new(),
+            networks: Vec::new(),
             ports: Vec::new(),
             entropy: true,
             restart: true,

@@ -46,6 +46,15 @@ pub enum Error {
     /// The host has no thread left.
     #[error("cannot start a disk's thread: {0}")]
     Thread(io::Error),
+    /// The guest's network cannot be made.
+    #[error(transparent)]
+    Network(#[from] net::gateway::Error),
+    /// The tap cannot be used.
+    #[error(transparent)]
+    Tap(#[from] net::tap::Error),
+    /// The host has no event counter or thread left.
+    #[error("cannot serve a network card: {0}")]
+    Card(io::Error),
 }
 
 /// Threads that serve functions; each ends when its wake is closed.
@@ -55,12 +64,17 @@ pub(crate) struct Workers {
     pub(crate) threads: Vec<JoinHandle<()>>,
     /// One for each disk.
     pub(crate) traffic: Vec<Traffic>,
+    /// One for each network card.
+    pub(crate) bells: Vec<net::Bell>,
+    /// What there is to see of networks.
+    pub(crate) monitors: Vec<Arc<net::gateway::Monitor>>,
 }
 
 impl Workers {
     /// Ends all threads, flushing images, and waits for them.
     pub(crate) fn end(&mut self) {
         self.wakes.iter().for_each(Wake::close);
+        self.bells.iter().for_each(net::Bell::close);
         for thread in self.threads.drain(..) {
             // A thread that panicked has nothing left to flush.
             let _ = thread.join();
@@ -83,7 +97,7 @@ pub(crate) struct Slots<'a> {
 }
 
 impl Slots<'_> {
-    fn attach(&self, function: SharedFunction) -> Result<(), Error> {
+    pub(crate) fn attach(&self, function: SharedFunction) -> Result<(), Error> {
         self.pci.attach(function).map(|_| ()).ok_or(Error::BusFull)
     }
 

@@ -27,6 +27,7 @@ mod kernel;
 mod lifecycle;
 mod linux;
 mod machine;
+mod network;
 mod notice;
 mod observe;
 mod panic_watch;
@@ -36,7 +37,7 @@ pub mod storage;
 mod timers;
 mod vcpu;
 
-pub use config::{DiskConfig, DiskInterface, EngineKind, MachineConfig};
+pub use config::{DiskConfig, DiskInterface, EngineKind, MachineConfig, NetworkConfig, NetworkKind};
 pub use functions::Error as FunctionError;
 pub use lifecycle::{Crash, Outcome};
 pub use machine::{CPUS_MAX, Error, Machine};

@@ -1,7 +1,7 @@
 //! A whole machine and its life.
 //!
 //! States: built (the kernel is loaded, nothing runs), running, paused, restarting, ended. Threads: one per vCPU, one for
-//! timers, one per disk; all are joined when the machine is dropped.
+//! timers, one per disk, one per network card; all are joined when the machine is dropped.
 //!
 //! Lock order: `threads` alone.
 
@@ -174,6 +174,7 @@ impl Machine {
         if config.entropy {
             slots_on_bus.entropy()?;
         }
+        slots_on_bus.networks(&config.networks, config.cpus, &mut workers)?;
         board.assign_addresses().map_err(Error::Devices)?;
         let kernel = Kernel::open(&config)?;
         let restart = Restart::new(kernel, board.tables(), workers.traffic.clone(), &memory)?;
@@ -357,7 +358,13 @@ impl Machine {
             "vcpus": self.reports().iter().map(Report::inspect).collect::<Vec<_>>(),
             "local_apics": apics,
             "devices": self.common.buses.inspect(),
+            "networks": self.networks(),
         })
+    }
+
+    fn networks(&self) -> Vec<serde_json::Value> {
+        let workers = self.workers.lock().unwrap_or_else(PoisonError::into_inner);
+        workers.monitors.iter().map(|monitor| monitor.inspect()).collect()
     }
 
     /// Of the CPU engine.

@@ -17,6 +17,13 @@ pub enum Notice {
         /// The image, or for disposable writes the directory of their file.
         path: PathBuf,
     },
+    /// A network card's frames go nowhere any more.
+    NetworkLost {
+        /// Which card, from 0.
+        card: usize,
+        /// Why.
+        why: String,
+    },
 }
 
 /// Hears notices, on any of the machine's threads: it must not block for long.

@@ -13,6 +13,10 @@ pub trait Card: Send + Sync {
     fn take(&self, batch: &mut Batch) -> bool;
     /// Moves frames from `batch` to the guest, in order; those that find no room stay, and the bell rings when there is.
     fn give(&self, batch: &mut Batch);
+    /// A file that is readable when there are frames, for cards that do not ring the bell themselves.
+    fn readiness(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 }
 
 struct Inner {

@@ -3,6 +3,8 @@
 use crate::size::Size;
 use clap::builder::ValueHint;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use net::gateway::{Forward, MTU_DEFAULT, Transport};
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -104,6 +106,17 @@ pub struct Run {
     /// Another disk: FILE[,readonly][,bus=nvme|virtio]
     #[arg(long, value_name = "FILE[,OPTION...]", value_hint = ValueHint::FilePath)]
     pub disk: Vec<Disk>,
+
+    /// A network card: none, user[,host-loopback] (the default), or tap=NAME; each with [,mtu=BYTES][,mac=ADDRESS]. With user
+    /// the guest reaches what this user reaches, but not what listens on this host's loopback, unless host-loopback lets it, as
+    /// host.yado
+    #[arg(long, value_name = "KIND[,OPTION...]", help_heading = "Network")]
+    pub net: Vec<Net>,
+
+    /// Let a port of this host lead into the guest: [[ADDRESS:]PORT:]GUESTPORT[/tcp|/udp]; ADDRESS is 127.0.0.1 unless
+    /// given, PORT 0 is any that is free
+    #[arg(long, short = 'p', value_name = "HOST:GUEST", help_heading = "Network")]
+    pub publish: Vec<Publish>,
 
     /// Size of a new Debian guest's disk (sparse)
     #[arg(long, value_name = "SIZE", default_value = "8G")]
@@ -237,6 +250,113 @@ impl FromStr for Disk {
             }
         }
         Ok(disk)
+    }
+}
+
+/// `--net`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Net {
+    None,
+    Card(NetCard),
+}
+
+/// What a card is connected to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NetKind {
+    User { host_loopback: bool },
+    Tap(String),
+}
+
+/// A network card of `--net`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetCard {
+    pub kind: NetKind,
+    pub mtu: u16,
+    pub mac: Option<[u8; 6]>,
+}
+
+impl Default for NetCard {
+    fn default() -> Self {
+        Self { kind: NetKind::User { host_loopback: false }, mtu: MTU_DEFAULT, mac: None }
+    }
+}
+
+impl FromStr for Net {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (kind, options) = text.split_once(',').unwrap_or((text, ""));
+        let mut card = NetCard::default();
+        match kind.split_once('=').unwrap_or((kind, "")) {
+            ("none", "") if options.is_empty() => return Ok(Self::None),
+            ("user", "") => {}
+            ("tap", name) if !name.is_empty() => card.kind = NetKind::Tap(name.to_owned()),
+            ("tap", _) => return Err("tap: which one? tap=NAME".to_owned()),
+            (other, _) => {
+                return Err(format!("{other:?} is no kind of network; there are none, user and tap="));
+            }
+        }
+        for option in options.split(',').filter(|option| !option.is_empty()) {
+            match option.split_once('=').unwrap_or((option, "")) {
+                ("mtu", value) => {
+                    let mtu = value.parse().ok().filter(|mtu| (1280..=65_520).contains(mtu));
+                    card.mtu = mtu.ok_or_else(|| format!("mtu={value}: a number from 1280 to 65520"))?;
+                }
+                ("mac", value) => card.mac = Some(mac(value)?),
+                ("host-loopback", value @ ("" | "on" | "off"))
+                    if matches!(card.kind, NetKind::User { .. }) =>
+                {
+                    card.kind = NetKind::User { host_loopback: value != "off" };
+                }
+                (other, _) => {
+                    return Err(format!(
+                        "{other:?} is no option of --net {kind}; there are mtu= and mac=, and host-loopback of user"
+                    ));
+                }
+            }
+        }
+        Ok(Self::Card(card))
+    }
+}
+
+fn mac(text: &str) -> Result<[u8; 6], String> {
+    let bytes: Option<Vec<u8>> = text.split(':').map(|byte| u8::from_str_radix(byte, 16).ok()).collect();
+    match bytes.as_deref().and_then(|bytes| <[u8; 6]>::try_from(bytes).ok()) {
+        Some(mac) if mac[0] & 1 == 0 && mac != [0; 6] => Ok(mac),
+        Some(_) => Err(format!("mac={text}: a card's own address has an even first byte and is not zero")),
+        None => Err(format!("mac={text}: six bytes in hexadecimal, such as 02:00:00:00:00:01")),
+    }
+}
+
+/// `-p`
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Publish(pub Forward);
+
+impl FromStr for Publish {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (ports, transport) = match text.rsplit_once('/') {
+            None => (text, Transport::Tcp),
+            Some((ports, "tcp")) => (ports, Transport::Tcp),
+            Some((ports, "udp")) => (ports, Transport::Udp),
+            Some((_, other)) => return Err(format!("/{other}: there are /tcp and /udp")),
+        };
+        let number = |text: &str| text.parse::<u16>().map_err(|_| format!("{text:?} is no port number"));
+        let (host, guest) = ports.rsplit_once(':').unwrap_or((ports, ports));
+        let port = number(guest)?;
+        if port == 0 {
+            return Err("the guest's port cannot be 0".into());
+        }
+        let (address, host) = match host.rsplit_once(':') {
+            None => (IpAddr::from([127, 0, 0, 1]), host),
+            Some((address, host)) => {
+                let bare = address.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
+                let parsed = bare.unwrap_or(address).parse();
+                (parsed.map_err(|_| format!("{address:?} is no address of this host"))?, host)
+            }
+        };
+        Ok(Self(Forward { transport, listen: SocketAddr::new(address, number(host)?), port }))
     }
 }
 
@@ -387,6 +507,46 @@ mod test {
         assert!("".parse::<Disk>().is_err());
         assert!("a,bus=ide".parse::<Disk>().is_err());
         assert!("a,colour=red".parse::<Disk>().is_err());
+    }
+
+    #[test]
+    fn networks_are_read_and_nonsense_refused() {
+        assert_eq!("none".parse(), Ok(Net::None));
+        assert_eq!("user".parse(), Ok(Net::Card(NetCard::default())));
+        let kind = NetKind::User { host_loopback: true };
+        let card = NetCard { kind, mtu: 9000, mac: Some([2, 0, 0, 0, 0, 0xaf]) };
+        assert_eq!("user,mtu=9000,mac=02:00:00:00:00:aF,host-loopback".parse(), Ok(Net::Card(card)));
+        let tap = NetCard { kind: NetKind::Tap("tap0".into()), ..NetCard::default() };
+        assert_eq!("tap=tap0".parse(), Ok(Net::Card(tap)));
+        for wrong in [
+            "",
+            "bridge",
+            "none,mtu=1500",
+            "user,mtu=100",
+            "user,mac=01:0:0:0:0:0",
+            "user,mac=2",
+            "user,x",
+            "tap",
+            "tap=a,host-loopback",
+        ] {
+            assert!(wrong.parse::<Net>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn ports_are_read_and_nonsense_refused() {
+        let publish = |text: &str| {
+            let Publish(Forward { transport, listen, port }) = text.parse().unwrap();
+            format!("{transport} {listen} {port}")
+        };
+        assert_eq!(publish("22"), "tcp 127.0.0.1:22 22");
+        assert_eq!(publish("2222:22"), "tcp 127.0.0.1:2222 22");
+        assert_eq!(publish("0:53/udp"), "udp 127.0.0.1:0 53");
+        assert_eq!(publish("0.0.0.0:8080:80/tcp"), "tcp 0.0.0.0:8080 80");
+        assert_eq!(publish("[::1]:8080:80"), "tcp [::1]:8080 80");
+        for wrong in ["", "a", "80:", "1:0", "70000:1", "80:80/sctp", "host:80:80"] {
+            assert!(wrong.parse::<Publish>().is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -36,7 +36,7 @@ fn finding(what: &'static str, state: State, found: impl Into<String>, cure: Opt
 
 /// Looks, and prints.
 pub fn doctor(options: &Doctor) -> anyhow::Result<()> {
-    let findings = [cpu(), kvm(), soft(), memory(), huge_pages(), cache(), sources(), io_uring()];
+    let findings = [cpu(), kvm(), soft(), memory(), huge_pages(), cache(), sources(), network(), io_uring()];
     if options.json {
         let models: Vec<_> = MODELS
             .iter()
@@ -170,6 +170,20 @@ fn sources() -> Finding {
     } else {
         let cure = "give a Debian archive with `yado run debian --mirror URL`".to_owned();
         finding("packages", State::Lacking, "this host has no APT sources", Some(cure))
+    }
+}
+
+fn network() -> Finding {
+    // Two group ids, from and to (icmp(7)).
+    let text = fs::read_to_string("/proc/sys/net/ipv4/ping_group_range").unwrap_or_default();
+    let ids: Vec<u32> = text.split_whitespace().filter_map(|id| id.parse().ok()).collect();
+    let group = rustix::process::getegid().as_raw();
+    if matches!(ids.as_slice(), &[from, to] if (from..=to).contains(&group)) {
+        finding("network", State::Good, "guests reach what you reach, and ping", None)
+    } else {
+        let found = "guests reach what you reach, but ping only their gateway: this host lets no user ping";
+        let cure = "as root: sysctl -w net.ipv4.ping_group_range='0 2147483647'".to_owned();
+        finding("network", State::Lacking, found, Some(cure))
     }
 }
 

@@ -4,5 +4,6 @@
 mod accidents;
 mod commands;
 mod kernels;
+mod network;
 mod stays;
 mod watched;

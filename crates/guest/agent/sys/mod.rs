@@ -112,6 +112,15 @@ pub fn open(path: &CStr, flags: usize) -> Result<Fd, Errno> {
     Ok(Fd(number as i32))
 }
 
+/// Makes a file that is not there yet, to be written.
+pub fn create_file(path: &CStr, mode: usize) -> Result<Fd, Errno> {
+    const O_CREAT_EXCL: usize = 0o300;
+    let flags = O_WRONLY | O_CREAT_EXCL | O_CLOEXEC;
+    // SAFETY: `path` is a C string.
+    let number = unsafe { call(257, [AT_FDCWD, path.as_ptr() as usize, flags, mode, 0]) }?;
+    Ok(Fd(number as i32))
+}
+
 pub fn read(fd: &Fd, buffer: &mut [u8]) -> Result<usize, Errno> {
     // SAFETY: the kernel writes at most `buffer.len()` bytes to `buffer`.
     unsafe { call(0, [fd.raw(), buffer.as_mut_ptr() as usize, buffer.len(), 0, 0]) }
@@ -431,6 +440,50 @@ pub fn reboot(again: bool) -> Result<(), Errno> {
     let what = if again { 0x0123_4567 } else { 0x4321_fedc };
     // SAFETY: no pointers.
     unsafe { call(169, [0xfee1_dead, 0x2812_1969, what, 0, 0]) }.map(drop)
+}
+
+/// Gives the network card `name` an IPv4 address, switches it on, and routes everything else through `gateway` (netdevice(7)).
+pub fn configure_ipv4(name: &[u8], address: [u8; 4], prefix: u8, gateway: [u8; 4]) -> Result<(), Errno> {
+    const SIOCADDRT: usize = 0x890b;
+    const SIOCSIFFLAGS: usize = 0x8914;
+    const SIOCSIFADDR: usize = 0x8916;
+    const SIOCSIFNETMASK: usize = 0x891c;
+    const IFF_UP: u8 = 1;
+    const RTF_UP_GATEWAY: u8 = 3;
+    const AF_INET: u8 = 2;
+    /// `struct ifreq`: a name, then an address or flags.
+    #[repr(C, align(8))]
+    struct Request([u8; 40]);
+    /// `struct rtentry`: destination, gateway and mask from byte 8 on, flags at 56.
+    #[repr(C, align(8))]
+    struct Route([u8; 120]);
+    const SOCK_DGRAM_CLOEXEC: usize = 2 | O_CLOEXEC;
+    // SAFETY: no pointers.
+    let socket = Fd(unsafe { call(41, [AF_INET.into(), SOCK_DGRAM_CLOEXEC, 0, 0, 0]) }? as i32);
+    let request = |what: &[u8]| {
+        let mut request = Request([0; 40]);
+        request.0[..15].iter_mut().zip(name).for_each(|(to, from)| *to = *from);
+        request.0[16..].iter_mut().zip(what).for_each(|(to, from)| *to = *from);
+        request
+    };
+    let internet = |[a, b, c, d]: [u8; 4]| [AF_INET, 0, 0, 0, a, b, c, d];
+    let mask = u32::MAX.checked_shl(32 - u32::from(prefix.min(32))).unwrap_or(0).to_be_bytes();
+    let steps = [
+        (SIOCSIFADDR, request(&internet(address))),
+        (SIOCSIFNETMASK, request(&internet(mask))),
+        (SIOCSIFFLAGS, request(&[IFF_UP])),
+    ];
+    for (number, request) in &steps {
+        // SAFETY: the kernel reads one structure of this size.
+        unsafe { call(16, [socket.raw(), *number, request as *const Request as usize, 0, 0]) }?;
+    }
+    let mut route = Route([0; 120]);
+    for (at, place) in [(8, [0; 4]), (24, gateway), (40, [0; 4])] {
+        route.0[at..][..8].copy_from_slice(&internet(place));
+    }
+    route.0[56] = RTF_UP_GATEWAY;
+    // SAFETY: as above; the pointer in it, the name of a device, is null.
+    unsafe { call(16, [socket.raw(), SIOCADDRT, &raw const route as usize, 0, 0]) }.map(drop)
 }
 
 /// Makes a serial line or pseudo-terminal pass bytes as they are. An error if `fd` is no terminal.

@@ -27,6 +27,7 @@ pub fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
 pub mod ether {
     pub const LEN: usize = 14;
     pub const IPV4: u16 = 0x0800;
+    pub const ARP: u16 = 0x0806;
     pub const VLAN: u16 = 0x8100;
     pub const IPV6: u16 = 0x86dd;
     pub const QINQ: u16 = 0x88a8;
@@ -37,6 +38,7 @@ pub mod ether {
 /// Internet protocol numbers.
 pub mod protocol {
     pub const HOP_BY_HOP: u8 = 0;
+    pub const ICMP: u8 = 1;
     pub const TCP: u8 = 6;
     pub const UDP: u8 = 17;
     pub const ROUTING: u8 = 43;

@@ -1,6 +1,7 @@
 //! `yado run`: from a word to a running guest, and its end.
 
 mod background;
+mod network;
 mod source;
 
 use crate::arguments::{DiskBus, Run};
@@ -110,7 +111,7 @@ struct Guest {
 
 impl Guest {
     fn start(options: &Run, place: &Place, source: &Source) -> anyhow::Result<Self> {
-        let machine = Arc::new(Machine::new(configuration(options, place, source))?);
+        let machine = Arc::new(Machine::new(configuration(options, place, source)?)?);
         let path = place.directory.join("console.log");
         let log = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
         let console = Console::new(machine.serial(), Some(log))?;
@@ -132,6 +133,11 @@ impl Guest {
                     "no space is left at {}: what the guest writes fails until some is freed",
                     path.display()
                 );
+                printed.note(&why);
+                eprintln!("yado: {why}");
+            }
+            Notice::NetworkLost { card, why } => {
+                let why = format!("network card {card} is cut off: {why}");
                 printed.note(&why);
                 eprintln!("yado: {why}");
             }
@@ -330,7 +336,7 @@ impl Guest {
     }
 }
 
-fn configuration(options: &Run, place: &Place, source: &Source) -> MachineConfig {
+fn configuration(options: &Run, place: &Place, source: &Source) -> anyhow::Result<MachineConfig> {
     let mut config = MachineConfig::new(&source.boot.kernel);
     config.cpus = options.cpus;
     config.memory = options.memory.0;
@@ -365,5 +371,9 @@ fn configuration(options: &Run, place: &Place, source: &Source) -> MachineConfig
     if source.agent {
         config.ports = vec![guest::PORT_NAME.to_owned()];
     }
-    config
+    config.networks = network::cards(options, &place.name)?;
+    if source.agent && !source.direct {
+        config.command_line.push_str(&network::kernel_words(&config.networks));
+    }
+    Ok(config)
 }
