@@ -56,7 +56,7 @@ pub(super) fn sites(bytes: &[u8]) -> Sites {
 
 /// Whether 0F and this byte may begin one of the instructions.
 fn may_ask_the_host(opcode: u8) -> bool {
-    matches!(opcode, 0x00..=0x03 | 0x31 | 0x33 | 0x34 | 0xa2 | 0xc7)
+    matches!(opcode, 0x00..=0x03 | 0x31 | 0x33 | 0x34 | 0xa2 | 0xae | 0xc7)
 }
 
 fn asks_the_host(instruction: &Instruction) -> bool {
@@ -67,6 +67,10 @@ fn asks_the_host(instruction: &Instruction) -> bool {
     ) || matches!(
         instruction.mnemonic(),
         M::Sgdt | M::Sidt | M::Sldt | M::Str | M::Smsw | M::Lar | M::Lsl | M::Verr | M::Verw | M::Sysenter
+    ) || matches!(
+        instruction.mnemonic(),
+        // They save what the host's XCR0 has, beyond the end of the guest's area.
+        M::Xsave | M::Xsave64 | M::Xsavec | M::Xsavec64 | M::Xsaveopt | M::Xsaveopt64
     )
 }
 
@@ -141,6 +145,10 @@ mod test {
             &[0xf3, 0x0f, 0xc7, 0xf8],
             &[0x0f, 0x03, 0xc0],
             &[0x66, 0x48, 0x0f, 0x00, 0xc8],
+            // xsavec [rsp + 0x40], xsave64 [rdi], xsaveopt [rdi]
+            &[0x0f, 0xc7, 0x64, 0x24, 0x40],
+            &[0x48, 0x0f, 0xae, 0x27],
+            &[0x0f, 0xae, 0x37],
         ] {
             for at in [0, 1, 7, 14, 100, PAGE - bytes.len()] {
                 let found = sites(&page(bytes, at));
@@ -158,6 +166,10 @@ mod test {
             &[0xb8, 0x0f, 0xa2, 0x0f, 0x31],
             &[0x0f, 0x05],
             &[0x0f, 0xc7, 0x0e],
+            // mfence, stmxcsr [rsp], xrstor [rsp]
+            &[0x0f, 0xae, 0xf0],
+            &[0x0f, 0xae, 0x1c, 0x24],
+            &[0x0f, 0xae, 0x2c, 0x24],
         ] {
             assert!(!peculiar(&page(bytes, 100)), "{bytes:x?}");
         }
