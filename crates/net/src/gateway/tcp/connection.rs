@@ -32,8 +32,10 @@ const RETRY: Duration = Duration::from_secs(1);
 const RETRY_MAX: Duration = Duration::from_secs(60);
 /// How long nothing may happen before the guest is asked whether it is still there (RFC 1122, 4.2.3.6).
 const IDLE: Duration = Duration::from_secs(2 * 3600);
-/// How often a guest is called, or asked to acknowledge, before it is given up.
-const CALLS_MAX: u8 = 7;
+/// How often a guest is called, once a second: it may still be booting, and nobody else is on its link. How often its own call
+/// is answered, and how often it is asked to acknowledge, before it is given up.
+const CALLS_MAX: u8 = 120;
+const ANSWERS_MAX: u8 = 7;
 const RETRIES_MAX: u8 = 30;
 /// The least segment size that RFC 9293 lets a peer have; smaller ones would make each byte a packet.
 const MSS_MIN: u16 = 88;
@@ -410,7 +412,8 @@ impl Connection {
     /// Sets the timer anew: for an acknowledgement, for a window, or for a sign of life.
     fn rearm(&mut self, now: Instant) {
         let waits = self.highest != self.acknowledged || self.window == 0 || self.retries > 0;
-        let retry = RETRY.saturating_mul(1u32.wrapping_shl(self.retries.min(6).into())).min(RETRY_MAX);
+        let doublings = if self.state == State::Calling { 0 } else { self.retries.min(6) };
+        let retry = RETRY.saturating_mul(1u32.wrapping_shl(doublings.into())).min(RETRY_MAX);
         self.deadline = now.checked_add(if waits { retry } else { IDLE });
     }
 
@@ -476,7 +479,11 @@ impl Connection {
 
     /// The deadline has come.
     pub fn time_out(&mut self, now: Instant) -> Verdict {
-        let limit = if self.state == State::Open { RETRIES_MAX } else { CALLS_MAX };
+        let limit = match self.state {
+            State::Open => RETRIES_MAX,
+            State::Calling => CALLS_MAX,
+            State::Connecting | State::Offered => ANSWERS_MAX,
+        };
         self.retries = self.retries.saturating_add(1);
         if self.retries > limit {
             return Verdict::Break;
