@@ -23,6 +23,17 @@ pub fn clone_file(from: &Path, to: &Path, progress: &mut dyn FnMut(u64) -> bool)
     })
 }
 
+/// Makes a copy that shares all blocks with the original, where the file system can; nothing is left where it cannot.
+pub fn share_blocks(from: &Path, to: &Path) -> Result<(), Error> {
+    let fail = |source| Error::Copy { from: from.to_path_buf(), to: to.to_path_buf(), source };
+    let source = File::open(from).map_err(fail)?;
+    let target = File::options().write(true).create_new(true).open(to).map_err(fail)?;
+    ioctl_ficlone(&target, &source).map_err(|error| {
+        let _ = std::fs::remove_file(to);
+        fail(error.into())
+    })
+}
+
 fn copy(source: &File, target: &File, progress: &mut dyn FnMut(u64) -> bool) -> io::Result<()> {
     let len = source.metadata()?.len();
     if ioctl_ficlone(target, source).is_ok() {

@@ -135,6 +135,39 @@ pub trait Disk: Send + Sync {
     fn snapshot(&self, name: &str) -> io::Result<()>;
 }
 
+impl Disk for std::sync::Arc<dyn Disk> {
+    fn capacity(&self) -> u64 {
+        (**self).capacity()
+    }
+    fn read_only(&self) -> bool {
+        (**self).read_only()
+    }
+    fn read(&self, offset: u64, buffers: &dyn Buffers) -> io::Result<()> {
+        (**self).read(offset, buffers)
+    }
+    fn write(&self, offset: u64, buffers: &dyn Buffers) -> io::Result<()> {
+        (**self).write(offset, buffers)
+    }
+    fn flush(&self) -> io::Result<()> {
+        (**self).flush()
+    }
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        (**self).discard(offset, len)
+    }
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        (**self).write_zeroes(offset, len, unmap)
+    }
+    fn block_status(&self, offset: u64, len: u64) -> io::Result<Status> {
+        (**self).block_status(offset, len)
+    }
+    fn resize(&self, capacity: u64) -> io::Result<()> {
+        (**self).resize(capacity)
+    }
+    fn snapshot(&self, name: &str) -> io::Result<()> {
+        (**self).snapshot(name)
+    }
+}
+
 /// What a disk answers that has no place for snapshots of its own.
 pub(crate) fn no_snapshots() -> io::Error {
     io::Error::new(

@@ -1,7 +1,9 @@
 //! Disk images: what a guest's disk is made of, usable alone. Knows no VM and no guest memory.
 //!
 //! * [`Disk`] is what every format is, seen from above: bytes at offsets, flush, discard.
-//! * [`format`](mod@format) has the formats: raw today.
+//! * [`format`](mod@format) has the formats: raw and qcow2.
+//! * [`Image`] opens files, with the chain of images that they build on.
+//! * [`job`] works on whole images: convert, compare, commit, rebase.
 //! * [`storage`] has what lies below a format: a file or block device of the host, locked against a second writer.
 //! * [`Overlay`] lays private, disposable writes over an image that must not change.
 //! * [`clone_file`] copies images, sharing blocks where the file system can, keeping holes where it cannot.
@@ -25,10 +27,13 @@ mod copy;
 mod disk;
 mod endian;
 pub mod format;
+pub mod job;
+mod open;
 mod overlay;
 pub mod storage;
 
 pub use buffers::{Buffers, Part, ReadInto, VecBuffers, WriteFrom};
-pub use copy::clone_file;
+pub use copy::{clone_file, share_blocks};
 pub use disk::{Content, Disk, Error, Status};
+pub use open::{Image, OpenOptions, beside, create_qcow2, create_raw};
 pub use overlay::Overlay;

@@ -64,6 +64,7 @@ fn options() -> Result<Options, String> {
                     }
                     "--limit" => limit = Some(Duration::from_secs(value.parse().map_err(|_| wrong)?)),
                     "--disk" | "--virtio-disk" => config.disks.push(DiskConfig {
+                        format: image::format::Format::Raw,
                         path: value.into(),
                         read_only: false,
                         overlay: None,

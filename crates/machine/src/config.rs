@@ -25,8 +25,10 @@ pub enum DiskInterface {
 /// One disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiskConfig {
-    /// The raw image or block device.
+    /// The image or block device.
     pub path: PathBuf,
+    /// Its format. Nobody guesses: a guest can write anything into a raw image.
+    pub format: image::format::Format,
     /// The guest cannot write.
     pub read_only: bool,
     /// Writes go to a file without a name in this directory and are gone with the machine.

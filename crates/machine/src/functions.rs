@@ -8,7 +8,7 @@ use chipset::pci::{Host, SharedFunction};
 use device::MsiSink;
 use device::block::{Controller, Geometry};
 use image::format::Raw;
-use image::{Disk, Overlay};
+use image::{Disk, Image, OpenOptions, Overlay};
 use memory::GuestMemory;
 use nvme::{Nvme, NvmeConfig};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -190,10 +190,14 @@ pub(crate) fn fill_random(mut bytes: &mut [u8]) {
 }
 
 fn open(config: &DiskConfig) -> Result<Box<dyn Disk>, Error> {
-    let raw = Raw::open(&config.path, config.read_only || config.overlay.is_some())?;
     Ok(match &config.overlay {
-        None => Box::new(raw),
+        None => {
+            let format = Some(config.format);
+            let how = OpenOptions { format, read_only: config.read_only, ..OpenOptions::default() };
+            Box::new(Image::open(&config.path, how)?.disk)
+        }
         Some(directory) => {
+            let raw = Raw::open(&config.path, true)?;
             let overlay = Overlay::new(raw, directory);
             Box::new(overlay.map_err(|source| Error::Overlay { directory: directory.clone(), source })?)
         }

@@ -327,6 +327,7 @@ fn what_cannot_be_made_is_refused_with_the_cure() {
     assert!(refused(&|config| config.kernel = "nowhere".into()).to_string().contains("nowhere"));
     assert!(matches!(refused(&|config| config.cpu_model = Some("z80".into())), Error::Model(_)));
     let disk = machine::DiskConfig {
+        format: image::format::Format::Raw,
         path: guest.directory.path().join("missing.img"),
         read_only: false,
         overlay: None,

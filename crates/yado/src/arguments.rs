@@ -3,6 +3,7 @@
 use crate::size::Size;
 use clap::builder::ValueHint;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use image::format::Format;
 use net::gateway::{Forward, MTU_DEFAULT, Transport};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -45,6 +46,8 @@ pub enum Command {
     Stats(Stats),
     /// Remove stopped guests with their disks
     Rm(Rm),
+    /// Make, inspect, copy and repair disk images
+    Image(crate::image::arguments::Image),
     /// Show what the cache of downloads and images holds
     Cache(Cache),
     /// Tell what this host offers, what is missing, and what to do about it
@@ -103,7 +106,7 @@ pub struct Run {
     #[arg(long, value_enum, default_value_t = Engine::Auto)]
     pub engine: Engine,
 
-    /// Another disk: FILE[,readonly][,bus=nvme|virtio]
+    /// Another disk: FILE[,format=raw|qcow2][,readonly][,bus=nvme|virtio]
     #[arg(long, value_name = "FILE[,OPTION...]", value_hint = ValueHint::FilePath)]
     pub disk: Vec<Disk>,
 
@@ -223,6 +226,8 @@ pub enum DiskBus {
 pub struct Disk {
     pub file: PathBuf,
     pub read_only: bool,
+    /// Not said: raw, if the file looks like nothing else.
+    pub format: Option<Format>,
     pub bus: DiskBus,
 }
 
@@ -231,8 +236,9 @@ impl FromStr for Disk {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let mut parts = text.split(',');
-        let file = parts.next().filter(|file| !file.is_empty()).ok_or("a disk begins with a file name")?;
-        let mut disk = Self { file: file.into(), read_only: false, bus: DiskBus::Virtio };
+        let file = parts.next().map(|file| file.strip_prefix("file=").unwrap_or(file));
+        let file = file.filter(|file| !file.is_empty()).ok_or("a disk begins with a file name")?;
+        let mut disk = Self { file: file.into(), read_only: false, format: None, bus: DiskBus::Virtio };
         for option in parts {
             match option.split_once('=').unwrap_or((option, "")) {
                 ("readonly", "" | "on") => disk.read_only = true,
@@ -240,12 +246,9 @@ impl FromStr for Disk {
                 ("bus", "nvme") => disk.bus = DiskBus::Nvme,
                 ("bus", "virtio") => disk.bus = DiskBus::Virtio,
                 ("bus", other) => return Err(format!("bus={other}: nvme or virtio")),
-                ("format", "raw") => {}
-                ("format", other) => {
-                    return Err(format!("format={other}: only raw is here yet; convert the image to raw"));
-                }
+                ("format", name) => disk.format = Some(name.parse()?),
                 (other, _) => {
-                    return Err(format!("{other:?} is no disk option; there are readonly, bus=, format=raw"));
+                    return Err(format!("{other:?} is no disk option; there are readonly, bus=, format="));
                 }
             }
         }
@@ -503,7 +506,9 @@ mod test {
     #[test]
     fn disks_are_read_and_nonsense_refused() {
         let disk: Disk = "a.img,readonly,bus=nvme".parse().unwrap();
-        assert_eq!(disk, Disk { file: "a.img".into(), read_only: true, bus: DiskBus::Nvme });
+        assert_eq!(disk, Disk { file: "a.img".into(), read_only: true, format: None, bus: DiskBus::Nvme });
+        let disk: Disk = "file=a.qcow2,format=qcow2".parse().unwrap();
+        assert_eq!((disk.file, disk.format), ("a.qcow2".into(), Some(Format::Qcow2)));
         assert!("".parse::<Disk>().is_err());
         assert!("a,bus=ide".parse::<Disk>().is_err());
         assert!("a,colour=red".parse::<Disk>().is_err());

@@ -8,6 +8,7 @@ mod doctor;
 mod engine;
 mod exit;
 mod guests;
+mod image;
 mod progress;
 mod registry;
 mod run;
@@ -62,6 +63,7 @@ fn dispatch(command: Command) -> anyhow::Result<u8> {
         Command::Inspect(named) => guests::inspect(&named)?,
         Command::Stats(options) => stats::stats(&options)?,
         Command::Rm(options) => guests::rm(&options)?,
+        Command::Image(command) => return image::run(command),
         Command::Cache(options) => cache::cache(&options)?,
         Command::Doctor(options) => doctor::doctor(&options)?,
         Command::Completion { shell } => {

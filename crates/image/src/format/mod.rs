@@ -4,3 +4,72 @@ pub mod qcow2;
 mod raw;
 
 pub use raw::Raw;
+
+use crate::endian::be32;
+use crate::storage::Storage;
+use std::fmt;
+use std::io;
+use std::str::FromStr;
+
+/// A format that can be opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// The disk's bytes.
+    Raw,
+    /// QEMU's copy-on-write format, versions 2 and 3.
+    Qcow2,
+}
+
+impl Format {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Raw, Self::Qcow2];
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Format {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let known = Self::ALL.iter().find(|format| format.name() == name);
+        known.copied().ok_or_else(|| {
+            let names: Vec<&str> = Self::ALL.iter().map(|format| format.name()).collect();
+            format!("format {name:?} is not known; there are {}", names.join(", "))
+        })
+    }
+}
+
+/// What a file looks like. Only for files whose format nobody has said, and whose names then are not followed. Formats
+/// that are known by sight but cannot be opened are errors.
+pub fn probe(storage: &dyn Storage) -> io::Result<Format> {
+    let mut start = [0; 512];
+    storage.read_bytes(0, &mut start)?;
+    let mut end = [0; 512];
+    storage.read_bytes(storage.len().saturating_sub(512), &mut end)?;
+    let unsupported = |name: &str| {
+        let text = format!("it looks like a {name} image, which cannot be opened; say -f raw if it is none");
+        Err(io::Error::new(io::ErrorKind::Unsupported, text))
+    };
+    match &start {
+        _ if be32(&start, 0) == qcow2::header::MAGIC => Ok(Format::Qcow2),
+        start if start.starts_with(b"QED\0") => unsupported("QED"),
+        start if start.starts_with(b"vhdxfile") => unsupported("VHDX"),
+        start if start.starts_with(b"KDMV") || start.starts_with(b"# Disk DescriptorFile") => {
+            unsupported("VMDK")
+        }
+        start if start.starts_with(b"conectix") || end.starts_with(b"conectix") => unsupported("VHD"),
+        _ => Ok(Format::Raw),
+    }
+}

@@ -32,6 +32,12 @@ impl StorageFile {
         Ok(this)
     }
 
+    /// Opens the file though others may use it.
+    pub fn open_shared(path: &Path, read_only: bool) -> Result<Self, Error> {
+        let file = OpenOptions::new().read(true).write(!read_only).open(path);
+        Self::unlocked(file.map_err(|source| Error::open(path, source))?, path, read_only)
+    }
+
     /// Makes a new, empty file for an image and locks it; with `replace` a regular file that is there is emptied, once it
     /// is known that nobody uses it.
     pub fn create(path: &Path, replace: bool) -> Result<Self, Error> {
@@ -45,7 +51,21 @@ impl StorageFile {
         Ok(this)
     }
 
-    fn wrap(mut file: File, path: &Path, read_only: bool) -> Result<Self, Error> {
+    fn wrap(file: File, path: &Path, read_only: bool) -> Result<Self, Error> {
+        let this = Self::unlocked(file, path, read_only)?;
+        let lock = if read_only {
+            FlockOperation::NonBlockingLockShared
+        } else {
+            FlockOperation::NonBlockingLockExclusive
+        };
+        match rustix::fs::flock(&this.file, lock) {
+            // A file system without locks (some network ones) protects nobody.
+            Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::InUse { path: path.to_path_buf() }),
+            _ => Ok(this),
+        }
+    }
+
+    fn unlocked(mut file: File, path: &Path, read_only: bool) -> Result<Self, Error> {
         let open = |source| Error::open(path, source);
         let kind = file.metadata().map_err(open)?.file_type();
         let not = |what| Err(Error::NotAnImage { path: path.to_path_buf(), what });
@@ -57,17 +77,6 @@ impl StorageFile {
         }
         // The end of a block device, too, is found by seeking.
         let len = file.seek(SeekFrom::End(0)).map_err(open)?;
-        let lock = if read_only {
-            FlockOperation::NonBlockingLockShared
-        } else {
-            FlockOperation::NonBlockingLockExclusive
-        };
-        match rustix::fs::flock(&file, lock) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => return Err(Error::InUse { path: path.to_path_buf() }),
-            // A file system without locks (some network ones) protects nobody.
-            Err(_) => {}
-        }
         Ok(Self { file, len: AtomicU64::new(len), read_only, device: kind.is_block_device() })
     }
 

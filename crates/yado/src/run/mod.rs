@@ -4,13 +4,15 @@ mod background;
 mod network;
 mod source;
 
-use crate::arguments::{DiskBus, Run};
+use crate::arguments::{self, DiskBus, Run};
 use crate::exit::{self, with_code};
 use crate::progress::Phases;
 use crate::registry::{self, Place, Record};
 use crate::{client, engine, guests, signals, terminal};
 use anyhow::Context;
 use guest::Poweroff;
+use image::format::Format;
+use image::storage::StorageFile;
 use machine::agent::Agent;
 use machine::console::Console;
 use machine::control::Server;
@@ -336,6 +338,26 @@ impl Guest {
     }
 }
 
+/// The format of a disk: what was said, else raw, but only if the file looks like nothing else. A guest that makes its raw
+/// disk look like another format must not get what a header could name.
+fn format_of(disk: &arguments::Disk) -> anyhow::Result<Format> {
+    if let Some(format) = disk.format {
+        return Ok(format);
+    }
+    let storage = StorageFile::open_shared(&disk.file, true)?;
+    match image::format::probe(&storage) {
+        Ok(Format::Raw) => Ok(Format::Raw),
+        Ok(other) => Err(with_code(
+            2,
+            format!(
+                "{file} looks like a {other} image: say {file},format={other}, or format=raw if it is none",
+                file = disk.file.display()
+            ),
+        )),
+        Err(error) => Err(error).with_context(|| format!("cannot use {}", disk.file.display())),
+    }
+}
+
 fn configuration(options: &Run, place: &Place, source: &Source) -> anyhow::Result<MachineConfig> {
     let mut config = MachineConfig::new(&source.boot.kernel);
     config.cpus = options.cpus;
@@ -347,6 +369,7 @@ fn configuration(options: &Run, place: &Place, source: &Source) -> anyhow::Resul
     config.restart = !options.no_reboot;
     let root = |path: &Path, overlay| DiskConfig {
         path: path.to_owned(),
+        format: Format::Raw,
         read_only: false,
         interface: DiskInterface::Nvme,
         overlay,
@@ -362,6 +385,7 @@ fn configuration(options: &Run, place: &Place, source: &Source) -> anyhow::Resul
             DiskBus::Virtio => DiskInterface::Virtio,
         };
         config.disks.push(DiskConfig {
+            format: format_of(disk)?,
             path: disk.file.clone(),
             read_only: disk.read_only,
             interface,

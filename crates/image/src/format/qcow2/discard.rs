@@ -25,6 +25,24 @@ enum How {
 }
 
 impl Qcow2 {
+    /// Forgets all that the image holds itself: it shows what is below it.
+    pub fn empty(&self) -> io::Result<()> {
+        self.check_write(0, 0)?;
+        self.open_for_change()?;
+        {
+            let _quiet = self.quiesce()?;
+            let old = self.map.l1().words();
+            self.each_reference(&old, &mut |_| Ok(()))?;
+            self.switch_l1(vec![0; old.len()], None)?;
+            self.each_reference(&old, &mut |cluster| {
+                self.flush.release(cluster);
+                Ok(())
+            })?;
+            self.flush_quiet()?;
+        }
+        self.flush_all()
+    }
+
     /// Inside the gate.
     pub fn discard_inside(&self, offset: u64, len: u64) -> io::Result<()> {
         let unit = self.shape.unit();

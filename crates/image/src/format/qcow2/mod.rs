@@ -121,16 +121,26 @@ impl Qcow2 {
                 what: "it is marked as damaged: run `yado image check --repair`, or open it read-only".into(),
             });
         }
-        if header.has_data_file() && parts.data.is_none() {
-            let what = "it keeps its data in another file, which was not given".into();
-            return Err(Error::Unsupported { path: path.to_path_buf(), what });
-        }
         let repair = writable_and(INCOMPATIBLE_DIRTY);
-        let this = Self::assemble(path, storage, header, parts).map_err(|source| Error::io(path, source))?;
+        let this = Self::open_for_repair(path, storage, header, parts)?;
         if repair {
             this.check(Repair::All)?;
         }
         Ok(this)
+    }
+
+    /// Opens an image for a check that repairs, whatever its header says of its state. Nothing else may be written.
+    pub fn open_for_repair(
+        path: &Path,
+        storage: Arc<dyn Storage>,
+        header: Header,
+        parts: Parts,
+    ) -> Result<Self, Error> {
+        if header.has_data_file() && parts.data.is_none() {
+            let what = "it keeps its data in another file, which was not given".into();
+            return Err(Error::Unsupported { path: path.to_path_buf(), what });
+        }
+        Self::assemble(path, storage, header, parts).map_err(|source| Error::io(path, source))
     }
 
     fn assemble(path: &Path, storage: Arc<dyn Storage>, header: Header, parts: Parts) -> io::Result<Self> {

@@ -56,6 +56,24 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Names another backing file, or none, in the header. What the disk shows is the caller's to keep.
+    pub fn set_backing(&self, backing: Option<(String, String)>) -> io::Result<()> {
+        self.check_write(0, 0)?;
+        self.open_for_change()?;
+        let _quiet = self.quiesce()?;
+        let mut header = self.header();
+        (header.backing, header.backing_format) = match backing {
+            Some((name, format)) => (Some(name), Some(format)),
+            None => (None, None),
+        };
+        let text = "the names do not fit into the first cluster";
+        let bytes = header.encode().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, text))?;
+        self.storage.write_bytes(0, &bytes)?;
+        self.storage.flush()?;
+        *lock(&self.header) = header;
+        Ok(())
+    }
+
     fn grow_l1(&self, entries: u64) -> io::Result<()> {
         let mut words = self.map.l1().words();
         words.resize(crate::endian::size(entries), 0);

@@ -155,22 +155,13 @@ impl Qcow2 {
         }
         let storage = self.storage.as_ref();
         let words = self.map.l1().words();
-        // First look whether everything can be counted once more: nothing is changed if it cannot.
-        let max = self.refcounts.max();
-        self.each_reference(&words, &mut |cluster| {
-            if self.refcounts.get(storage, cluster)? < max {
-                return Ok(());
-            }
-            let text =
-                format!("this image counts at most {max} users of a cluster: it has no room for a snapshot");
-            Err(io::Error::new(io::ErrorKind::Unsupported, text))
-        })?;
+        // First of all: nothing is changed if it cannot be done.
+        self.count_tree(&words)?;
         let clusters = (words.len() as u64).saturating_mul(8).div_ceil(self.shape.cluster()).max(1);
         let copy = self.refcounts.allocate_row(storage, clusters)?;
         let mut bytes = bytes_be(words.iter().map(|word| word & !COPIED));
         bytes.resize(size(clusters.saturating_mul(self.shape.cluster())), 0);
         storage.write_bytes(copy.offset, &bytes)?;
-        self.each_reference(&words, &mut |cluster| self.refcounts.add(storage, cluster, 1).map(drop))?;
         self.mark_owned()?;
         self.flush_quiet()?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -223,11 +214,9 @@ impl Qcow2 {
             {
                 return Err(damaged("a disk of that size cannot be"));
             }
-            let storage = self.storage.as_ref();
             words.resize(words.len().max(size(entries)), 0);
-            self.each_reference(&words, &mut |_| Ok(()))?;
             self.each_reference(&old, &mut |_| Ok(()))?;
-            self.each_reference(&words, &mut |cluster| self.refcounts.add(storage, cluster, 1).map(drop))?;
+            self.count_tree(&words)?;
             let words = words.iter().map(|word| word & !COPIED).collect();
             self.switch_l1(words, Some(snapshot.disk_size))?;
             self.each_reference(&old, &mut |cluster| {
@@ -239,6 +228,50 @@ impl Qcow2 {
             self.flush_quiet()?;
         }
         self.flush_all()
+    }
+
+    /// The disk as it was when a snapshot was made, for reading. The image itself must be open for reading only.
+    pub fn at_snapshot(&self, name: &str) -> Result<Self, crate::Error> {
+        let io = |source| crate::Error::io(&self.path, source);
+        if !self.read_only {
+            return Err(crate::Error::Options("a snapshot is read where nothing is written".into()));
+        }
+        let list = self.snapshots().map_err(io)?;
+        let snapshot = Self::find_snapshot(&list, name)
+            .ok()
+            .and_then(|at| list.get(at))
+            .ok_or_else(|| io(missing(name)))?;
+        self.snapshot_l1(snapshot).map_err(io)?;
+        let mut header = self.header();
+        header.l1_offset = snapshot.l1_offset;
+        header.l1_size = snapshot.l1_size;
+        header.size = snapshot.disk_size;
+        if header.l1_entries_for(header.size) > u64::from(header.l1_size) {
+            return Err(io(damaged("a snapshot's L1 table is too small for its disk")));
+        }
+        let parts = super::Parts { backing: self.backing.clone(), data: self.data.clone() };
+        Self::open(&self.path, self.storage.clone(), header, parts)
+    }
+
+    /// Counts all references of an L1 table once more; if one cannot be, none is.
+    fn count_tree(&self, words: &[u64]) -> io::Result<()> {
+        let storage = self.storage.as_ref();
+        let mut counted = 0u64;
+        let done = self.each_reference(words, &mut |cluster| {
+            self.refcounts.add(storage, cluster, 1)?;
+            counted = counted.saturating_add(1);
+            Ok(())
+        });
+        if done.is_err() {
+            self.each_reference(words, &mut |cluster| {
+                if counted > 0 {
+                    counted = counted.saturating_sub(1);
+                    self.refcounts.add(storage, cluster, -1)?;
+                }
+                Ok(())
+            })?;
+        }
+        done
     }
 
     /// Takes away all references of an L1 table and its clusters, and marks what the active one owns alone now.

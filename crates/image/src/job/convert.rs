@@ -1,0 +1,207 @@
+//! Copies of a disk's content into another image.
+
+use super::{Progress, in_pieces, is_zero};
+use crate::buffers::{ReadInto, WriteFrom};
+use crate::disk::{Content, Disk};
+use crate::endian::size;
+use crate::format::qcow2::{CreateOptions, Qcow2};
+use std::io;
+
+/// Bytes that one thread deals with at a time.
+const PIECE: u64 = 2 << 20;
+
+/// How a disk is copied.
+#[derive(Debug, Clone, Copy)]
+pub struct ConvertOptions {
+    /// Threads.
+    pub threads: usize,
+    /// Runs of zeroes of this many bytes are not stored; zero: everything is.
+    pub sparse: u64,
+    /// The target reads as zeroes where nothing was written.
+    pub target_is_zero: bool,
+}
+
+/// Where the copy goes.
+#[derive(Clone, Copy)]
+pub enum Target<'a> {
+    /// Any disk.
+    Plain(&'a dyn Disk),
+    /// A qcow2 image, its clusters compressed.
+    Compressed(&'a Qcow2),
+}
+
+impl Target<'_> {
+    fn disk(&self) -> &dyn Disk {
+        match self {
+            Self::Plain(disk) => *disk,
+            Self::Compressed(qcow2) => *qcow2,
+        }
+    }
+}
+
+/// Copies all of `source`, which must not be larger than the target.
+pub fn convert(
+    source: &dyn Disk,
+    target: Target<'_>,
+    options: ConvertOptions,
+    progress: &Progress,
+) -> io::Result<()> {
+    let capacity = source.capacity();
+    let room = target.disk().capacity();
+    if room < capacity {
+        let text = format!("the target has {room} bytes, and the source {capacity}");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+    }
+    match target {
+        Target::Plain(disk) => {
+            let worker = || Ok(vec![0; size(PIECE)]);
+            in_pieces(capacity, PIECE, options.threads, worker, |buffer: &mut Vec<u8>, at, len| {
+                copy_piece(source, disk, options, buffer, (at, len), progress)
+            })?;
+        }
+        Target::Compressed(qcow2) => {
+            let cluster = qcow2.header().cluster_size();
+            let worker = || Ok((vec![0; size(cluster)], qcow2.deflater()?));
+            in_pieces(
+                capacity,
+                cluster.max(PIECE),
+                options.threads,
+                worker,
+                |(buffer, deflater), at, len| {
+                    let mut done = 0u64;
+                    while done < len {
+                        let part = cluster.min(len.saturating_sub(done));
+                        let from = at.saturating_add(done);
+                        buffer.fill(0);
+                        if has_data(source, from, part)? {
+                            let bytes = buffer.get_mut(..size(part)).unwrap_or_default();
+                            source.read(from, &ReadInto::new(bytes))?;
+                        }
+                        if !is_zero(buffer) {
+                            qcow2.write_compressed(from, buffer, deflater)?;
+                        } else if !options.target_is_zero {
+                            qcow2.write_zeroes(from, part, true)?;
+                        }
+                        progress.advance(part)?;
+                        done = done.saturating_add(part);
+                    }
+                    Ok(())
+                },
+            )?;
+        }
+    }
+    let rest = room.saturating_sub(capacity);
+    if rest > 0 && !options.target_is_zero {
+        target.disk().write_zeroes(capacity, rest, true)?;
+    }
+    target.disk().flush()
+}
+
+fn has_data(disk: &dyn Disk, at: u64, len: u64) -> io::Result<bool> {
+    let mut done = 0u64;
+    while done < len {
+        let status = disk.block_status(at.saturating_add(done), len.saturating_sub(done))?;
+        if status.content == Content::Data {
+            return Ok(true);
+        }
+        done = done.saturating_add(status.len.max(1));
+    }
+    Ok(false)
+}
+
+fn copy_piece(
+    source: &dyn Disk,
+    target: &dyn Disk,
+    options: ConvertOptions,
+    buffer: &mut [u8],
+    (start, len): (u64, u64),
+    progress: &Progress,
+) -> io::Result<()> {
+    let mut done = 0u64;
+    while done < len {
+        let at = start.saturating_add(done);
+        let status = source.block_status(at, len.saturating_sub(done))?;
+        let part = status.len.clamp(1, len.saturating_sub(done));
+        if status.content == Content::Data || options.sparse == 0 {
+            let bytes = buffer.get_mut(..size(part)).unwrap_or_default();
+            source.read(at, &ReadInto::new(bytes))?;
+            write_sparse(target, at, bytes, options)?;
+        } else if !options.target_is_zero {
+            target.write_zeroes(at, part, true)?;
+        }
+        progress.advance(part)?;
+        done = done.saturating_add(part);
+    }
+    Ok(())
+}
+
+/// Writes what is not zero, in runs.
+fn write_sparse(target: &dyn Disk, at: u64, bytes: &[u8], options: ConvertOptions) -> io::Result<()> {
+    if options.sparse == 0 {
+        return target.write(at, &WriteFrom(bytes));
+    }
+    let mut runs: Vec<(bool, usize, usize)> = Vec::new();
+    let mut from = 0usize;
+    // Blocks count from the disk's beginning, so that runs are aligned.
+    while from < bytes.len() {
+        let place = at.saturating_add(from as u64);
+        let ahead = options.sparse.saturating_sub(place.checked_rem(options.sparse).unwrap_or(0)).max(1);
+        let to = from.saturating_add(size(ahead)).min(bytes.len());
+        let zero = is_zero(bytes.get(from..to).unwrap_or_default());
+        match runs.last_mut() {
+            Some((same, _, end)) if *same == zero => *end = to,
+            _ => runs.push((zero, from, to)),
+        }
+        from = to;
+    }
+    for (zero, from, to) in runs {
+        let place = at.saturating_add(from as u64);
+        if !zero {
+            target.write(place, &WriteFrom(bytes.get(from..to).unwrap_or_default()))?;
+        } else if !options.target_is_zero {
+            target.write_zeroes(place, to.saturating_sub(from) as u64, true)?;
+        }
+    }
+    Ok(())
+}
+
+/// Bytes of the file that a copy of `source` takes as such a qcow2 image, and if everything in it were stored.
+pub fn measure(source: Option<&dyn Disk>, options: &CreateOptions) -> Result<(u64, u64), crate::Error> {
+    let mut header = options.header().map_err(crate::Error::Options)?;
+    let cluster = header.cluster_size();
+    let mut data = 0u64;
+    if let Some(source) = source {
+        let mut at = 0u64;
+        let mut last = u64::MAX;
+        while at < source.capacity() {
+            let io = |source| crate::Error::io(std::path::Path::new("measure"), source);
+            let status = source.block_status(at, source.capacity().saturating_sub(at)).map_err(io)?;
+            let end = at.saturating_add(status.len.max(1));
+            if status.content == Content::Data {
+                let first = at.checked_div(cluster).unwrap_or(0);
+                let stop = end.div_ceil(cluster);
+                let from = if first == last { first.saturating_add(1) } else { first };
+                data = data.saturating_add(stop.saturating_sub(from));
+                last = stop.saturating_sub(1);
+            }
+            at = end;
+        }
+    }
+    let all = options.size.div_ceil(cluster);
+    header.size = options.size;
+    let tables = all.div_ceil(1 << (header.l2_bits() & 63));
+    let l1 = u64::from(header.l1_size).saturating_mul(8).div_ceil(cluster);
+    let with = |clusters: u64| {
+        // Refcounts count themselves: a few rounds find how many.
+        let counted = clusters.saturating_add(tables).saturating_add(l1).saturating_add(1);
+        let per_block = (cluster << 3) >> (header.refcount_order & 63);
+        let (mut blocks, mut table) = (1u64, 1u64);
+        for _ in 0..8 {
+            let total = counted.saturating_add(blocks).saturating_add(table);
+            blocks = total.div_ceil(per_block.max(1));
+            table = blocks.saturating_mul(8).div_ceil(cluster);
+        }
+        counted.saturating_add(blocks).saturating_add(table).saturating_mul(cluster)
+    };
+    Ok((with(data), with(all)))
+}

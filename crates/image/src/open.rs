@@ -1,0 +1,320 @@
+//! Images by their file names: formats, chains of backing files, new images.
+//!
+//! A format is never believed because a guest has written it. Whoever opens an image says its format; where nobody does,
+//! the file's beginning is looked at, and then nothing that it names is opened: no backing file, no data file. A chain is
+//! followed only where the format was said, for a header is then what the host's user trusts.
+
+use crate::disk::{Disk, Error};
+use crate::format::qcow2::{CreateOptions, Header, Parts, Qcow2};
+use crate::format::{Format, Raw, probe};
+use crate::storage::{Storage, StorageFile};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Longest chain of images.
+const CHAIN_MAX: usize = 250;
+
+/// How an image is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct OpenOptions {
+    /// Its format; `None` looks at the file and trusts nothing that it names.
+    pub format: Option<Format>,
+    /// Nothing is written.
+    pub read_only: bool,
+    /// Backing files are not opened: what they hold reads as zeroes. For looking at one image of a chain.
+    pub alone: bool,
+    /// Somebody else may use the file meanwhile.
+    pub shared: bool,
+}
+
+/// An open image with what is below it.
+pub struct Image {
+    /// Its file.
+    pub path: PathBuf,
+    /// Its format.
+    pub format: Format,
+    /// The disk.
+    pub disk: Arc<dyn Disk>,
+    /// The same, where the format is qcow2.
+    pub qcow2: Option<Arc<Qcow2>>,
+    /// The image below.
+    pub backing: Option<Box<Image>>,
+    /// The file.
+    pub storage: Arc<dyn Storage>,
+}
+
+/// A name in an image, as a path: relative ones are beside the image.
+pub fn beside(image: &Path, name: &str) -> Result<PathBuf, Error> {
+    let plain = name.strip_prefix("file:").unwrap_or(name);
+    let scheme = plain.split_once(':').map(|(scheme, _)| scheme);
+    if scheme.is_some_and(|scheme| !scheme.is_empty() && !scheme.contains('/')) {
+        let what = format!("it names {name:?}, which is no file; only files can be opened");
+        return Err(Error::Unsupported { path: image.to_path_buf(), what });
+    }
+    Ok(image.parent().unwrap_or(Path::new("")).join(plain))
+}
+
+impl Image {
+    /// Opens an image.
+    pub fn open(path: &Path, options: OpenOptions) -> Result<Self, Error> {
+        Self::open_as(path, options, false)
+    }
+
+    /// Opens an image that may be marked as damaged, for a check that repairs.
+    pub fn open_for_repair(path: &Path, options: OpenOptions) -> Result<Self, Error> {
+        Self::open_as(path, options, true)
+    }
+
+    fn open_as(path: &Path, options: OpenOptions, repair: bool) -> Result<Self, Error> {
+        // From the top down what is named, then from the bottom up what is opened: chains are long, and stacks short.
+        let mut layers = vec![Layer::find(path, options)?];
+        while let Some(next) = layers.last().map(|layer| layer.below(options)).transpose()?.flatten() {
+            if layers.len() >= CHAIN_MAX {
+                let what = format!("the chain of backing files has more than {CHAIN_MAX} images");
+                return Err(Error::Unsupported { path: path.to_path_buf(), what });
+            }
+            layers.push(next);
+        }
+        let mut image = None;
+        while let Some(layer) = layers.pop() {
+            image = Some(layer.open(image, repair && layers.is_empty())?);
+        }
+        image.ok_or_else(|| Error::Options("there is no image".into()))
+    }
+
+    /// The qcow2 image, or a sentence that says that it is none.
+    pub fn as_qcow2(&self, what: &str) -> Result<&Arc<Qcow2>, Error> {
+        self.qcow2.as_ref().ok_or_else(|| Error::Unsupported {
+            path: self.path.clone(),
+            what: format!("{} images have no {what}; qcow2 images have", self.format),
+        })
+    }
+
+    /// Makes all that was written stable.
+    pub fn close(&self) -> Result<(), Error> {
+        let done = match &self.qcow2 {
+            Some(qcow2) => qcow2.close(),
+            None if self.disk.read_only() => Ok(()),
+            None => self.disk.flush(),
+        };
+        done.map_err(|source| Error::io(&self.path, source))
+    }
+}
+
+/// An image of a chain before it is opened.
+struct Layer {
+    path: PathBuf,
+    format: Format,
+    storage: Arc<dyn Storage>,
+    header: Option<Header>,
+    data: Option<Arc<dyn Storage>>,
+    /// Somebody said the format: what the header names may be opened.
+    trusted: bool,
+}
+
+impl Layer {
+    fn find(path: &Path, options: OpenOptions) -> Result<Self, Error> {
+        let storage: Arc<dyn Storage> = if options.shared {
+            Arc::new(StorageFile::open_shared(path, options.read_only)?)
+        } else {
+            Arc::new(StorageFile::open(path, options.read_only)?)
+        };
+        let format = match options.format {
+            Some(format) => format,
+            None => probe(storage.as_ref()).map_err(|source| Error::io(path, source))?,
+        };
+        let header = match format {
+            Format::Raw => None,
+            Format::Qcow2 => Some(Qcow2::read_header(path, storage.as_ref())?),
+        };
+        let trusted = options.format.is_some();
+        let mut layer = Self { path: path.to_path_buf(), format, storage, header, data: None, trusted };
+        if let Some(name) = layer.header.as_ref().and_then(|header| header.data_file.clone()) {
+            let place = layer.named(&name)?;
+            layer.data = Some(Arc::new(StorageFile::open(&place, options.read_only)?));
+        }
+        Ok(layer)
+    }
+
+    /// A file that the image names, if it is believed.
+    fn named(&self, name: &str) -> Result<PathBuf, Error> {
+        if self.trusted {
+            return beside(&self.path, name);
+        }
+        Err(Error::Unsupported {
+            path: self.path.clone(),
+            what: format!(
+                "it builds on {name:?}, a name from inside the image, and its format was guessed: say the format (-f \
+                 qcow2, or format=qcow2) if you trust the image"
+            ),
+        })
+    }
+
+    /// The image below.
+    fn below(&self, options: OpenOptions) -> Result<Option<Self>, Error> {
+        let Some(header) = self.header.as_ref().filter(|_| !options.alone) else { return Ok(None) };
+        let Some(name) = &header.backing else { return Ok(None) };
+        let place = self.named(name)?;
+        let format = Some(backing_format(&self.path, &place, header)?);
+        Self::find(&place, OpenOptions { format, read_only: true, ..options }).map(Some)
+    }
+
+    fn open(self, backing: Option<Image>, repair: bool) -> Result<Image, Error> {
+        let qcow2 = match self.header {
+            None => None,
+            Some(header) => {
+                let parts =
+                    Parts { backing: backing.as_ref().map(|image| image.disk.clone()), data: self.data };
+                let open = if repair { Qcow2::open_for_repair } else { Qcow2::open };
+                Some(Arc::new(open(&self.path, self.storage.clone(), header, parts)?))
+            }
+        };
+        let disk: Arc<dyn Disk> = match &qcow2 {
+            Some(qcow2) => qcow2.clone(),
+            None => Arc::new(Raw::new(self.storage.clone())),
+        };
+        let backing = backing.map(Box::new);
+        Ok(Image { path: self.path, format: self.format, disk, qcow2, backing, storage: self.storage })
+    }
+}
+
+/// The format of a backing file: as the image says; where it says nothing the file must not look like anything but raw.
+fn backing_format(path: &Path, place: &Path, header: &Header) -> Result<Format, Error> {
+    if let Some(name) = &header.backing_format {
+        let unknown = |what: String| Error::Unsupported { path: path.to_path_buf(), what };
+        return name.parse().map_err(unknown);
+    }
+    let storage = StorageFile::open(place, true)?;
+    match probe(&storage) {
+        Ok(Format::Raw) => Ok(Format::Raw),
+        _ => Err(Error::Unsupported {
+            path: path.to_path_buf(),
+            what: format!(
+                "it does not say the format of its backing file {}: say it with `yado image rebase -u -b FILE -F FORMAT`",
+                place.display()
+            ),
+        }),
+    }
+}
+
+/// Makes a raw image: a sparse file, or one with space reserved or written.
+pub fn create_raw(path: &Path, size: u64, how: crate::format::qcow2::Preallocation) -> Result<Raw, Error> {
+    use crate::format::qcow2::Preallocation;
+    let storage = Arc::new(StorageFile::create(path, true)?);
+    let io = |source| Error::io(path, source);
+    storage.set_len(size).map_err(io)?;
+    match how {
+        Preallocation::Off => {}
+        Preallocation::Metadata => {
+            return Err(Error::Options(
+                "a raw image has no metadata to preallocate: use falloc or full".into(),
+            ));
+        }
+        Preallocation::Falloc => storage.reserve(0, size).map_err(io)?,
+        Preallocation::Full => {
+            let zeroes = vec![0; 1 << 20];
+            let mut at = 0u64;
+            while at < size {
+                let part = crate::endian::size(size.saturating_sub(at).min(zeroes.len() as u64));
+                storage.write_bytes(at, zeroes.get(..part).unwrap_or_default()).map_err(io)?;
+                at = at.saturating_add(part as u64);
+            }
+        }
+    }
+    Ok(Raw::new(storage))
+}
+
+/// Makes a qcow2 image in a file; what is there is replaced. The backing and data file are opened as they are named.
+pub fn create_qcow2(path: &Path, options: &CreateOptions) -> Result<Image, Error> {
+    let backing = match &options.backing {
+        None => None,
+        Some((name, format)) => {
+            let format = format.parse().map_err(Error::Options)?;
+            let open = OpenOptions { format: Some(format), read_only: true, ..OpenOptions::default() };
+            Some(Image::open(&beside(path, name)?, open)?)
+        }
+    };
+    let data = match &options.data_file {
+        None => None,
+        Some((name, _)) => {
+            Some(Arc::new(StorageFile::create(&beside(path, name)?, true)?) as Arc<dyn Storage>)
+        }
+    };
+    // What cannot be is refused before anything is overwritten.
+    options.header().map_err(Error::Options)?;
+    let storage: Arc<dyn Storage> = Arc::new(StorageFile::create(path, true)?);
+    let parts = Parts { backing: backing.as_ref().map(|image| image.disk.clone()), data };
+    let qcow2 = Arc::new(Qcow2::create(path, storage.clone(), options, parts)?);
+    Ok(Image {
+        path: path.to_path_buf(),
+        format: Format::Qcow2,
+        disk: qcow2.clone(),
+        qcow2: Some(qcow2),
+        backing: backing.map(Box::new),
+        storage,
+    })
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use crate::WriteFrom;
+
+    fn options(format: Option<Format>) -> OpenOptions {
+        OpenOptions { format, read_only: true, ..OpenOptions::default() }
+    }
+
+    #[test]
+    fn nothing_that_a_guessed_image_names_is_opened() {
+        let directory = tempfile::tempdir().unwrap();
+        let (base, top) = (directory.path().join("base"), directory.path().join("top"));
+        std::fs::write(&base, vec![7; 1 << 20]).unwrap();
+        let create =
+            CreateOptions { backing: Some(("base".into(), "raw".into())), ..CreateOptions::new(1 << 20) };
+        create_qcow2(&top, &create).unwrap().disk.write(0, &WriteFrom(&[1; 512])).unwrap();
+        let refused = Image::open(&top, options(None)).err().unwrap().to_string();
+        assert!(refused.contains("-f qcow2") && refused.contains("base"), "{refused}");
+        let image = Image::open(&top, options(Some(Format::Qcow2))).unwrap();
+        let mut bytes = [0; 1024];
+        image.disk.read(0, &crate::ReadInto::new(&mut bytes)).unwrap();
+        assert!(bytes[..512] == [1; 512] && bytes[512..] == [7; 512]);
+        drop(image);
+        let alone = OpenOptions { alone: true, ..options(None) };
+        assert_eq!(Image::open(&top, alone).unwrap().format, Format::Qcow2);
+        // A guest that writes a header into its raw disk gains nothing where raw was said.
+        assert_eq!(Image::open(&top, options(Some(Format::Raw))).unwrap().format, Format::Raw);
+    }
+
+    #[test]
+    fn a_chain_of_two_hundred_is_read() {
+        let directory = tempfile::tempdir().unwrap();
+        let place = |number: u32| directory.path().join(number.to_string());
+        std::fs::write(place(0), vec![7; 1 << 16]).unwrap();
+        for number in 1..=200 {
+            let below = ((number - 1).to_string(), if number == 1 { "raw" } else { "qcow2" }.to_owned());
+            let create =
+                CreateOptions { cluster_bits: 12, backing: Some(below), ..CreateOptions::new(1 << 16) };
+            let storage = Arc::new(StorageFile::create(&place(number), false).unwrap());
+            drop(Qcow2::create(&place(number), storage, &create, Parts::default()).unwrap());
+        }
+        let image = Image::open(&place(200), options(Some(Format::Qcow2))).unwrap();
+        let mut bytes = [0; 8192];
+        image.disk.read(4096, &crate::ReadInto::new(&mut bytes)).unwrap();
+        assert!(bytes == [7; 8192]);
+        assert_eq!(image.disk.block_status(0, 1 << 16).unwrap().depth, 200);
+    }
+
+    #[test]
+    fn chains_end() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("loop");
+        drop(create_qcow2(&path, &CreateOptions::new(1 << 20)).unwrap());
+        let mut header = Qcow2::read_header(&path, &StorageFile::open(&path, true).unwrap()).unwrap();
+        (header.backing, header.backing_format) = (Some("loop".into()), Some("qcow2".into()));
+        let storage = StorageFile::open(&path, false).unwrap();
+        storage.write_bytes(0, &header.encode().unwrap()).unwrap();
+        drop(storage);
+        let error = Image::open(&path, options(Some(Format::Qcow2))).err().unwrap();
+        assert!(error.to_string().contains("chain"), "{error}");
+    }
+}

@@ -1,0 +1,291 @@
+//! What `yado image` prints, in qemu-img's forms where they overlap.
+
+use crate::size::Size;
+use anyhow::{Context, Result};
+use image::format::qcow2::{Compression, Findings, Header, Snapshot, header};
+use image::{Content, Image};
+use serde_json::{Map, Value, json};
+use std::fmt::Write;
+use std::io;
+use std::time::Duration;
+
+/// `info`, as qemu-img's JSON has it.
+pub fn info(image: &Image) -> Result<Value> {
+    let mut report = Map::new();
+    let mut set = |name: &str, value: Value| report.insert(name.to_owned(), value);
+    set("filename", json!(image.path));
+    set("format", json!(image.format.name()));
+    set("virtual-size", json!(image.disk.capacity()));
+    set("actual-size", json!(image.storage.allocated()));
+    set("dirty-flag", json!(false));
+    if let Some(qcow2) = &image.qcow2 {
+        let header = qcow2.header();
+        set("cluster-size", json!(header.cluster_size()));
+        set("dirty-flag", json!(header.incompatible & header::INCOMPATIBLE_DIRTY != 0));
+        if let Some(name) = &header.backing {
+            set("backing-filename", json!(name));
+            if let Ok(path) = image::beside(&image.path, name) {
+                set("full-backing-filename", json!(path));
+            }
+        }
+        if let Some(format) = &header.backing_format {
+            set("backing-filename-format", json!(format));
+        }
+        let list = qcow2.snapshots().with_context(|| format!("cannot read {}", image.path.display()))?;
+        if !list.is_empty() {
+            set("snapshots", snapshots(&list));
+        }
+        set("format-specific", json!({ "type": "qcow2", "data": specific(&header) }));
+    }
+    Ok(Value::Object(report))
+}
+
+fn specific(header: &Header) -> Value {
+    let compat = if header.version == 2 { "0.10" } else { "1.1" };
+    let compression = if header.compression == Compression::Zstd { "zstd" } else { "zlib" };
+    let mut data = json!({ "compat": compat, "compression-type": compression, "refcount-bits": 1u32 << header.refcount_order });
+    if let (3, Some(data)) = (header.version, data.as_object_mut()) {
+        data.insert("lazy-refcounts".into(), json!(header.compatible & header::COMPATIBLE_LAZY != 0));
+        data.insert("corrupt".into(), json!(header.incompatible & header::INCOMPATIBLE_CORRUPT != 0));
+        data.insert("extended-l2".into(), json!(header.extended_l2()));
+        if let Some(file) = &header.data_file {
+            data.insert("data-file".into(), json!(file));
+            data.insert("data-file-raw".into(), json!(header.autoclear & header::AUTOCLEAR_RAW_DATA != 0));
+        }
+    }
+    data
+}
+
+/// `info` for people.
+pub fn info_text(report: &Value) -> String {
+    let mut text = String::new();
+    let words = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    let size = |name: &str| report.get(name).and_then(Value::as_u64);
+    let mut line = |name: &str, value: String| {
+        let _ = writeln!(text, "{name}: {value}");
+    };
+    line("image", report.get("filename").map(words).unwrap_or_default());
+    line("file format", report.get("format").map(words).unwrap_or_default());
+    if let Some(bytes) = size("virtual-size") {
+        line("virtual size", format!("{} ({bytes} bytes)", Size(bytes)));
+    }
+    if let Some(bytes) = size("actual-size") {
+        line("disk size", Size(bytes).to_string());
+    }
+    if let Some(bytes) = size("cluster-size") {
+        line("cluster_size", bytes.to_string());
+    }
+    if report.get("dirty-flag") == Some(&Value::Bool(true)) {
+        line("cleanly shut down", "no".into());
+    }
+    if let Some(name) = report.get("backing-filename") {
+        line("backing file", words(name));
+    }
+    if let Some(name) = report.get("backing-filename-format") {
+        line("backing file format", words(name));
+    }
+    if let Some(list) = report.get("snapshots").and_then(Value::as_array) {
+        let names: Vec<String> = list.iter().filter_map(|one| one.get("name")).map(words).collect();
+        line("snapshots", names.join(", "));
+    }
+    if let Some(data) = report.pointer("/format-specific/data").and_then(Value::as_object) {
+        line("Format specific information", String::new());
+        for (name, value) in data {
+            line(&format!("    {}", name.replace('-', " ")), words(value));
+        }
+    }
+    text
+}
+
+/// Internal snapshots, as qemu-img's JSON has them.
+pub fn snapshots(list: &[Snapshot]) -> Value {
+    let rows = list.iter().map(|snapshot| {
+        let clock = Duration::from_nanos(snapshot.vm_clock);
+        let mut row = json!({
+            "id": snapshot.id,
+            "name": snapshot.name,
+            "vm-state-size": snapshot.vm_state,
+            "date-sec": snapshot.date.0,
+            "date-nsec": snapshot.date.1,
+            "vm-clock-sec": clock.as_secs(),
+            "vm-clock-nsec": clock.subsec_nanos(),
+        });
+        if let (Some(count), Some(row)) = (snapshot.icount, row.as_object_mut()) {
+            row.insert("icount".into(), json!(count));
+        }
+        row
+    });
+    rows.collect()
+}
+
+/// Internal snapshots for people.
+pub fn snapshots_text(list: &[Snapshot]) -> String {
+    let mut text =
+        format!("{:<8} {:<24} {:>10} {:>20} {:>14}\n", "ID", "NAME", "VM SIZE", "DATE (UTC)", "VM CLOCK");
+    for snapshot in list {
+        let clock = Duration::from_nanos(snapshot.vm_clock);
+        let _ = writeln!(
+            text,
+            "{:<8} {:<24} {:>10} {:>20} {:>13.3}s",
+            snapshot.id,
+            snapshot.name,
+            Size(snapshot.vm_state).to_string(),
+            date(snapshot.date.0.into()),
+            clock.as_secs_f64()
+        );
+    }
+    text
+}
+
+/// A moment in seconds since 1970 as a date (the civil calendar, by days since 0000-03-01).
+fn date(seconds: u64) -> String {
+    let (days, rest) = (seconds / 86400 + 719_468, seconds % 86400);
+    let era_day = days % 146_097;
+    let year_of_era = (era_day - era_day / 1460 + era_day / 36_524 - era_day / 146_096) / 365;
+    let day = era_day - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month = (5 * day + 2) / 153;
+    let (dom, month) = (day - (153 * month + 2) / 5 + 1, if month < 10 { month + 3 } else { month - 9 });
+    let year = year_of_era + days / 146_097 * 400 + u64::from(month <= 2);
+    format!("{year}-{month:02}-{dom:02} {:02}:{:02}:{:02}", rest / 3600, rest / 60 % 60, rest % 60)
+}
+
+/// `check`, as qemu-img's JSON has it.
+pub fn check(image: &Image, found: &Findings) -> Value {
+    let mut report = json!({
+        "filename": image.path,
+        "format": image.format.name(),
+        "check-errors": found.errors,
+        "image-end-offset": found.image_end_offset,
+        "total-clusters": found.total_clusters,
+        "allocated-clusters": found.allocated_clusters,
+        "fragmented-clusters": found.fragmented_clusters,
+        "compressed-clusters": found.compressed_clusters,
+    });
+    let numbers = [
+        ("corruptions", found.corruptions),
+        ("leaks", found.leaks),
+        ("corruptions-fixed", found.corruptions_fixed),
+        ("leaks-fixed", found.leaks_fixed),
+    ];
+    if let Some(report) = report.as_object_mut() {
+        for (name, count) in numbers.into_iter().filter(|(_, count)| *count > 0) {
+            report.insert(name.into(), json!(count));
+        }
+        if !found.messages.is_empty() {
+            report.insert("messages".into(), json!(found.messages));
+        }
+    }
+    report
+}
+
+/// `check` for people.
+pub fn check_text(found: &Findings) -> String {
+    let mut text = String::new();
+    if found.corruptions_fixed > 0 || found.leaks_fixed > 0 {
+        let _ = writeln!(
+            text,
+            "Repaired: {} errors, {} leaked clusters.",
+            found.corruptions_fixed, found.leaks_fixed
+        );
+    }
+    if found.is_clean() {
+        text.push_str("No errors were found on the image.\n");
+    }
+    if found.corruptions > 0 {
+        let _ = writeln!(text, "{} errors were found on the image.", found.corruptions);
+        text.push_str("Data may be lost: repair with --repair; what cannot be read is then zeroes.\n");
+    }
+    if found.leaks > 0 {
+        let _ =
+            writeln!(text, "{} leaked clusters were found: they cost space and nothing else.", found.leaks);
+    }
+    let share = |part: u64| 100.0 * part as f64 / found.total_clusters.max(1) as f64;
+    let of = |part: u64| 100.0 * part as f64 / found.allocated_clusters.max(1) as f64;
+    let _ = writeln!(
+        text,
+        "{}/{} = {:.2}% allocated, {:.2}% fragmented, {:.2}% compressed clusters\nImage end offset: {}",
+        found.allocated_clusters,
+        found.total_clusters,
+        share(found.allocated_clusters),
+        of(found.fragmented_clusters),
+        of(found.compressed_clusters),
+        found.image_end_offset
+    );
+    text
+}
+
+/// `map`, as qemu-img's JSON has it.
+pub fn map(image: &Image) -> io::Result<Vec<Value>> {
+    let capacity = image.disk.capacity();
+    let mut rows: Vec<(u64, image::Status)> = Vec::new();
+    let mut at = 0u64;
+    while at < capacity {
+        let status = image.disk.block_status(at, capacity - at)?;
+        match rows.last_mut() {
+            Some((start, last)) if continues(*start, last, at, &status) => last.len += status.len,
+            _ => rows.push((at, status)),
+        }
+        at += status.len.max(1);
+    }
+    let row = |(start, status): &(u64, image::Status)| {
+        let data = status.content == Content::Data;
+        let mut row = json!({
+            "start": start,
+            "length": status.len,
+            "depth": status.depth,
+            "present": status.present,
+            "zero": !data,
+            "data": data,
+            "compressed": status.compressed,
+        });
+        if let (Some(offset), Some(row)) = (status.offset, row.as_object_mut()) {
+            row.insert("offset".into(), json!(offset));
+        }
+        row
+    };
+    Ok(rows.iter().map(row).collect())
+}
+
+fn continues(start: u64, last: &image::Status, at: u64, next: &image::Status) -> bool {
+    let place = last.offset.map(|offset| offset + (at - start));
+    place == next.offset
+        && (last.content, last.depth, last.present, last.compressed)
+            == (next.content, next.depth, next.present, next.compressed)
+}
+
+/// `map` for people: the data, and the file that has it.
+pub fn map_text(image: &Image, rows: &[Value]) -> String {
+    let mut text = format!("{:<15} {:<15} {:<15} File\n", "Offset", "Length", "Mapped to");
+    let number = |row: &Value, name: &str| row.get(name).and_then(Value::as_u64).unwrap_or(0);
+    for row in rows.iter().filter(|row| row.get("data") == Some(&Value::Bool(true))) {
+        let mut owner = image;
+        for _ in 0..number(row, "depth") {
+            owner = owner.backing.as_deref().unwrap_or(owner);
+        }
+        let place = row
+            .get("offset")
+            .and_then(Value::as_u64)
+            .map_or("compressed".to_owned(), |at| format!("{at:#x}"));
+        let (start, len) = (number(row, "start"), number(row, "length"));
+        let _ = writeln!(
+            text,
+            "{:<15} {:<15} {place:<15} {}",
+            format!("{start:#x}"),
+            format!("{len:#x}"),
+            owner.path.display()
+        );
+    }
+    text
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn dates_are_those_of_the_calendar() {
+        assert_eq!(date(0), "1970-01-01 00:00:00");
+        assert_eq!(date(951_782_400), "2000-02-29 00:00:00");
+        assert_eq!(date(1_795_351_380), "2026-11-22 13:03:00");
+    }
+}

@@ -1,0 +1,205 @@
+//! The commands that take long: with progress, and an end in order when the user wants one.
+
+use super::arguments::{Commit, Convert, Rebase};
+use super::options::{self, New, usage};
+use super::{make, open, reading};
+use crate::exit::with_code;
+use crate::progress::Phases;
+use crate::signals;
+use anyhow::{Context, Result};
+use image::format::Format;
+use image::job::{self, ConvertOptions, Progress, Target};
+use image::{Disk, Image, OpenOptions};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How often progress is looked at.
+const PERIOD: Duration = Duration::from_millis(50);
+
+/// What is shown of a job.
+pub struct Show<'a> {
+    pub name: &'a str,
+    /// Bytes.
+    pub total: u64,
+    pub quiet: bool,
+}
+
+/// Runs a job, shows how far it is, and ends it when the user wants that.
+pub fn with_progress<T: Send>(
+    show: Show<'_>,
+    job: impl FnOnce(&Progress) -> io::Result<T> + Send,
+) -> Result<T> {
+    let mut phases = Phases::new(show.quiet);
+    phases.begin(show.name, Some(show.total));
+    let progress = Progress::default();
+    let result = std::thread::scope(|scope| {
+        let worker = scope.spawn(|| job(&progress));
+        let mut seen = 0;
+        while !worker.is_finished() {
+            std::thread::park_timeout(if seen == 0 { Duration::from_millis(1) } else { PERIOD });
+            if signals::cancelled() {
+                progress.cancel();
+            }
+            let done = progress.done();
+            phases.advance(done - seen);
+            seen = done;
+        }
+        phases.advance(progress.done() - seen);
+        worker.join().unwrap_or_else(|_| Err(io::Error::other("the job has failed")))
+    });
+    match result {
+        Err(_) if signals::cancelled() => Err(with_code(signals::cancelled_code(), "cancelled")),
+        other => {
+            phases.finish();
+            other.with_context(|| format!("{} failed", show.name))
+        }
+    }
+}
+
+pub fn convert(arguments: &Convert) -> Result<()> {
+    let source = open(&arguments.source, arguments.format.as_deref(), reading(arguments.force_share))?;
+    let disk: Arc<dyn Disk> = match &arguments.snapshot {
+        None => source.disk.clone(),
+        Some(name) => Arc::new(source.as_qcow2("internal snapshots")?.at_snapshot(name)?),
+    };
+    let format = options::format(&arguments.target_format)?;
+    if arguments.compress && format != Format::Qcow2 {
+        return Err(usage(format!("{format} images cannot be compressed: use -O qcow2")));
+    }
+    let mut new = New::parse(format, &arguments.options)?;
+    new.qcow2.size = disk.capacity().checked_next_multiple_of(512).unwrap_or(0);
+    let job = Job { arguments, disk, new };
+    if arguments.no_create {
+        return job.fill(&arguments.target, arguments.target_is_zero);
+    }
+    if same_file(&arguments.source, &arguments.target) {
+        return Err(usage("source and target are the same file"));
+    }
+    // What is there stays until the copy is whole.
+    let partial = beside(&arguments.target);
+    let made = job.make_and_fill(&source, &partial);
+    let moved = made.and_then(|()| {
+        std::fs::rename(&partial, &arguments.target)
+            .with_context(|| format!("cannot rename the copy to {}", arguments.target.display()))
+    });
+    moved.inspect_err(|_| {
+        let _ = std::fs::remove_file(&partial);
+    })
+}
+
+fn same_file(a: &Path, b: &Path) -> bool {
+    matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
+}
+
+/// A name beside the target for what is not whole yet.
+fn beside(target: &Path) -> PathBuf {
+    let mut name = std::ffi::OsString::from(".");
+    name.push(target.file_name().unwrap_or_default());
+    name.push(format!(".{}.partial", std::process::id()));
+    target.with_file_name(name)
+}
+
+struct Job<'a> {
+    arguments: &'a Convert,
+    disk: Arc<dyn Disk>,
+    new: New,
+}
+
+impl Job<'_> {
+    fn make_and_fill(&self, source: &Image, partial: &Path) -> Result<()> {
+        // A raw copy of a raw image shares its blocks where the file system can.
+        let plain = (source.format, self.new.format) == (Format::Raw, Format::Raw)
+            && self.arguments.options.is_empty();
+        if plain && image::share_blocks(&self.arguments.source, partial).is_ok() {
+            return Ok(());
+        }
+        make(partial, &self.new)?;
+        self.fill(partial, true)
+    }
+
+    fn fill(&self, file: &Path, target_is_zero: bool) -> Result<()> {
+        let how = OpenOptions { format: Some(self.new.format), ..OpenOptions::default() };
+        let target = Image::open(file, how)?;
+        let options = ConvertOptions {
+            threads: self.arguments.threads.unwrap_or_else(job::usual_threads).clamp(1, 64),
+            sparse: self.arguments.sparse.0,
+            target_is_zero,
+        };
+        let show = Show { name: "converting", total: self.disk.capacity(), quiet: self.arguments.quiet };
+        with_progress(show, |progress| {
+            let to = match &target.qcow2 {
+                Some(qcow2) if self.arguments.compress => Target::Compressed(qcow2),
+                _ => Target::Plain(target.disk.as_ref()),
+            };
+            job::convert(self.disk.as_ref(), to, options, progress)
+        })?;
+        Ok(target.close()?)
+    }
+}
+
+pub fn rebase(arguments: &Rebase) -> Result<()> {
+    let how = OpenOptions { alone: arguments.blind, ..OpenOptions::default() };
+    // Without a format an image's own names are not believed; changing the name alone needs none of them.
+    let format = arguments.format.as_deref().or(if arguments.blind { Some("qcow2") } else { None });
+    let top = open(&arguments.file, format, how)?;
+    let qcow2 = top.as_qcow2("backing files")?;
+    let named = match (arguments.backing.as_str(), &arguments.backing_format) {
+        ("", _) => None,
+        (name, Some(format)) => Some((name.to_owned(), options::format(format)?)),
+        (name, None) => {
+            return Err(usage(format!("say the format of {name} with -F: it is written into the image")));
+        }
+    };
+    if !arguments.blind {
+        let new = match &named {
+            Some((name, format)) => {
+                let place = image::beside(&arguments.file, name)?;
+                let how = OpenOptions { format: Some(*format), ..reading(false) };
+                Some(Image::open(&place, how)?)
+            }
+            None => None,
+        };
+        let show = Show { name: "rebasing", total: top.disk.capacity(), quiet: arguments.quiet };
+        with_progress(show, |progress| {
+            let new = new.as_ref().map(|image| image.disk.as_ref());
+            job::rebase(qcow2, new, job::usual_threads(), progress)
+        })?;
+    }
+    let names = named.map(|(name, format)| (name, format.to_string()));
+    qcow2.set_backing(names).with_context(|| format!("cannot change {}", arguments.file.display()))?;
+    Ok(top.close()?)
+}
+
+pub fn commit(arguments: &Commit) -> Result<()> {
+    let format = Some(arguments.format.as_deref().unwrap_or("qcow2"));
+    let (base, base_format) = {
+        let top = open(&arguments.file, format, reading(false))?;
+        let below = top.backing.as_deref();
+        let below =
+            below.ok_or_else(|| usage(format!("{} has no backing file", arguments.file.display())))?;
+        (below.path.clone(), below.format)
+    };
+    // Below the top one everything is written: it must not be open for reading meanwhile.
+    let alone = OpenOptions { alone: true, ..OpenOptions::default() };
+    let top = open(&arguments.file, format, alone)?;
+    let qcow2 = top.as_qcow2("backing files")?;
+    let below = Image::open(&base, OpenOptions { format: Some(base_format), ..OpenOptions::default() })?;
+    let capacity = top.disk.capacity();
+    if below.disk.capacity() < capacity {
+        below.disk.resize(capacity).with_context(|| format!("cannot make {} larger", base.display()))?;
+    }
+    let show = Show { name: "committing", total: capacity, quiet: arguments.quiet };
+    with_progress(show, |progress| {
+        job::commit(top.disk.as_ref(), below.disk.as_ref(), job::usual_threads(), progress)
+    })?;
+    below.close()?;
+    if !arguments.keep {
+        qcow2.empty().with_context(|| format!("cannot empty {}", arguments.file.display()))?;
+    }
+    if !arguments.quiet {
+        println!("Image committed.");
+    }
+    Ok(top.close()?)
+}

@@ -1,0 +1,205 @@
+//! `yado image` against qemu-img: each reads what the other makes, and they say the same of it.
+
+use serde_json::Value;
+use std::path::Path;
+use std::process::{Command, Output};
+
+struct Place(tempfile::TempDir);
+
+impl Place {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn run(&self, program: &str, arguments: &[&str]) -> Output {
+        let output = Command::new(program).args(arguments).current_dir(self.0.path()).output();
+        output.unwrap_or_else(|error| {
+            panic!("{program}: {error}; `cargo xtask setup` installs what is missing")
+        })
+    }
+
+    /// Runs `yado image` and answers what it prints; the exit code must be `code`.
+    fn yado(&self, code: i32, arguments: &str) -> String {
+        let words: Vec<&str> = std::iter::once("image").chain(arguments.split_whitespace()).collect();
+        let output = self.run(env!("CARGO_BIN_EXE_yado"), &words);
+        let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert_eq!(output.status.code(), Some(code), "yado image {arguments}: {out}{err}");
+        format!("{out}{err}")
+    }
+
+    fn qemu(&self, arguments: &str) -> String {
+        let words: Vec<&str> = arguments.split_whitespace().collect();
+        let output = self.run("qemu-img", &words);
+        let err = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "qemu-img {arguments}: {err}");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    fn path(&self, name: &str) -> std::path::PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// A raw image of 8 MiB: text, zeroes that are stored, holes, and bytes that do not shrink.
+    fn raw(&self, name: &str) {
+        let mut bytes: Vec<u8> = Vec::new();
+        let mut random = 1u32;
+        for block in 0..128u32 {
+            for at in 0..65536u32 {
+                random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                bytes.push(match block % 4 {
+                    0 => (at / 97) as u8,
+                    1 => 0,
+                    2 => (random >> 24) as u8,
+                    _ => u8::from(at % 5000 == 0),
+                });
+            }
+        }
+        std::fs::write(self.path(name), bytes).unwrap();
+    }
+}
+
+/// The same fields of both reports, as far as the other has them.
+fn agree(ours: &Value, theirs: &Value, without: &[&str]) {
+    for (name, value) in theirs.as_object().unwrap() {
+        if !without.contains(&name.as_str()) {
+            assert_eq!(ours.get(name), Some(value), "{name}: {ours:#} {theirs:#}");
+        }
+    }
+}
+
+#[test]
+fn images_go_there_and_back() {
+    let place = Place::new();
+    place.raw("a.raw");
+    for (number, options) in [
+        "",
+        "-c",
+        "-c -o compression_type=zstd",
+        "-o compat=0.10,cluster_size=4K",
+        "-o extended_l2=on,cluster_size=128K",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        place.yado(0, &format!("convert -q -f raw -O qcow2 {options} a.raw b{number}.qcow2"));
+        place.qemu(&format!("check b{number}.qcow2"));
+        place.qemu(&format!("compare -f raw -F qcow2 a.raw b{number}.qcow2"));
+        place.yado(0, &format!("convert -q -f qcow2 -O raw b{number}.qcow2 c.raw"));
+        assert!(
+            std::fs::read(place.path("a.raw")).unwrap() == std::fs::read(place.path("c.raw")).unwrap(),
+            "{options}"
+        );
+        let theirs: Value =
+            serde_json::from_str(&place.qemu(&format!("info --output json b{number}.qcow2"))).unwrap();
+        let ours: Value =
+            serde_json::from_str(&place.yado(0, &format!("info --json b{number}.qcow2"))).unwrap();
+        agree(&ours, &theirs, &[]);
+        let theirs: Value =
+            serde_json::from_str(&place.qemu(&format!("check --output json b{number}.qcow2"))).unwrap();
+        let ours: Value =
+            serde_json::from_str(&place.yado(0, &format!("check --json b{number}.qcow2"))).unwrap();
+        agree(&ours, &theirs, &["fragmented-clusters", "compressed-clusters"]);
+    }
+    assert!(std::fs::metadata(place.path("b1.qcow2")).unwrap().len() < 4 << 20, "it is compressed");
+    place.yado(1, "compare -q -f raw -F raw a.raw b0.qcow2");
+    assert!(place.yado(0, "compare -f raw -F qcow2 a.raw b0.qcow2").contains("identical"));
+}
+
+#[test]
+fn maps_are_those_of_qemu() {
+    let place = Place::new();
+    place.raw("base.raw");
+    place.qemu("create -q -f qcow2 -b base.raw -F raw top.qcow2 10M");
+    place.run("qemu-io", &["-c", "write -P 7 100k 300k", "-c", "write -z 3M 1M", "top.qcow2"]);
+    let theirs: Value = serde_json::from_str(&place.qemu("map -f qcow2 --output json top.qcow2")).unwrap();
+    let ours: Value = serde_json::from_str(&place.yado(0, "map -f qcow2 --json top.qcow2")).unwrap();
+    let rows = |report: &Value| {
+        let rows = report.as_array().unwrap().iter();
+        rows.map(|row| {
+            ["start", "length", "depth", "zero", "data", "offset"].map(|name| row.get(name).cloned())
+        })
+        .collect::<Vec<_>>()
+    };
+    assert_eq!(rows(&ours), rows(&theirs));
+    // A guess trusts nothing that the image names.
+    let refused = place.yado(125, "map top.qcow2");
+    assert!(refused.contains("base.raw") && refused.contains("-f qcow2"), "{refused}");
+    assert!(place.yado(0, "info top.qcow2").contains("base.raw"));
+}
+
+#[test]
+fn chains_are_moved_merged_and_emptied() {
+    let place = Place::new();
+    place.raw("base.raw");
+    std::fs::copy(place.path("base.raw"), place.path("other.raw")).unwrap();
+    place.yado(0, "create -q -f qcow2 -b base.raw -F raw top.qcow2");
+    place.run("qemu-io", &["-c", "write -P 7 100k 300k", "top.qcow2"]);
+    place.run("qemu-io", &["-f", "raw", "-c", "write -P 9 5M 100k", "other.raw"]);
+    place.yado(0, "convert -q -f qcow2 -O raw top.qcow2 before.raw");
+    place.yado(0, "rebase -q -f qcow2 -b other.raw -F raw top.qcow2");
+    place.qemu("compare -f qcow2 -F raw top.qcow2 before.raw");
+    place.yado(0, "commit -q top.qcow2");
+    place.qemu("check top.qcow2");
+    place.qemu("compare -f raw -F raw other.raw before.raw");
+    place.qemu("compare -f qcow2 -F raw top.qcow2 before.raw");
+    place.yado(0, "rebase -q -f qcow2 -b  top.qcow2".replace("-b  ", "--backing= ").as_str());
+    place.qemu("compare -f qcow2 -F raw top.qcow2 before.raw");
+    place.qemu("check top.qcow2");
+    assert!(!place.qemu("info top.qcow2").contains("backing"));
+}
+
+#[test]
+fn disks_grow_shrink_and_go_back() {
+    let place = Place::new();
+    place.raw("a.raw");
+    place.yado(0, "convert -q -f raw -O qcow2 a.raw a.qcow2");
+    place.yado(0, "snapshot -c first a.qcow2");
+    place.run("qemu-io", &["-c", "write -P 7 0 4M", "a.qcow2"]);
+    place.yado(0, "resize -q a.qcow2 +1G");
+    assert!(place.yado(2, "resize -q a.qcow2 1M").contains("--shrink"));
+    place.yado(0, "resize -q --shrink a.qcow2 1M");
+    assert!(place.qemu("snapshot -l a.qcow2").contains("first"));
+    assert!(place.yado(0, "snapshot a.qcow2").contains("first"));
+    place.qemu("check a.qcow2");
+    place.yado(0, "convert -q -l first -O raw a.qcow2 then.raw");
+    place.qemu("compare -f raw -F raw a.raw then.raw");
+    place.yado(0, "snapshot -a first a.qcow2");
+    place.yado(0, "snapshot -d 1 a.qcow2");
+    place.qemu("check a.qcow2");
+    place.qemu("compare -f raw -F qcow2 a.raw a.qcow2");
+}
+
+#[test]
+fn damage_is_found_and_repaired() {
+    let place = Place::new();
+    place.raw("a.raw");
+    place.yado(0, "convert -q -f raw -O qcow2 a.raw a.qcow2");
+    // A refcount block full of zeroes: every cluster is used more often than it is counted.
+    let report: Value = serde_json::from_str(&place.yado(0, "check --json a.qcow2")).unwrap();
+    assert_eq!(report["check-errors"], 0);
+    let mut bytes = std::fs::read(place.path("a.qcow2")).unwrap();
+    bytes[2 << 16..(2 << 16) + 100].fill(0);
+    std::fs::write(place.path("a.qcow2"), bytes).unwrap();
+    place.yado(2, "check a.qcow2");
+    assert!(place.yado(0, "check -r all a.qcow2").contains("Repaired"));
+    assert!(place.yado(0, "check --repair a.qcow2").contains("No errors"));
+    place.yado(0, "check a.qcow2");
+    place.qemu("check a.qcow2");
+    place.qemu("compare -f raw -F qcow2 a.raw a.qcow2");
+}
+
+#[test]
+fn nonsense_is_refused_and_leaves_nothing() {
+    let place = Place::new();
+    place.yado(2, "create -f qcow2 -o cluster_size=3K a.qcow2 1G");
+    place.yado(2, "create -f vmdk a.vmdk 1G");
+    place.yado(125, "create -f qcow2 -o cluster_size=512 a.qcow2 1P");
+    place.yado(2, "create -f qcow2 a.qcow2");
+    place.yado(125, "convert -f qcow2 -O raw nowhere.qcow2 a.raw");
+    let left: Vec<_> = std::fs::read_dir(place.0.path()).unwrap().collect();
+    assert!(left.is_empty(), "{left:?}");
+    let size = |path: &Path| std::fs::metadata(path).unwrap().len();
+    place.yado(0, "create -q -f qcow2 big.qcow2 1T");
+    assert!(size(&place.path("big.qcow2")) < 1 << 20);
+    assert!(place.yado(0, "measure --size 1G -O qcow2").contains("required size"));
+}
