@@ -110,13 +110,17 @@ impl Gateway {
         let host = |what| move |error: rustix::io::Errno| Error::Host { what, source: error.into() };
         let listeners = forward::listen(&config.forwards)?;
         let poll = Poll(epoll::create(epoll::CreateFlags::CLOEXEC).map_err(host("event queue"))?);
-        let flows_max = if config.flows_max == 0 { 0 } else { config.flows_max.min(files_max()) };
+        // Connections get three files of four: who has many of them has few flows of datagrams.
+        let files = if config.flows_max == 0 { 0 } else { files_max() };
+        let flows_max = config.flows_max.min(files);
+        let tcp_max = config.flows_max.min(files.saturating_sub(files / 4));
+        let udp_max = config.flows_max.min(files / 4);
         let gateway = Self {
             network: config.network,
             outbox: Outbox::new(config.mtu),
             poll,
-            tcp: Flows::new(splice::KIND, flows_max),
-            udp: Flows::new(datagrams::KIND, flows_max),
+            tcp: Flows::new(splice::KIND, tcp_max),
+            udp: Flows::new(datagrams::KIND, udp_max),
             ping: Flows::new(ping::KIND, flows_max.min(PINGS_MAX)),
             listeners,
             ready: VecDeque::new(),
@@ -368,7 +372,6 @@ fn files_max() -> usize {
         Ok(()) => limit.maximum,
         Err(_) => limit.current,
     };
-    // TCP and UDP share them.
-    let files = current.unwrap_or(u64::MAX).saturating_sub(FILES_SPARE) / 2;
+    let files = current.unwrap_or(u64::MAX).saturating_sub(FILES_SPARE);
     usize::try_from(files).unwrap_or(usize::MAX).max(16)
 }
