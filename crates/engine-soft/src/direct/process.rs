@@ -96,8 +96,9 @@ pub(super) struct Process {
     commands: NonNull<Command>,
     /// Bytes of the XSAVE image that the kernel wants.
     xsave_len: usize,
-    /// The host's CPU it runs on.
+    /// The host's CPU that it must start on; -1 is any of the tracer's.
     cpu: libc::c_int,
+    cpus: libc::cpu_set_t,
     _ram: OwnedFd,
 }
 
@@ -278,7 +279,13 @@ impl Process {
             end(pid);
             return Err(error);
         };
-        let mut process = Self { pid, commands, xsave_len: 0, cpu: -1, _ram: ram };
+        // SAFETY: the kernel fills a set of ours.
+        let cpus = unsafe {
+            let mut cpus: libc::cpu_set_t = zeroed();
+            libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &raw mut cpus);
+            cpus
+        };
+        let mut process = Self { pid, commands, xsave_len: 0, cpu: -1, cpus, _ram: ram };
         process.start()?;
         Ok(process)
     }
@@ -394,23 +401,38 @@ impl Process {
         self.trace(libc::PTRACE_POKEUSER, field(7), control, "setting breakpoints")
     }
 
-    /// Lets the process run on one CPU of the host only, that of its tracer, where it is switched to fastest.
+    /// Has the process start on the tracer's CPU, where it is switched to fastest: the tracer is about to sleep. Where that
+    /// fails, it starts anywhere.
     pub(super) fn follow(&mut self) {
-        // SAFETY: plain calls on a struct of ours. Where they fail, the process runs anywhere.
-        unsafe {
-            let cpu = libc::sched_getcpu();
-            if cpu != self.cpu && cpu >= 0 {
-                self.cpu = cpu;
-                let mut set: libc::cpu_set_t = zeroed();
-                libc::CPU_SET(cpu as usize % (8 * size_of::<libc::cpu_set_t>()), &mut set);
-                libc::sched_setaffinity(self.pid, size_of::<libc::cpu_set_t>(), &raw const set);
-            }
+        // SAFETY: a plain call.
+        let cpu = unsafe { libc::sched_getcpu() };
+        if cpu == self.cpu || cpu < 0 {
+            return;
+        }
+        self.cpu = cpu;
+        // SAFETY: plain bits.
+        let mut only: libc::cpu_set_t = unsafe { zeroed() };
+        // SAFETY: changes a set of ours, at a place inside it.
+        unsafe { libc::CPU_SET(cpu as usize % libc::CPU_SETSIZE as usize, &mut only) };
+        self.set_cpus(&only);
+    }
+
+    fn set_cpus(&self, cpus: &libc::cpu_set_t) {
+        // SAFETY: a plain call on a set of ours.
+        unsafe { libc::sched_setaffinity(self.pid, size_of::<libc::cpu_set_t>(), cpus) };
+    }
+
+    /// Once it has started, it may go where there is room.
+    fn release(&mut self) {
+        if std::mem::replace(&mut self.cpu, -1) >= 0 {
+            self.set_cpus(&self.cpus);
         }
     }
 
     /// Lets guest code run until it stops. No system call of it is executed.
-    pub(super) fn run(&self) -> io::Result<Stop> {
+    pub(super) fn run(&mut self) -> io::Result<Stop> {
         self.trace(SYSEMU, 0, 0, "running guest code")?;
+        self.release();
         self.wait()
     }
 
