@@ -493,6 +493,7 @@ impl Walk<'_> {
         let per_block = 1u64 << (block_bits(image.shape.cluster_bits, order) & 63);
         let (offset, clusters) = image.refcounts.table();
         let table = words_at(storage, offset, u64::from(clusters).saturating_mul(image.shape.cluster()) / 8)?;
+        let mut seen = std::collections::HashSet::new();
         let mut leaks = Vec::new();
         let mut bytes = vec![0; size(image.shape.cluster())];
         let total = self.counts.counts.len() as u64;
@@ -501,13 +502,19 @@ impl Walk<'_> {
             .max(table.iter().rposition(|at| *at != 0).map_or(0, |at| (at as u64).saturating_add(1)));
         for number in 0..blocks {
             let place = table.get(size(number)).copied().unwrap_or(0);
-            if place == 0 || image.shape.within(place) != 0 || place >= storage.len() {
-                bytes.fill(0);
-            } else {
-                storage.read_bytes(place, &mut bytes)?;
-            }
             let base = number.saturating_mul(per_block);
-            for index in 0..per_block {
+            // A block that is nowhere, or that another entry has, counts nothing.
+            let good =
+                place != 0 && image.shape.within(place) == 0 && place < storage.len() && seen.insert(place);
+            if good {
+                storage.read_bytes(place, &mut bytes)?;
+            } else if base >= total {
+                continue;
+            } else {
+                bytes.fill(0);
+            }
+            let counts = if good { per_block } else { per_block.min(total.saturating_sub(base)) };
+            for index in 0..counts {
                 let cluster = base.saturating_add(index);
                 let counted = u64::from(self.counts.counts.get(size(cluster)).copied().unwrap_or(0));
                 let stored = read_count(&bytes, size(index), order);
