@@ -185,8 +185,13 @@ impl Qcow2 {
         self.open_for_change()?;
         let storage = self.storage.as_ref();
         for (cluster, stored, counted) in &found.leaked {
-            let change = i64::try_from(stored.saturating_sub(*counted)).unwrap_or(i64::MAX).saturating_neg();
-            self.refcounts.add(storage, *cluster, change)?;
+            // Counts of 64 bits are more than one step can take away.
+            let mut excess = stored.saturating_sub(*counted);
+            while excess > 0 {
+                let step = i64::try_from(excess).unwrap_or(i64::MAX);
+                self.refcounts.add(storage, *cluster, step.saturating_neg())?;
+                excess = excess.saturating_sub(step.unsigned_abs());
+            }
         }
         self.flush_quiet()?;
         found.findings.leaks_fixed = found.findings.leaks;
