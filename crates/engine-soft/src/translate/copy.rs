@@ -71,6 +71,10 @@ impl<'a> Raw<'a> {
                 raw.wide = first & 8 != 0;
                 (raw.ext_r, raw.ext_b) = (first >> 2 & 1, first & 1);
                 at += 1;
+                if is_prefix(*bytes.get(at)?) {
+                    // REX counts only right before the opcode (Intel SDM 2, 2.2.1): nobody writes this.
+                    return None;
+                }
             }
             _ => {}
         }
@@ -112,6 +116,10 @@ impl<'a> Raw<'a> {
     fn vvvv(&self) -> u8 {
         self.vex.map_or(0, |vex| !vex.last >> 3 & 15)
     }
+}
+
+fn is_prefix(byte: u8) -> bool {
+    matches!(byte, 0x26 | 0x2e | 0x36 | 0x3e | 0x40..=0x4f | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3)
 }
 
 /// Spilled registers of one instruction in scratch registers.

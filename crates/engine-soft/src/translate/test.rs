@@ -531,6 +531,21 @@ fn a_full_cache_is_flushed_and_refilled() {
     assert!(machine.translator.statistics().cache_flushes > 3);
 }
 
+/// A REX prefix that is not the last prefix means nothing, and copying it would mean something else.
+#[test]
+fn prefixes_in_strange_orders_are_left_to_the_single_step_tier() {
+    for prefixes in [&[0x42, 0x42][..], &[0x4c, 0x4c, 0x4c], &[0x48, 0x66], &[0x41, 0xf3], &[0x40, 0x2e]] {
+        // add [rax], eax
+        let code = [&[0x90], prefixes, &[0x01, 0x00, 0xf4]].concat();
+        let mut machine = Machine::new(sum);
+        machine.core.mmu.memory.write(CODE, &code).unwrap();
+        machine.core.state.gpr[0] = DATA;
+        assert_eq!(machine.translator.run(&mut machine.core), Outcome::Step);
+        assert_eq!(machine.core.state.rip, CODE + 1, "{prefixes:x?}");
+        assert_eq!(machine.u64(DATA), 0);
+    }
+}
+
 guest!(narrow_bit_string: "xor r13d, r13d" "mov r12, -1" "bts qword ptr fs:[r13d], r12");
 
 #[test]
