@@ -1,7 +1,7 @@
 //! Finding the extent of a block, and which status flags matter where in it.
 
-use super::flags;
 use super::template::{Domain, Kind, Template, Templates};
+use super::{copy, flags};
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, OpKind};
 
 /// Longest block in instructions.
@@ -101,7 +101,9 @@ pub(super) fn plan(
             break;
         }
         let template = if instruction.is_invalid() { None } else { Some(templates.get(instruction.code())) };
-        let Some(template) = template.filter(|t| t.kind != Kind::Step && mode.allows(t)) else {
+        let at = usize::from((instruction.ip() as u16).wrapping_sub(start));
+        let idle = bytes.get(at..at + instruction.len()).is_some_and(copy::has_idle_rex);
+        let Some(template) = template.filter(|t| t.kind != Kind::Step && mode.allows(t) && !idle) else {
             into.step = true;
             break;
         };

@@ -71,10 +71,6 @@ impl<'a> Raw<'a> {
                 raw.wide = first & 8 != 0;
                 (raw.ext_r, raw.ext_b) = (first >> 2 & 1, first & 1);
                 at += 1;
-                if is_prefix(*bytes.get(at)?) {
-                    // REX counts only right before the opcode (Intel SDM 2, 2.2.1): nobody writes this.
-                    return None;
-                }
             }
             _ => {}
         }
@@ -118,8 +114,14 @@ impl<'a> Raw<'a> {
     }
 }
 
-fn is_prefix(byte: u8) -> bool {
-    matches!(byte, 0x26 | 0x2e | 0x36 | 0x3e | 0x40..=0x4f | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3)
+/// Whether an instruction has a REX prefix that is not its last prefix: it counts only right before the opcode (Intel SDM 2,
+/// 2.2.1), and nobody writes this.
+pub(super) fn has_idle_rex(instruction: &[u8]) -> bool {
+    let rex = |byte: u8| byte >> 4 == 4;
+    let prefix =
+        |byte: u8| rex(byte) || matches!(byte, 0x26 | 0x2e | 0x36 | 0x3e | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3);
+    let prefixes = instruction.iter().take_while(|&&byte| prefix(byte)).count();
+    instruction.iter().take(prefixes.saturating_sub(1)).any(|&byte| rex(byte))
 }
 
 /// Spilled registers of one instruction in scratch registers.
