@@ -4,6 +4,7 @@
 //! looked up, until the guest, or somebody who must see accesses, has them forgotten. Only pages that are plain RAM are in it.
 
 use super::process::{self, Command, Process};
+use super::rewritten::Rewritten;
 use super::scan::SITES_MAX;
 use std::collections::{BTreeSet, HashMap};
 use std::io;
@@ -54,6 +55,8 @@ pub(super) struct Mirror {
     breakpoints_due: bool,
     /// The vector registers that the process has.
     pub vectors: Vec<u8>,
+    /// Pages that are written and run in turn.
+    pub rewritten: Rewritten,
 }
 
 impl Mirror {
@@ -69,12 +72,19 @@ impl Mirror {
             breakpoints: [0; SITES_MAX],
             breakpoints_due: false,
             vectors,
+            rewritten: Rewritten::default(),
         }
     }
 
     /// What is mapped at a linear page; nothing is 0.
     pub(super) fn rights(&self, linear: u64) -> Rights {
         self.pages.get(&linear).map_or(0, |page| page.0)
+    }
+
+    /// Where a guest-physical page can be executed.
+    pub(super) fn place(&self, physical: u64) -> Option<u64> {
+        let mut places = self.watched.range((physical, 0)..=(physical, u64::MAX)).map(|&(_, linear)| linear);
+        places.find(|&linear| self.rights(linear) & EXECUTE != 0)
     }
 
     /// Forgets all.
@@ -91,7 +101,12 @@ impl Mirror {
 
     /// Forgets what is not as `now` says: guest-physical address and rights by linear address, for the page tables at `tables`.
     pub(super) fn check(&mut self, tables: u64, now: impl Fn(u64) -> Option<(u64, Rights)>) {
-        if std::mem::replace(&mut self.tables, tables) != tables || self.pages.len() > CHECKED_MAX {
+        if std::mem::replace(&mut self.tables, tables) != tables {
+            // Another program.
+            self.rewritten = Rewritten::default();
+            return self.clear();
+        }
+        if self.pages.len() > CHECKED_MAX {
             return self.clear();
         }
         let holds = |linear: u64, (rights, physical): (Rights, u64)| {
@@ -120,17 +135,18 @@ impl Mirror {
         }
     }
 
-    /// Forgets a guest-physical page wherever it can be accessed with `rights`.
-    pub(super) fn forget_physical(&mut self, physical: u64, rights: Rights) {
+    /// Forgets a guest-physical page wherever it can be accessed with `rights`; answers whether it could.
+    pub(super) fn forget_physical(&mut self, physical: u64, rights: Rights) -> bool {
         let found: Vec<u64> = self
             .watched
             .range((physical, 0)..=(physical, u64::MAX))
             .map(|&(_, linear)| linear)
             .filter(|&linear| self.rights(linear) & rights != 0)
             .collect();
-        for linear in found {
+        for &linear in &found {
             self.forget(linear);
         }
+        !found.is_empty()
     }
 
     /// Maps pages, ascending by linear address, as few mappings as they allow.

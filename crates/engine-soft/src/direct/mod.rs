@@ -8,6 +8,7 @@
 //! * [`process`] makes and drives such a process: what can be done in it, and what not.
 //! * [`mirror`] is what is mapped there; the MMU's [`news`] say what must be forgotten.
 //! * [`scan`] finds instructions that may not run natively, since the host's CPU would answer for itself.
+//! * [`rewritten`] are the pages of programs that write code and run it.
 //! * [`policy`] says which of the guest's processes are worth it.
 //!
 //! Where the host forbids such processes, all user code runs in the other tiers, as if this were not here.
@@ -16,6 +17,7 @@ mod mirror;
 pub(crate) mod news;
 mod policy;
 mod process;
+mod rewritten;
 mod scan;
 
 use crate::cpu_core::Core;
@@ -227,7 +229,9 @@ impl Direct {
                 mirror.forget_physical(page, WRITE);
             }
             for &page in &news.written {
-                mirror.forget_physical(page, EXECUTE);
+                if !mirror.rewritten.is_open(page) && mirror.forget_physical(page, EXECUTE) {
+                    mirror.rewritten.turned(page);
+                }
             }
         }
         for page in news.written.drain(..) {
@@ -307,8 +311,16 @@ impl Direct {
                 Stop::Raised { .. } => break Next::Step,
             }
         };
+        let now = self.now();
         if let Some(mirror) = self.mirrors.get_mut(space).and_then(Option::as_mut) {
             store_vectors(&mut core.state, mirror, self.ymm_high)?;
+            for page in mirror.rewritten.due(now) {
+                let Some(linear) = mirror.place(page) else { continue };
+                if !sites_now(core, linear, page).none() {
+                    mirror.rewritten.close(page);
+                    mirror.forget_physical(page, EXECUTE);
+                }
+            }
         }
         store(core, &registers);
         Ok((next, inside as f64 * self.seconds))
@@ -337,7 +349,15 @@ impl Direct {
             self.awaited = Some((space, page));
             return Some(Next::Step);
         };
-        if fetch {
+        // What is written to and run at once is looked through whenever it comes in.
+        let mut open = mirror.rewritten.is_open(walk.physical);
+        if open && !sites_now(core, page, walk.physical).none() {
+            mirror.rewritten.close(walk.physical);
+            open = false;
+        }
+        if open {
+            mirror.process.stop_at_more();
+        } else if fetch {
             let sites = look_through(&mut self.known, core, page, walk.physical);
             let Some(offsets) = sites.offsets() else { return Some(Next::Translate) };
             if !offsets.is_empty() {
@@ -375,10 +395,15 @@ impl Direct {
             let allowed = rights(&seen, host.flags);
             let mut rights = READ;
             // To look through a page takes longer than to bring it in.
-            if fetch && allowed & EXECUTE != 0 && (here || self.known.get(&physical).is_some_and(Sites::none))
-            {
-                rights |= EXECUTE;
-            } else if allowed & WRITE != 0 {
+            let runs = if here {
+                fetch || open
+            } else {
+                fetch && self.known.get(&physical).is_some_and(Sites::none)
+            };
+            if runs {
+                rights |= allowed & EXECUTE;
+            }
+            if allowed & WRITE != 0 && (rights & EXECUTE == 0 || here && open) {
                 core.mmu.memory.host_page_for_write(physical);
                 rights |= WRITE;
             }
@@ -421,15 +446,20 @@ fn look_through(known: &mut HashMap<u64, Sites>, core: &mut Core, linear: u64, p
     }
     // Before the bytes are read: no write may pass unseen from here on.
     core.protect_code(page);
+    let sites = sites_now(core, linear, page);
+    known.insert(page, sites);
+    sites
+}
+
+/// What in a page is not for the host's CPU, as of now.
+fn sites_now(core: &Core, linear: u64, page: u64) -> Sites {
     let memory = &core.mmu.memory;
     let mut bytes = [0; PAGE as usize + 16];
     let (own, more) = bytes.split_at_mut(PAGE as usize);
     let next = core.mmu.look(&core.state, linear + PAGE);
     let whole =
         memory.read(page, own).is_ok() && next.is_some_and(|next| memory.read(next.physical, more).is_ok());
-    let sites = scan::sites(if whole { &bytes } else { own });
-    known.insert(page, sites);
-    sites
+    scan::sites(if whole { &bytes } else { own })
 }
 
 /// RIP for the single-step tier after a SIGTRAP: the breakpoint instruction's, if that has been.

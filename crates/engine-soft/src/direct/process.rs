@@ -59,6 +59,8 @@ const RUN_COMMANDS: [u8; 67] = [
 
 const SYSEMU: libc::c_uint = 31;
 const SETSIGMASK: libc::c_uint = 0x420b;
+/// Whether CPUID may be executed, a function of arch_prctl(2).
+const ARCH_CPUID: u64 = 0x1012;
 const NT_X86_XSTATE: usize = 0x202;
 const EXEC: libc::c_uint = 0x10;
 
@@ -71,6 +73,14 @@ pub(super) fn map(address: u64, len: u64, rights: libc::c_int, offset: u64) -> C
 /// Unmaps `len` bytes at `address`.
 pub(super) fn unmap(address: u64, len: u64) -> Command {
     [libc::SYS_munmap as u64, address, len, 0, 0, 0, 0, 0]
+}
+
+/// Has RDTSC and RDTSCP, and CPUID where the host's CPU can, raise SIGSEGV.
+fn refuse_clock_and_cpuid() -> [Command; 2] {
+    [
+        [libc::SYS_prctl as u64, libc::PR_SET_TSC as u64, libc::PR_TSC_SIGSEGV as u64, 0, 0, 0, 0, 0],
+        [libc::SYS_arch_prctl as u64, ARCH_CPUID, 0, 0, 0, 0, 0, 0],
+    ]
 }
 
 /// Unmaps all of the guest's.
@@ -99,6 +109,8 @@ pub(super) struct Process {
     /// The host's CPU that it must start on; -1 is any of the tracer's.
     cpu: libc::c_int,
     cpus: libc::cpu_set_t,
+    /// It has been asked to stop at instructions that nobody looked for.
+    stops_at_more: bool,
     _ram: OwnedFd,
 }
 
@@ -179,12 +191,13 @@ fn program() -> Vec<u8> {
 /// What the new process does before the program, in our memory, while our thread waits: nothing but system calls.
 struct Birth {
     descriptors: [RawFd; 3],
-    filter: [libc::sock_filter; 10],
+    filter: [libc::sock_filter; 16],
 }
 
 impl Birth {
     fn new(descriptors: [RawFd; 3]) -> Self {
-        // Fields of struct seccomp_data: nr at 0, arch at 4.
+        // Fields of struct seccomp_data: nr at 0, arch at 4, the first argument.
+        const ARGUMENT: u32 = 16;
         let statement = |code: u32, k: u32| libc::sock_filter { code: code as u16, jt: 0, jf: 0, k };
         let equal = |k: u32, jt: u8, jf: u8| libc::sock_filter {
             code: (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16,
@@ -200,13 +213,19 @@ impl Birth {
             descriptors,
             filter: [
                 statement(load, 4),
-                equal(0xc000_003e, 0, 6),
+                equal(0xc000_003e, 0, 12),
                 statement(load, 0),
-                equal(libc::SYS_mmap as u32, 5, 0),
-                equal(libc::SYS_munmap as u32, 4, 0),
-                equal(libc::SYS_mprotect as u32, 3, 0),
-                equal(libc::SYS_execveat as u32, 2, 0),
-                equal(libc::SYS_exit_group as u32, 1, 0),
+                equal(libc::SYS_mmap as u32, 11, 0),
+                equal(libc::SYS_munmap as u32, 10, 0),
+                equal(libc::SYS_mprotect as u32, 9, 0),
+                equal(libc::SYS_execveat as u32, 8, 0),
+                equal(libc::SYS_exit_group as u32, 7, 0),
+                equal(libc::SYS_prctl as u32, 1, 0),
+                equal(libc::SYS_arch_prctl as u32, 2, 4),
+                statement(load, ARGUMENT),
+                equal(libc::PR_SET_TSC as u32, 3, 2),
+                statement(load, ARGUMENT),
+                equal(ARCH_CPUID as u32, 1, 0),
                 statement(give, libc::SECCOMP_RET_TRAP),
                 statement(give, libc::SECCOMP_RET_ALLOW),
             ],
@@ -285,7 +304,8 @@ impl Process {
             libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &raw mut cpus);
             cpus
         };
-        let mut process = Self { pid, commands, xsave_len: 0, cpu: -1, cpus, _ram: ram };
+        let mut process =
+            Self { pid, commands, xsave_len: 0, cpu: -1, cpus, stops_at_more: false, _ram: ram };
         process.start()?;
         Ok(process)
     }
@@ -399,6 +419,17 @@ impl Process {
             }
         }
         self.trace(libc::PTRACE_POKEUSER, field(7), control, "setting breakpoints")
+    }
+
+    /// Has instructions that ask the host stop the process wherever they are, as far as this host's CPU knows how to: RDTSC
+    /// everywhere, CPUID on Intel's of the last ten years and AMD's newest. Its registers are lost.
+    pub(super) fn stop_at_more(&mut self) {
+        if !std::mem::replace(&mut self.stops_at_more, true) {
+            for command in refuse_clock_and_cpuid() {
+                // A CPU that cannot is no error.
+                drop(self.run_commands(&[command]));
+            }
+        }
     }
 
     /// Has the process start on the tracer's CPU, where it is switched to fastest: the tracer is about to sleep. Where that

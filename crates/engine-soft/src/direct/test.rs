@@ -357,3 +357,63 @@ fn memory_that_cannot_be_shared_turns_it_off() {
     assert_eq!(direct.run(&mut core).unwrap(), Next::Translate);
     assert!(direct.off().unwrap().contains("shared"));
 }
+
+/// Calls code at [`DATA`] that is patched before each of a hundred calls, and ends.
+fn patching() -> Vec<u8> {
+    // mov ecx, 100; again: mov [rdi + 1], ecx; call rdi; dec ecx; jnz again; syscall
+    let patch = [0xb9, 100, 0, 0, 0, 0x89, 0x4f, 0x01, 0xff, 0xd7, 0xff, 0xc9, 0x75, 0xf7];
+    program(&[&rdi(DATA), &patch, &SYSCALL])
+}
+
+/// A guest that has run [`patching`] on `add eax, number; ret`, with the single-step tier doing its part.
+fn patched() -> Guest {
+    let code = patching();
+    let mut guest = Guest::new(&code);
+    guest.core.mmu.memory.write(DATA, &[0x05, 0, 0, 0, 0, 0xc3]).unwrap();
+    guest.core.state.gpr[0] = 0;
+    let end = CODE + code.len() as u64 - 2;
+    while guest.run() == Next::Step && guest.core.state.rip != end {
+        guest.core.enter();
+        assert!(matches!(crate::step::step(&mut guest.core), crate::exception::Stop::Continue));
+        guest.core.leave();
+        // What the translator does, without blocks in the page.
+        for (at, _) in std::mem::take(&mut guest.core.code_writes) {
+            guest.core.mmu.memory.unmark_code(at);
+        }
+    }
+    guest
+}
+
+#[test]
+fn code_that_is_written_all_the_time_stops_at_first_only() {
+    let guest = patched();
+    assert_eq!(guest.core.state.gpr[0], 5050);
+    let stops = guest.direct.statistics.stops;
+    assert!(stops < 50, "{stops}");
+    let maps = std::fs::read_to_string(format!("/proc/{}/maps", guest.pid())).unwrap();
+    let open: Vec<_> = maps.lines().filter(|line| line.contains("rwx")).collect();
+    assert!(open.len() == 1 && open[0].starts_with("00500000-00501000"), "{maps}");
+}
+
+#[test]
+fn in_code_that_is_written_all_the_time_the_clock_is_still_the_guests() {
+    let mut guest = patched();
+    // Nobody looks: rdtsc; ud2
+    guest.core.mmu.memory.write(DATA, &[0x0f, 0x31, 0x0f, 0x0b]).unwrap();
+    guest.core.state.rip = DATA;
+    assert_eq!(guest.run(), Next::Step);
+    assert_eq!(guest.core.state.rip, DATA);
+}
+
+#[test]
+fn code_that_is_written_all_the_time_is_looked_through_now_and_then() {
+    let mut guest = patched();
+    guest.core.mmu.memory.write(DATA, &[0x90, 0x0f, 0xa2, 0x0f, 0x0b]).unwrap();
+    std::thread::sleep(Duration::from_millis(6));
+    let end = patching().len() as u64 - 2;
+    guest.core.state.rip = CODE + end;
+    guest.runs_to(end);
+    guest.core.state.rip = DATA;
+    assert_eq!(guest.run(), Next::Step);
+    assert_eq!(guest.core.state.rip, DATA + 1);
+}
