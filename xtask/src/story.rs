@@ -10,6 +10,10 @@ use std::time::{Duration, Instant};
 /// Nothing in a story takes longer, on a slow and busy host.
 pub const LIMIT: Duration = Duration::from_secs(240);
 
+/// For a guest's shell: sets `nvme` to the second NVMe disk by its place, whichever number the kernel has given it.
+pub const FIND_SECOND_NVME: &str =
+    "nvme=/dev/$(cd /sys/bus/pci/devices && ls -d */nvme/nvme* | sed -n '2s,.*/,,p')n1;";
+
 /// A user's home: state and sockets of its own, the cache shared by all tests of one build.
 pub struct Home {
     program: PathBuf,

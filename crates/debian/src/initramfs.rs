@@ -36,11 +36,7 @@ pub fn make(init: &[u8], modules: &[Module], files: &[(String, Vec<u8>)]) -> Res
         return Ok(None);
     }
     let names: Vec<&str> = CHECKSUMS.iter().chain(&ROOT_DRIVERS).copied().collect();
-    let mut archive = Archive::default();
-    for directory in ["dev", "proc", "sys", "root", "modules"] {
-        archive.entry(directory, DIRECTORY, &[]);
-    }
-    archive.entry("init", PROGRAM, init);
+    let mut archive = Archive::with_init(init);
     for module in modules::with_needed(&names, modules) {
         let bytes =
             files.iter().find(|(path, _)| *path == module.path).and_then(|(path, bytes)| whole(path, bytes));
@@ -48,6 +44,12 @@ pub fn make(init: &[u8], modules: &[Module], files: &[(String, Vec<u8>)]) -> Res
         archive.entry(&format!("modules/{}.ko", modules::name_of(&module.path)), FILE, &bytes);
     }
     Ok(Some(archive.finish()))
+}
+
+/// An archive without modules, for kernels with these drivers built in: the program can choose among disks, where the kernel takes
+/// the one that it finds first.
+pub fn bare(init: &[u8]) -> Vec<u8> {
+    Archive::with_init(init).finish()
 }
 
 /// A module as the kernel loads it, if it was kept whole.
@@ -71,6 +73,15 @@ struct Archive {
 }
 
 impl Archive {
+    fn with_init(init: &[u8]) -> Self {
+        let mut archive = Self::default();
+        for directory in ["dev", "proc", "sys", "root", "modules"] {
+            archive.entry(directory, DIRECTORY, &[]);
+        }
+        archive.entry("init", PROGRAM, init);
+        archive
+    }
+
     fn entry(&mut self, path: &str, mode: u32, content: &[u8]) {
         self.entries = self.entries.saturating_add(1);
         let name_length = path.len().saturating_add(1);

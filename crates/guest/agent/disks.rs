@@ -33,6 +33,20 @@ fn all_there() -> bool {
     })
 }
 
+/// The device file that is meant by `/dev/nvme1n1`: the disk of the second controller by its address on PCI. The kernel gives
+/// numbers in the order in which it happens to find them. `None` as long as the controller is not known.
+pub fn by_place(device: &[u8]) -> Option<Vec<u8>> {
+    let Some(rest) = device.strip_prefix(b"/dev/nvme") else { return Some(device.to_vec()) };
+    let digits = rest.iter().take_while(|byte| byte.is_ascii_digit()).count();
+    let (number, disk) = rest.split_at_checked(digits)?;
+    let number: usize = core::str::from_utf8(number).ok()?.parse().ok()?;
+    let mut controllers = names(PCI);
+    controllers.retain(|device| class(&[PCI, device, b"/"].concat()).starts_with(b"0x0108"));
+    controllers.sort_unstable();
+    let place = [PCI, controllers.get(number)?, b"/nvme"].concat();
+    Some([b"/dev/", &names(&place).first()?[..], disk].concat())
+}
+
 /// `nvme/nvme1/nvme1n1` under the controller.
 fn has_nvme(device: &[u8]) -> bool {
     let place = [device, b"nvme/"].concat();

@@ -1,12 +1,12 @@
-//! From an initramfs to the root on a disk, as the kernel itself goes where its drivers are built in: `root=/dev/NAME`,
-//! `rootfstype=`, `ro` and `rw`, `init=` (the kernel's `admin-guide/kernel-parameters`).
+//! From an initramfs to the root on a disk, as the kernel itself goes where its drivers are built in: `root=/dev/NAME`
+//! (of NVMe disks: the one in that place), `rootfstype=`, `ro` and `rw`, `init=` (the kernel's `admin-guide/kernel-parameters`).
 
 use alloc::ffi::CString;
 use alloc::vec::Vec;
 use core::ffi::CStr;
 
 use crate::sys::{self, Errno};
-use crate::{kernel_line, report};
+use crate::{disks, kernel_line, report};
 
 /// Where the new root is mounted before it becomes the root.
 const PLACE: &CStr = c"/root";
@@ -71,9 +71,13 @@ impl Root {
         let _ = sys::mkdir(PLACE);
         let began = sys::monotonic_ms();
         loop {
-            let errno = match sys::mount_disk(&self.device, PLACE, &self.kind, self.read_only) {
-                Ok(()) => return Ok(()),
-                Err(errno) => errno,
+            let device = disks::by_place(self.device.to_bytes()).and_then(|device| CString::new(device).ok());
+            let errno = match device {
+                None => sys::ENOENT,
+                Some(device) => match sys::mount_disk(&device, PLACE, &self.kind, self.read_only) {
+                    Ok(()) => return Ok(()),
+                    Err(errno) => errno,
+                },
             };
             // Not there yet, or there and not yet answering (ENXIO).
             let early = errno == sys::ENOENT || errno == sys::ENXIO;

@@ -4,7 +4,7 @@ use crate::kernels::kernel;
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 use xtask::initramfs::busybox;
-use xtask::story::{Home, finish, signal};
+use xtask::story::{FIND_SECOND_NVME, Home, finish, signal};
 
 #[test]
 fn an_endless_boot_is_given_up() {
@@ -89,10 +89,12 @@ fn a_full_host_disk_under_a_guest() {
     let home = Home::new();
     home.yado(&["run", "-q", "debian", "--", "true"]).assert_success();
     // A second disk whose image is sparse, on a file system smaller than it says it is.
-    let inside = "head -c 20M /dev/urandom > /dev/shm/kept; d=/dev/nvme1n1; \
-                  dd if=/dev/shm/kept of=$d bs=1M oflag=direct && sync $d || exit 9; \
-                  dd if=/dev/zero of=$d bs=1M seek=20 count=200 oflag=direct; echo dd $?; \
-                  dd if=$d bs=1M count=20 iflag=direct | cmp - /dev/shm/kept && echo kept";
+    let inside = format!(
+        "{FIND_SECOND_NVME} head -c 20M /dev/urandom > /dev/shm/kept; \
+         dd if=/dev/shm/kept of=$nvme bs=1M oflag=direct && sync $nvme || exit 9; \
+         dd if=/dev/zero of=$nvme bs=1M seek=20 count=200 oflag=direct; echo dd $?; \
+         dd if=$nvme bs=1M count=20 iflag=direct | cmp - /dev/shm/kept && echo kept"
+    );
     let script = "mkdir \"$TMPDIR/small\" && mount -t tmpfs -o size=64m none \"$TMPDIR/small\" && \
                   truncate -s 256M \"$TMPDIR/small/disk\" && \
                   \"$0\" run -q --disk \"$TMPDIR/small/disk,bus=nvme\" debian -- sh -c \"$1\"";

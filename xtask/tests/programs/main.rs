@@ -8,7 +8,7 @@ mod slow;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
-use xtask::story::Home;
+use xtask::story::{FIND_SECOND_NVME, Home};
 
 /// A guest with development tools, kept for the tests that share it.
 const TOOLS: &[&str] = &["gcc", "libc6-dev", "python3", "openssl", "zlib1g-dev"];
@@ -301,12 +301,13 @@ fn packages_from_a_second_disk() {
     let disks: Vec<String> =
         ["nvme", "virtio"].map(|bus| format!("{},readonly,bus={bus}", disk.display())).into();
     // Both ways to install; both kinds of disks.
-    let script = "set -e; exec 3>&1 >&2; mount -o ro /dev/nvme1n1 /mnt; mount -o ro /dev/vda /media; \
+    let script = "set -e; exec 3>&1 >&2; mount -o ro $nvme /mnt; mount -o ro /dev/vda /media; \
                   dpkg -i /mnt/hello_*.deb; hello >&3; apt-get -q -y install /media/tree_*.deb /media/guestbook.deb; \
                   tree --version | cut -c1-4 >&3; cat /var/lib/guestbook >&3; id -u guestbook >&3; \
                   apt-get -q -y remove hello; ! command -v hello; dpkg -P guestbook; cat /var/lib/guestbook >&3; \
                   dpkg --audit >&3; dpkg-query -W -f '${db:Status-Abbrev}\\n' | sort -u >&3";
-    let line = ["run", "-q", "debian", "--disk", &disks[0], "--disk", &disks[1], "--", "sh", "-c", script];
+    let script = format!("{FIND_SECOND_NVME} {script}");
+    let line = ["run", "-q", "debian", "--disk", &disks[0], "--disk", &disks[1], "--", "sh", "-c", &script];
     let finished = home.yado(&line);
     finished.assert_success();
     let wanted = "Hello, world!\ntree\npreinst install\npostinst configure\n777\n\

@@ -19,7 +19,7 @@ use machine::control::Server;
 use machine::{DiskConfig, DiskInterface, Machine, MachineConfig, Notice, Outcome};
 use source::{Root, Source};
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -358,6 +358,14 @@ fn format_of(disk: &arguments::Disk) -> anyhow::Result<Format> {
     }
 }
 
+/// An initial RAM disk that mounts the first of several NVMe disks: the kernel alone numbers them as it happens to find them.
+fn chooser(directory: &Path) -> anyhow::Result<PathBuf> {
+    let path = directory.join("initrd");
+    std::fs::write(&path, debian::initramfs::bare(guest::AGENT))
+        .with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(path)
+}
+
 fn configuration(options: &Run, place: &Place, source: &Source) -> anyhow::Result<MachineConfig> {
     let mut config = MachineConfig::new(&source.boot.kernel);
     config.cpus = options.cpus;
@@ -391,6 +399,10 @@ fn configuration(options: &Run, place: &Place, source: &Source) -> anyhow::Resul
             interface,
             overlay: None,
         });
+    }
+    let nvme = config.disks.iter().filter(|disk| disk.interface == DiskInterface::Nvme).count();
+    if nvme > 1 && source.root != Root::None && config.initrd.is_none() {
+        config.initrd = Some(chooser(&place.directory)?);
     }
     if source.agent {
         config.ports = vec![guest::PORT_NAME.to_owned()];
