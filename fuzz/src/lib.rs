@@ -5,6 +5,7 @@ use device::VmTime;
 use memory::{Backing, GuestMemory};
 use std::cell::RefCell;
 
+pub mod file;
 pub mod kernels;
 pub mod packages;
 

@@ -5,8 +5,9 @@
 //! followed only where the format was said, for a header is then what the host's user trusts.
 
 use crate::disk::{Disk, Error};
-use crate::format::qcow2::{CreateOptions, Header, Parts, Qcow2};
-use crate::format::{Format, Raw, probe};
+use crate::format::qcow2::{self, CreateOptions, Parts, Qcow2};
+use crate::format::qed::{self, Qed};
+use crate::format::{Container, Format, Raw, probe};
 use crate::storage::{Storage, StorageFile};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -35,6 +36,8 @@ pub struct Image {
     pub format: Format,
     /// The disk.
     pub disk: Arc<dyn Disk>,
+    /// The same, where the format keeps tables.
+    pub container: Option<Arc<dyn Container>>,
     /// The same, where the format is qcow2.
     pub qcow2: Option<Arc<Qcow2>>,
     /// The image below.
@@ -90,10 +93,28 @@ impl Image {
         })
     }
 
+    /// The image as one that can build on another, or a sentence that says that it cannot.
+    pub fn as_container(&self, what: &str) -> Result<&Arc<dyn Container>, Error> {
+        self.container.as_ref().ok_or_else(|| Error::Unsupported {
+            path: self.path.clone(),
+            what: format!("{} images have no {what}", self.format),
+        })
+    }
+
+    fn of(layer: Layer, opened: Opened, backing: Option<Image>) -> Self {
+        let (disk, container, qcow2): (Arc<dyn Disk>, Option<Arc<dyn Container>>, _) = match opened {
+            Opened::Raw(raw) => (Arc::new(raw), None, None),
+            Opened::Qcow2(qcow2) => (qcow2.clone(), Some(qcow2.clone()), Some(qcow2)),
+            Opened::Other(container) => (container.clone(), Some(container), None),
+        };
+        let Layer { path, format, storage, .. } = layer;
+        Self { path, format, disk, container, qcow2, backing: backing.map(Box::new), storage }
+    }
+
     /// Makes all that was written stable.
     pub fn close(&self) -> Result<(), Error> {
-        let done = match &self.qcow2 {
-            Some(qcow2) => qcow2.close(),
+        let done = match &self.container {
+            Some(container) => container.close(),
             None if self.disk.read_only() => Ok(()),
             None => self.disk.flush(),
         };
@@ -101,12 +122,54 @@ impl Image {
     }
 }
 
+/// What a file's header says, by its format.
+enum Header {
+    Raw,
+    Qcow2(Box<qcow2::Header>),
+    Qed(qed::Header),
+}
+
+impl Header {
+    fn read(format: Format, path: &Path, storage: &dyn Storage) -> Result<Self, Error> {
+        Ok(match format {
+            Format::Raw => Self::Raw,
+            Format::Qcow2 => Self::Qcow2(Box::new(Qcow2::read_header(path, storage)?)),
+            Format::Qed => Self::Qed(Qed::read_header(path, storage)?),
+        })
+    }
+
+    /// The image that it builds on, and its format if that is said.
+    fn backing(&self) -> Option<(&str, Option<&str>)> {
+        match self {
+            Self::Raw => None,
+            Self::Qcow2(header) => Some((header.backing.as_deref()?, header.backing_format.as_deref())),
+            Self::Qed(header) => {
+                Some((header.backing.as_deref()?, header.backing_is_raw().then_some(Format::Raw.name())))
+            }
+        }
+    }
+
+    fn data_file(&self) -> Option<&str> {
+        match self {
+            Self::Qcow2(header) => header.data_file.as_deref(),
+            _ => None,
+        }
+    }
+}
+
+/// An image by its format.
+enum Opened {
+    Raw(Raw),
+    Qcow2(Arc<Qcow2>),
+    Other(Arc<dyn Container>),
+}
+
 /// An image of a chain before it is opened.
 struct Layer {
     path: PathBuf,
     format: Format,
     storage: Arc<dyn Storage>,
-    header: Option<Header>,
+    header: Header,
     data: Option<Arc<dyn Storage>>,
     /// Somebody said the format: what the header names may be opened.
     trusted: bool,
@@ -123,14 +186,11 @@ impl Layer {
             Some(format) => format,
             None => probe(storage.as_ref()).map_err(|source| Error::io(path, source))?,
         };
-        let header = match format {
-            Format::Raw => None,
-            Format::Qcow2 => Some(Qcow2::read_header(path, storage.as_ref())?),
-        };
+        let header = Header::read(format, path, storage.as_ref())?;
         let trusted = options.format.is_some();
         let mut layer = Self { path: path.to_path_buf(), format, storage, header, data: None, trusted };
-        if let Some(name) = layer.header.as_ref().and_then(|header| header.data_file.clone()) {
-            let place = layer.named(&name)?;
+        if let Some(name) = layer.header.data_file() {
+            let place = layer.named(name)?;
             layer.data = Some(Arc::new(StorageFile::open(&place, options.read_only)?));
         }
         Ok(layer)
@@ -145,42 +205,62 @@ impl Layer {
             path: self.path.clone(),
             what: format!(
                 "it builds on {name:?}, a name from inside the image, and its format was guessed: say the format (-f \
-                 qcow2, or format=qcow2) if you trust the image"
+                 {format}, or format={format}) if you trust the image",
+                format = self.format
             ),
         })
     }
 
     /// The image below.
     fn below(&self, options: OpenOptions) -> Result<Option<Self>, Error> {
-        let Some(header) = self.header.as_ref().filter(|_| !options.alone) else { return Ok(None) };
-        let Some(name) = &header.backing else { return Ok(None) };
+        let Some((name, format)) = self.header.backing().filter(|_| !options.alone) else { return Ok(None) };
         let place = self.named(name)?;
-        let format = Some(backing_format(&self.path, &place, header)?);
+        let format = match (self.format, format) {
+            // The format can only say "raw", or "look at it": then what is found is believed no more than any guess.
+            (Format::Qed, None) => None,
+            (_, format) => Some(backing_format(&self.path, &place, format)?),
+        };
         Self::find(&place, OpenOptions { format, read_only: true, ..options }).map(Some)
     }
 
-    fn open(self, backing: Option<Image>, repair: bool) -> Result<Image, Error> {
-        let qcow2 = match self.header {
-            None => None,
-            Some(header) => {
-                let parts =
-                    Parts { backing: backing.as_ref().map(|image| image.disk.clone()), data: self.data };
+    fn open(mut self, backing: Option<Image>, repair: bool) -> Result<Image, Error> {
+        let below = backing.as_ref().map(|image| image.disk.clone());
+        let (path, storage) = (self.path.as_path(), self.storage.clone());
+        let opened = match std::mem::replace(&mut self.header, Header::Raw) {
+            Header::Raw => Opened::Raw(Raw::new(storage)),
+            Header::Qcow2(header) => {
+                let parts = Parts { backing: below, data: self.data.take() };
                 let open = if repair { Qcow2::open_for_repair } else { Qcow2::open };
-                Some(Arc::new(open(&self.path, self.storage.clone(), header, parts)?))
+                Opened::Qcow2(Arc::new(open(path, storage, *header, parts)?))
+            }
+            Header::Qed(header) => {
+                let open = if repair { Qed::open_for_repair } else { Qed::open };
+                Opened::Other(Arc::new(open(path, storage, header, below)?))
             }
         };
-        let disk: Arc<dyn Disk> = match &qcow2 {
-            Some(qcow2) => qcow2.clone(),
-            None => Arc::new(Raw::new(self.storage.clone())),
-        };
-        let backing = backing.map(Box::new);
-        Ok(Image { path: self.path, format: self.format, disk, qcow2, backing, storage: self.storage })
+        Ok(Image::of(self, opened, backing))
+    }
+
+    /// An image that was just made, with what is below it.
+    fn made(
+        path: &Path,
+        format: Format,
+        storage: Arc<dyn Storage>,
+        opened: Opened,
+        backing: Option<Image>,
+    ) -> Image {
+        let path = path.to_path_buf();
+        Image::of(
+            Self { path, format, storage, header: Header::Raw, data: None, trusted: true },
+            opened,
+            backing,
+        )
     }
 }
 
 /// The format of a backing file: as the image says; where it says nothing the file must not look like anything but raw.
-fn backing_format(path: &Path, place: &Path, header: &Header) -> Result<Format, Error> {
-    if let Some(name) = &header.backing_format {
+fn backing_format(path: &Path, place: &Path, said: Option<&str>) -> Result<Format, Error> {
+    if let Some(name) = said {
         let unknown = |what: String| Error::Unsupported { path: path.to_path_buf(), what };
         return name.parse().map_err(unknown);
     }
@@ -195,6 +275,12 @@ fn backing_format(path: &Path, place: &Path, header: &Header) -> Result<Format, 
             ),
         }),
     }
+}
+
+/// The backing file of a new image.
+fn below_new(path: &Path, name: &str, format: Format) -> Result<Image, Error> {
+    let open = OpenOptions { format: Some(format), read_only: true, ..OpenOptions::default() };
+    Image::open(&beside(path, name)?, open)
 }
 
 /// Makes a raw image: a sparse file, or one with space reserved or written.
@@ -228,11 +314,7 @@ pub fn create_raw(path: &Path, size: u64, how: crate::format::qcow2::Preallocati
 pub fn create_qcow2(path: &Path, options: &CreateOptions) -> Result<Image, Error> {
     let backing = match &options.backing {
         None => None,
-        Some((name, format)) => {
-            let format = format.parse().map_err(Error::Options)?;
-            let open = OpenOptions { format: Some(format), read_only: true, ..OpenOptions::default() };
-            Some(Image::open(&beside(path, name)?, open)?)
-        }
+        Some((name, format)) => Some(below_new(path, name, format.parse().map_err(Error::Options)?)?),
     };
     let data = match &options.data_file {
         None => None,
@@ -245,14 +327,18 @@ pub fn create_qcow2(path: &Path, options: &CreateOptions) -> Result<Image, Error
     let storage: Arc<dyn Storage> = Arc::new(StorageFile::create(path, true)?);
     let parts = Parts { backing: backing.as_ref().map(|image| image.disk.clone()), data };
     let qcow2 = Arc::new(Qcow2::create(path, storage.clone(), options, parts)?);
-    Ok(Image {
-        path: path.to_path_buf(),
-        format: Format::Qcow2,
-        disk: qcow2.clone(),
-        qcow2: Some(qcow2),
-        backing: backing.map(Box::new),
-        storage,
-    })
+    Ok(Layer::made(path, Format::Qcow2, storage, Opened::Qcow2(qcow2), backing))
+}
+
+/// Makes a QED image in a file; what is there is replaced. The backing file is opened as it is named.
+pub fn create_qed(path: &Path, options: &qed::CreateOptions) -> Result<Image, Error> {
+    let backing =
+        options.backing.as_ref().map(|(name, format)| below_new(path, name, *format)).transpose()?;
+    options.header().map_err(Error::Options)?;
+    let storage: Arc<dyn Storage> = Arc::new(StorageFile::create(path, true)?);
+    let below = backing.as_ref().map(|image| image.disk.clone());
+    let qed = Arc::new(Qed::create(path, storage.clone(), options, below)?);
+    Ok(Layer::made(path, Format::Qed, storage, Opened::Other(qed), backing))
 }
 
 #[cfg(test)]

@@ -1,8 +1,16 @@
 //! Disk image formats.
 
+mod container;
+mod findings;
+mod gate;
+mod mapped;
 pub mod qcow2;
+pub mod qed;
 mod raw;
 
+pub use container::{Container, Fact, Facts};
+pub use findings::{Findings, Repair};
+pub use mapped::Mapped;
 pub use raw::Raw;
 
 use crate::endian::be32;
@@ -18,17 +26,30 @@ pub enum Format {
     Raw,
     /// QEMU's copy-on-write format, versions 2 and 3.
     Qcow2,
+    /// QEMU's enhanced disk.
+    Qed,
 }
 
 impl Format {
     /// All of them.
-    pub const ALL: [Self; 2] = [Self::Raw, Self::Qcow2];
+    pub const ALL: [Self; 3] = [Self::Raw, Self::Qcow2, Self::Qed];
 
     /// Its name.
     pub fn name(self) -> &'static str {
         match self {
             Self::Raw => "raw",
             Self::Qcow2 => "qcow2",
+            Self::Qed => "qed",
+        }
+    }
+}
+
+impl Format {
+    /// Whether images of this format can build on one of another, and say so; `None` is a format that is not said.
+    pub fn can_build_on(self, below: Option<Self>) -> bool {
+        match self {
+            Self::Raw => false,
+            Self::Qcow2 | Self::Qed => below.is_some(),
         }
     }
 }
@@ -64,7 +85,7 @@ pub fn probe(storage: &dyn Storage) -> io::Result<Format> {
     };
     match &start {
         _ if be32(&start, 0) == qcow2::header::MAGIC => Ok(Format::Qcow2),
-        start if start.starts_with(b"QED\0") => unsupported("QED"),
+        start if start.starts_with(qed::MAGIC) => Ok(Format::Qed),
         start if start.starts_with(b"vhdxfile") => unsupported("VHDX"),
         start if start.starts_with(b"KDMV") || start.starts_with(b"# Disk DescriptorFile") => {
             unsupported("VMDK")

@@ -5,6 +5,7 @@ use crate::buffers::{ReadInto, WriteFrom};
 use crate::disk::{Content, Disk};
 use crate::endian::size;
 use crate::format::qcow2::{CreateOptions, Qcow2};
+use crate::format::qed;
 use std::io;
 
 /// Bytes that one thread deals with at a time.
@@ -165,28 +166,38 @@ fn write_sparse(target: &dyn Disk, at: u64, bytes: &[u8], options: ConvertOption
     Ok(())
 }
 
+/// Clusters that hold data of a disk, and those of its tables that each map `span` clusters.
+fn clusters_of(source: Option<&dyn Disk>, cluster: u64, span: u64) -> io::Result<(u64, u64)> {
+    let Some(source) = source else { return Ok((0, 0)) };
+    let (mut data, mut tables) = (0u64, 0u64);
+    let (mut next, mut next_table) = (0u64, 0u64);
+    let mut at = 0u64;
+    while at < source.capacity() {
+        let status = source.block_status(at, source.capacity().saturating_sub(at))?;
+        let end = at.saturating_add(status.len.max(1));
+        if status.content == Content::Data {
+            let first = at.checked_div(cluster).unwrap_or(0).max(next);
+            next = end.div_ceil(cluster).max(next);
+            data = data.saturating_add(next.saturating_sub(first));
+            let table = first.checked_div(span).unwrap_or(0).max(next_table);
+            next_table = next.div_ceil(span).max(next_table);
+            tables = tables.saturating_add(next_table.saturating_sub(table));
+        }
+        at = end;
+    }
+    Ok((data, tables))
+}
+
+fn counted(source: Option<&dyn Disk>, cluster: u64, span: u64) -> Result<(u64, u64), crate::Error> {
+    let found = clusters_of(source, cluster, span);
+    found.map_err(|source| crate::Error::io(std::path::Path::new("measure"), source))
+}
+
 /// Bytes of the file that a copy of `source` takes as such a qcow2 image, and if everything in it were stored.
 pub fn measure(source: Option<&dyn Disk>, options: &CreateOptions) -> Result<(u64, u64), crate::Error> {
     let mut header = options.header().map_err(crate::Error::Options)?;
     let cluster = header.cluster_size();
-    let mut data = 0u64;
-    if let Some(source) = source {
-        let mut at = 0u64;
-        let mut last = u64::MAX;
-        while at < source.capacity() {
-            let io = |source| crate::Error::io(std::path::Path::new("measure"), source);
-            let status = source.block_status(at, source.capacity().saturating_sub(at)).map_err(io)?;
-            let end = at.saturating_add(status.len.max(1));
-            if status.content == Content::Data {
-                let first = at.checked_div(cluster).unwrap_or(0);
-                let stop = end.div_ceil(cluster);
-                let from = if first == last { first.saturating_add(1) } else { first };
-                data = data.saturating_add(stop.saturating_sub(from));
-                last = stop.saturating_sub(1);
-            }
-            at = end;
-        }
-    }
+    let (data, _) = counted(source, cluster, 1)?;
     let all = options.size.div_ceil(cluster);
     header.size = options.size;
     let tables = all.div_ceil(1 << (header.l2_bits() & 63));
@@ -204,4 +215,20 @@ pub fn measure(source: Option<&dyn Disk>, options: &CreateOptions) -> Result<(u6
         counted.saturating_add(blocks).saturating_add(table).saturating_mul(cluster)
     };
     Ok((with(data), with(all)))
+}
+
+/// As [`measure`], for a QED image.
+pub fn measure_qed(
+    source: Option<&dyn Disk>,
+    options: &qed::CreateOptions,
+) -> Result<(u64, u64), crate::Error> {
+    let header = options.header().map_err(crate::Error::Options)?;
+    let span = 1u64 << (header.table_bits() & 63);
+    let (data, tables) = counted(source, header.cluster(), span)?;
+    let all = options.size.div_ceil(header.cluster());
+    let with = |data: u64, tables: u64| {
+        let tables = tables.saturating_add(1).saturating_mul(header.table_clusters);
+        data.saturating_add(tables).saturating_add(header.header_clusters).saturating_mul(header.cluster())
+    };
+    Ok((with(data, tables), with(all, all.div_ceil(span))))
 }

@@ -4,7 +4,6 @@ use super::{Progress, in_pieces};
 use crate::buffers::{ReadInto, WriteFrom};
 use crate::disk::{Content, Disk};
 use crate::endian::size;
-use crate::format::qcow2::Qcow2;
 use std::io;
 
 const PIECE: u64 = 1 << 20;
@@ -36,10 +35,15 @@ pub fn commit(top: &dyn Disk, base: &dyn Disk, threads: usize, progress: &Progre
     base.flush()
 }
 
-/// Makes an image hold itself whatever its old base has and the new one has not, so that it reads the same over the new
-/// one. Only then may its header name the new one.
-pub fn rebase(top: &Qcow2, new: Option<&dyn Disk>, threads: usize, progress: &Progress) -> io::Result<()> {
-    let cluster = top.header().cluster_size();
+/// Makes an image, of clusters of so many bytes, hold itself whatever its old base has and the new one has not, so that it
+/// reads the same over the new one. Only then may its header name the new one.
+pub fn rebase(
+    top: &dyn Disk,
+    cluster: u64,
+    new: Option<&dyn Disk>,
+    threads: usize,
+    progress: &Progress,
+) -> io::Result<()> {
     let worker = || Ok((vec![0; size(cluster)], vec![0; size(cluster)]));
     let room = new.map_or(0, Disk::capacity);
     in_pieces(top.capacity(), cluster, threads, worker, |(now, then): &mut (Vec<u8>, Vec<u8>), at, len| {

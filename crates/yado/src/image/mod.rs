@@ -9,8 +9,8 @@ use crate::exit::with_code;
 use crate::size::Size;
 use anyhow::{Context, Result};
 use arguments::{Check, Command, Compare, Create, Info, Map, Measure, RepairWhat, Resize, Snapshot};
-use image::format::Format;
-use image::format::qcow2::{Preallocation, Repair};
+use image::format::qcow2::Preallocation;
+use image::format::{Format, Repair};
 use image::{Image, OpenOptions};
 use options::{New, usage};
 use std::path::Path;
@@ -61,25 +61,25 @@ fn create(arguments: &Create) -> Result<()> {
     }
     let mut new = New::parse(format, &arguments.options)?;
     if let Some(name) = &arguments.backing {
-        let format = arguments.backing_format.clone().unwrap_or_default();
-        new.qcow2.backing = Some((name.clone(), format));
+        new.backing = Some((name.clone(), arguments.backing_format.clone().unwrap_or_default()));
     }
-    let mut size = arguments.size.map(|size| size.0).or(Some(new.qcow2.size).filter(|size| *size > 0));
-    if let Some((name, format)) = &new.qcow2.backing {
-        if new.format != Format::Qcow2 {
-            return Err(usage(format!("{} images build on no other: use -f qcow2", new.format)));
-        }
-        if format.is_empty() {
-            return Err(usage(format!("say the format of {name} with -F: it is written into the new image")));
+    let mut size = arguments.size.map(|size| size.0).or(Some(new.size).filter(|size| *size > 0));
+    if let Some((name, below)) = &new.backing {
+        if !format.can_build_on(below.parse().ok()) {
+            return Err(usage(match (format, below.as_str()) {
+                (Format::Raw, _) => "raw images build on no other: use -f qcow2".to_owned(),
+                (_, "") => format!("say the format of {name} with -F: it is written into the new image"),
+                (_, below) => format!("{format} images cannot build on {below} images: use -f qcow2"),
+            }));
         }
         let place = image::beside(&arguments.file, name)?;
-        let below = open(&place, Some(format), reading(false))?;
+        let below = open(&place, Some(below), reading(false))?;
         size = size.or(Some(below.disk.capacity()));
     }
     let size = size.ok_or_else(|| usage("how large? give a size such as 10G"))?;
-    new.qcow2.size = size.checked_next_multiple_of(512).ok_or_else(|| usage("that size is too large"))?;
+    new.size = size.checked_next_multiple_of(512).ok_or_else(|| usage("that size is too large"))?;
     if !arguments.quiet {
-        println!("Making {}: {}, {}", arguments.file.display(), new.format, Size(new.qcow2.size));
+        println!("Making {}: {}, {}", arguments.file.display(), new.format, Size(new.size));
     }
     let existed = arguments.file.exists();
     make(&arguments.file, &new).inspect_err(|_| {
@@ -93,8 +93,9 @@ fn create(arguments: &Create) -> Result<()> {
 /// Makes an image, closed.
 fn make(file: &Path, new: &New) -> Result<()> {
     match new.format {
-        Format::Raw => drop(image::create_raw(file, new.qcow2.size, new.qcow2.preallocation)?),
-        Format::Qcow2 => image::create_qcow2(file, &new.qcow2)?.close()?,
+        Format::Raw => drop(image::create_raw(file, new.size, new.preallocation)?),
+        Format::Qcow2 => image::create_qcow2(file, &new.qcow2())?.close()?,
+        Format::Qed => image::create_qed(file, &new.qed()?)?.close()?,
     }
     Ok(())
 }
@@ -135,11 +136,11 @@ fn check(arguments: &Check) -> Result<u8> {
     let how = OpenOptions { read_only, alone: true, shared: arguments.force_share, ..OpenOptions::default() };
     let format = arguments.format.as_deref().map(options::format).transpose()?;
     let image = Image::open_for_repair(&arguments.file, OpenOptions { format, ..how })?;
-    let Some(qcow2) = &image.qcow2 else {
+    let Some(container) = &image.container else {
         let text = format!("{} images have nothing that can be checked", image.format);
         return Err(with_code(CHECK_UNSUPPORTED, text));
     };
-    let found = qcow2.check(repair)?;
+    let found = container.check(repair)?;
     image.close()?;
     if arguments.shown.as_json() {
         print_json(&report::check(&image, &found))?;
@@ -267,12 +268,14 @@ fn measure(arguments: &Measure) -> Result<()> {
         None => None,
     };
     let size = source.as_ref().map(|image| image.disk.capacity()).or(arguments.size.map(|size| size.0));
-    new.qcow2.size = size.unwrap_or(0).checked_next_multiple_of(512).unwrap_or(0);
+    new.size = size.unwrap_or(0).checked_next_multiple_of(512).unwrap_or(0);
+    let source = source.as_ref().map(|image| image.disk.as_ref());
     let (required, full) = match format {
-        Format::Raw => (new.qcow2.size, new.qcow2.size),
-        Format::Qcow2 => image::job::measure(source.as_ref().map(|image| image.disk.as_ref()), &new.qcow2)?,
+        Format::Raw => (new.size, new.size),
+        Format::Qcow2 => image::job::measure(source, &new.qcow2())?,
+        Format::Qed => image::job::measure_qed(source, &new.qed()?)?,
     };
-    let required = if new.qcow2.preallocation == Preallocation::Off { required } else { full };
+    let required = if new.preallocation == Preallocation::Off { required } else { full };
     if arguments.shown.as_json() {
         return print_json(&serde_json::json!({ "required": required, "fully-allocated": full }));
     }

@@ -3,8 +3,8 @@
 use crate::exit::with_code;
 use crate::size::Size;
 use anyhow::Result;
-use image::format::Format;
 use image::format::qcow2::{Compression, CreateOptions, Preallocation};
+use image::format::{Format, qed};
 
 /// Bad usage.
 const USAGE: u8 = 2;
@@ -12,7 +12,15 @@ const USAGE: u8 = 2;
 /// What a new image is to be.
 pub struct New {
     pub format: Format,
-    pub qcow2: CreateOptions,
+    /// Bytes of the disk.
+    pub size: u64,
+    pub preallocation: Preallocation,
+    /// Name of the image to build on, and its format; empty if it was not said.
+    pub backing: Option<(String, String)>,
+    /// What only qcow2 images have.
+    qcow2: CreateOptions,
+    /// What only QED images have.
+    qed: qed::CreateOptions,
 }
 
 pub fn usage(text: impl Into<String>) -> anyhow::Error {
@@ -43,14 +51,21 @@ fn log2(name: &str, number: u64) -> Result<u32> {
 impl New {
     /// Reads the options of a format; the size is left open.
     pub fn parse(format: Format, lists: &[String]) -> Result<Self> {
-        let mut new = Self { format, qcow2: CreateOptions::new(0) };
+        let mut new = Self {
+            format,
+            size: 0,
+            preallocation: Preallocation::Off,
+            backing: None,
+            qcow2: CreateOptions::new(0),
+            qed: qed::CreateOptions::new(0),
+        };
         for list in lists {
             for option in list.split(',').filter(|option| !option.is_empty()) {
                 let (name, value) = option.split_once('=').unwrap_or((option, "on"));
                 new.set(name, value)?;
             }
         }
-        if let Some((_, format)) = new.qcow2.backing.as_ref().filter(|(name, _)| name.is_empty()) {
+        if let Some((_, format)) = new.backing.as_ref().filter(|(name, _)| name.is_empty()) {
             return Err(usage(format!("backing_fmt={format} without backing_file=")));
         }
         if new.qcow2.data_file.as_ref().is_some_and(|(name, _)| name.is_empty()) {
@@ -59,13 +74,32 @@ impl New {
         Ok(new)
     }
 
+    /// As qcow2's options.
+    pub fn qcow2(&self) -> CreateOptions {
+        CreateOptions {
+            size: self.size,
+            preallocation: self.preallocation,
+            backing: self.backing.clone(),
+            ..self.qcow2.clone()
+        }
+    }
+
+    /// As QED's options.
+    pub fn qed(&self) -> Result<qed::CreateOptions> {
+        let backing = match &self.backing {
+            Some((name, below)) => Some((name.clone(), format(below)?)),
+            None => None,
+        };
+        Ok(qed::CreateOptions { size: self.size, backing, ..self.qed.clone() })
+    }
+
     fn set(&mut self, name: &str, value: &str) -> Result<()> {
-        let qcow2 = &mut self.qcow2;
+        let (qcow2, qed) = (&mut self.qcow2, &mut self.qed);
         let size = || value.parse::<Size>().map(|size| size.0).map_err(usage);
         match (self.format, name) {
-            (_, "size") => qcow2.size = size()?,
-            (_, "preallocation") => {
-                qcow2.preallocation = match value {
+            (_, "size") => self.size = size()?,
+            (Format::Raw | Format::Qcow2, "preallocation") => {
+                self.preallocation = match value {
                     "off" => Preallocation::Off,
                     "metadata" => Preallocation::Metadata,
                     "falloc" => Preallocation::Falloc,
@@ -75,6 +109,16 @@ impl New {
                     }
                 }
             }
+            (Format::Qcow2 | Format::Qed, "backing_file") => {
+                let format = self.backing.take().map(|(_, format)| format).unwrap_or_default();
+                self.backing = Some((value.to_owned(), format));
+            }
+            (Format::Qcow2 | Format::Qed, "backing_fmt") => {
+                let name = self.backing.take().map(|(name, _)| name).unwrap_or_default();
+                self.backing = Some((name, value.to_owned()));
+            }
+            (Format::Qed, "cluster_size") => qed.cluster_bits = log2(name, size()?)?,
+            (Format::Qed, "table_size") => qed.table_clusters = size()?,
             (Format::Qcow2, "compat") => {
                 qcow2.version = match value {
                     "0.10" | "v2" => 2,
@@ -92,14 +136,6 @@ impl New {
                     "zstd" => Compression::Zstd,
                     other => return Err(usage(format!("compression_type={other}: zlib or zstd"))),
                 }
-            }
-            (Format::Qcow2, "backing_file") => {
-                let format = qcow2.backing.take().map(|(_, format)| format).unwrap_or_default();
-                qcow2.backing = Some((value.to_owned(), format));
-            }
-            (Format::Qcow2, "backing_fmt") => {
-                let name = qcow2.backing.take().map(|(name, _)| name).unwrap_or_default();
-                qcow2.backing = Some((name, value.to_owned()));
             }
             (Format::Qcow2, "data_file") => {
                 let raw = qcow2.data_file.take().is_some_and(|(_, raw)| raw);
@@ -134,6 +170,13 @@ pub fn help(format: Format) -> String {
             ("lazy_refcounts", "on: refcounts are written when the image is closed"),
             ("preallocation", "off, metadata, falloc or full"),
             ("refcount_bits", "1, 2, 4, 8, 16, 32 or 64 (16)"),
+        ],
+        Format::Qed => &[
+            ("size", "bytes of the disk"),
+            ("backing_file", "image to build on"),
+            ("backing_fmt", "its format"),
+            ("cluster_size", "4K to 64M (64K)"),
+            ("table_size", "clusters of a table: 1 (QEMU does not open it), 2, 4, 8 or 16 (4)"),
         ],
     };
     let lines: Vec<String> = options.iter().map(|(name, what)| format!("  {name:<18} {what}")).collect();

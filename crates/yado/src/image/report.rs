@@ -2,7 +2,8 @@
 
 use crate::size::Size;
 use anyhow::{Context, Result};
-use image::format::qcow2::{Compression, Findings, Header, Snapshot, header};
+use image::format::qcow2::Snapshot;
+use image::format::{Fact, Findings};
 use image::{Content, Image};
 use serde_json::{Map, Value, json};
 use std::fmt::Write;
@@ -18,42 +19,42 @@ pub fn info(image: &Image) -> Result<Value> {
     set("virtual-size", json!(image.disk.capacity()));
     set("actual-size", json!(image.storage.allocated()));
     set("dirty-flag", json!(false));
-    if let Some(qcow2) = &image.qcow2 {
-        let header = qcow2.header();
-        set("cluster-size", json!(header.cluster_size()));
-        set("dirty-flag", json!(header.incompatible & header::INCOMPATIBLE_DIRTY != 0));
-        if let Some(name) = &header.backing {
+    if let Some(container) = &image.container {
+        let facts = container.facts();
+        if let Some(bytes) = facts.cluster_size {
+            set("cluster-size", json!(bytes));
+        }
+        set("dirty-flag", json!(facts.dirty));
+        if let Some((name, format)) = &facts.backing {
             set("backing-filename", json!(name));
             if let Ok(path) = image::beside(&image.path, name) {
                 set("full-backing-filename", json!(path));
             }
+            if let Some(format) = format {
+                set("backing-filename-format", json!(format));
+            }
         }
-        if let Some(format) = &header.backing_format {
-            set("backing-filename-format", json!(format));
+        if !facts.details.is_empty() {
+            let data: Map<String, Value> =
+                facts.details.into_iter().map(|(name, fact)| (name.to_owned(), value(fact))).collect();
+            set("format-specific", json!({ "type": image.format.name(), "data": data }));
         }
+    }
+    if let Some(qcow2) = &image.qcow2 {
         let list = qcow2.snapshots().with_context(|| format!("cannot read {}", image.path.display()))?;
         if !list.is_empty() {
             set("snapshots", snapshots(&list));
         }
-        set("format-specific", json!({ "type": "qcow2", "data": specific(&header) }));
     }
     Ok(Value::Object(report))
 }
 
-fn specific(header: &Header) -> Value {
-    let compat = if header.version == 2 { "0.10" } else { "1.1" };
-    let compression = if header.compression == Compression::Zstd { "zstd" } else { "zlib" };
-    let mut data = json!({ "compat": compat, "compression-type": compression, "refcount-bits": 1u32 << header.refcount_order });
-    if let (3, Some(data)) = (header.version, data.as_object_mut()) {
-        data.insert("lazy-refcounts".into(), json!(header.compatible & header::COMPATIBLE_LAZY != 0));
-        data.insert("corrupt".into(), json!(header.incompatible & header::INCOMPATIBLE_CORRUPT != 0));
-        data.insert("extended-l2".into(), json!(header.extended_l2()));
-        if let Some(file) = &header.data_file {
-            data.insert("data-file".into(), json!(file));
-            data.insert("data-file-raw".into(), json!(header.autoclear & header::AUTOCLEAR_RAW_DATA != 0));
-        }
+fn value(fact: Fact) -> Value {
+    match fact {
+        Fact::Flag(flag) => json!(flag),
+        Fact::Number(number) => json!(number),
+        Fact::Text(text) => json!(text),
     }
-    data
 }
 
 /// `info` for people.

@@ -69,7 +69,7 @@ pub fn convert(arguments: &Convert) -> Result<()> {
         return Err(usage(format!("{format} images cannot be compressed: use -O qcow2")));
     }
     let mut new = New::parse(format, &arguments.options)?;
-    new.qcow2.size = disk.capacity().checked_next_multiple_of(512).unwrap_or(0);
+    new.size = disk.capacity().checked_next_multiple_of(512).unwrap_or(0);
     let job = Job { arguments, disk, new };
     if arguments.no_create {
         return job.fill(&arguments.target, arguments.target_is_zero);
@@ -142,9 +142,8 @@ impl Job<'_> {
 pub fn rebase(arguments: &Rebase) -> Result<()> {
     let how = OpenOptions { alone: arguments.blind, ..OpenOptions::default() };
     // Without a format an image's own names are not believed; changing the name alone needs none of them.
-    let format = arguments.format.as_deref().or(if arguments.blind { Some("qcow2") } else { None });
-    let top = open(&arguments.file, format, how)?;
-    let qcow2 = top.as_qcow2("backing files")?;
+    let top = open(&arguments.file, arguments.format.as_deref(), how)?;
+    let container = top.as_container("backing files")?;
     let named = match (arguments.backing.as_str(), &arguments.backing_format) {
         ("", _) => None,
         (name, Some(format)) => Some((name.to_owned(), options::format(format)?)),
@@ -164,11 +163,15 @@ pub fn rebase(arguments: &Rebase) -> Result<()> {
         let show = Show { name: "rebasing", total: top.disk.capacity(), quiet: arguments.quiet };
         with_progress(show, |progress| {
             let new = new.as_ref().map(|image| image.disk.as_ref());
-            job::rebase(qcow2, new, job::usual_threads(), progress)
+            let cluster = container.facts().cluster_size.unwrap_or(1 << 16);
+            job::rebase(top.disk.as_ref(), cluster, new, job::usual_threads(), progress)
         })?;
     }
-    let names = named.map(|(name, format)| (name, format.to_string()));
-    qcow2.set_backing(names).with_context(|| format!("cannot change {}", arguments.file.display()))?;
+    let names = named.as_ref().map(|(name, format)| (name.as_str(), *format));
+    if !top.format.can_build_on(names.map(|(_, format)| format)) && names.is_some() {
+        return Err(usage(format!("{} images cannot build on that", top.format)));
+    }
+    container.set_backing(names).with_context(|| format!("cannot change {}", arguments.file.display()))?;
     Ok(top.close()?)
 }
 
@@ -184,7 +187,7 @@ pub fn commit(arguments: &Commit) -> Result<()> {
     // Below the top one everything is written: it must not be open for reading meanwhile.
     let alone = OpenOptions { alone: true, ..OpenOptions::default() };
     let top = open(&arguments.file, format, alone)?;
-    let qcow2 = top.as_qcow2("backing files")?;
+    let container = top.as_container("backing files")?;
     let below = Image::open(&base, OpenOptions { format: Some(base_format), ..OpenOptions::default() })?;
     let capacity = top.disk.capacity();
     if below.disk.capacity() < capacity {
@@ -196,7 +199,7 @@ pub fn commit(arguments: &Commit) -> Result<()> {
     })?;
     below.close()?;
     if !arguments.keep {
-        qcow2.empty().with_context(|| format!("cannot empty {}", arguments.file.display()))?;
+        container.empty().with_context(|| format!("cannot empty {}", arguments.file.display()))?;
     }
     if !arguments.quiet {
         println!("Image committed.");

@@ -13,70 +13,12 @@ use super::table::{COMPRESSED, COPIED, Entry, L1_RESERVED, OFFSET};
 use super::{Qcow2, lock, read_l1, words_at};
 use crate::disk::Error;
 use crate::endian::{be32, be64, bytes_be, put, size};
+use crate::format::findings::{Findings, Repair};
 use std::io;
 use std::sync::atomic::Ordering;
 
 /// Clusters of a file that can be checked: their counts take four bytes each.
 const CLUSTERS_MAX: u64 = 1 << 29;
-/// Findings that are told in words.
-const MESSAGES_MAX: usize = 1000;
-
-/// What a check is to repair.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Repair {
-    /// Nothing.
-    Nothing,
-    /// Clusters that are counted and not used.
-    Leaks,
-    /// All that can be.
-    All,
-}
-
-/// What a check has found.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Findings {
-    /// Things that break the rules and can cost data.
-    pub corruptions: u64,
-    /// Clusters that are counted and not used.
-    pub leaks: u64,
-    /// Corruptions that were repaired.
-    pub corruptions_fixed: u64,
-    /// Leaks that were repaired.
-    pub leaks_fixed: u64,
-    /// Things that could not be checked.
-    pub errors: u64,
-    /// Clusters of the disk.
-    pub total_clusters: u64,
-    /// Those that are in the file.
-    pub allocated_clusters: u64,
-    /// Those that do not follow the cluster before.
-    pub fragmented_clusters: u64,
-    /// Those that are compressed.
-    pub compressed_clusters: u64,
-    /// Where the last used cluster of the file ends.
-    pub image_end_offset: u64,
-    /// The findings in words, as many as are kept.
-    pub messages: Vec<String>,
-}
-
-impl Findings {
-    fn corrupt(&mut self, message: impl FnOnce() -> String) {
-        self.corruptions = self.corruptions.saturating_add(1);
-        self.say(message);
-    }
-
-    fn say(&mut self, message: impl FnOnce() -> String) {
-        if self.messages.len() < MESSAGES_MAX {
-            self.messages.push(message());
-        }
-    }
-
-    /// Whether nothing is wrong.
-    pub fn is_clean(&self) -> bool {
-        self.corruptions == 0 && self.leaks == 0 && self.errors == 0
-    }
-}
-
 /// References counted so far.
 struct Counts {
     counts: Vec<u32>,
@@ -216,12 +158,7 @@ impl Qcow2 {
         if last.findings.leaks > 0 {
             self.repair_leaks(&mut last)?;
         }
-        let fixed = found.findings.corruptions.saturating_sub(last.findings.corruptions);
-        let leaks_fixed = found.findings.leaks.saturating_sub(last.findings.leaks);
-        let mut messages = std::mem::take(&mut found.findings.messages);
-        messages.extend(last.findings.messages.iter().map(|message| format!("not repaired: {message}")));
-        messages.truncate(MESSAGES_MAX);
-        found.findings = Findings { corruptions_fixed: fixed, leaks_fixed, messages, ..last.findings };
+        found.findings = last.findings.after_repair_of(&found.findings);
         Ok(())
     }
 

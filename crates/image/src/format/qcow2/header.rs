@@ -3,6 +3,7 @@
 //! Source: QEMU's docs/interop/qcow2.rst, sections "Header" and "Header extensions".
 
 use crate::endian::{be32, be64, put, size};
+use crate::format::container::Fact;
 
 /// "QFI\xfb".
 pub const MAGIC: u32 = 0x5146_49fb;
@@ -130,6 +131,26 @@ impl Header {
     /// Bytes in a cluster.
     pub fn cluster_size(&self) -> u64 {
         1 << (self.cluster_bits & 63)
+    }
+
+    /// What it says, by qemu-img's names.
+    pub fn details(&self) -> Vec<(&'static str, Fact)> {
+        let text = |text: &str| Fact::Text(text.to_owned());
+        let mut details = vec![
+            ("compat", text(if self.version == 2 { "0.10" } else { "1.1" })),
+            ("compression-type", text(if self.compression == Compression::Zstd { "zstd" } else { "zlib" })),
+            ("refcount-bits", Fact::Number(1 << (self.refcount_order & 63))),
+        ];
+        if self.version >= 3 {
+            details.push(("lazy-refcounts", Fact::Flag(self.compatible & COMPATIBLE_LAZY != 0)));
+            details.push(("corrupt", Fact::Flag(self.incompatible & INCOMPATIBLE_CORRUPT != 0)));
+            details.push(("extended-l2", Fact::Flag(self.extended_l2())));
+            if let Some(file) = &self.data_file {
+                details.push(("data-file", text(file)));
+                details.push(("data-file-raw", Fact::Flag(self.autoclear & AUTOCLEAR_RAW_DATA != 0)));
+            }
+        }
+        details
     }
 
     /// Whether L2 entries have 128 bits.

@@ -27,7 +27,6 @@ mod create;
 mod data;
 mod discard;
 mod flush;
-mod gate;
 pub mod header;
 mod map;
 #[cfg(test)]
@@ -40,15 +39,17 @@ mod table;
 mod test;
 mod write;
 
-pub use check::{Findings, Repair};
 pub use create::{CreateOptions, Preallocation};
 pub use header::{Compression, Header};
 pub use snapshot::Snapshot;
 
 use crate::disk::{Content, Disk, Error, Status, check_range, read_only_error};
 use crate::endian::{be64, size, words_be};
+use crate::format::Format;
+use crate::format::container::{Container, Facts};
+use crate::format::findings::{Findings, Repair};
+use crate::format::gate::Gate;
 use crate::storage::Storage;
-use gate::Gate;
 use header::{INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY, Refusal};
 use map::{L1, Map, Metadata};
 use refcount::Refcounts;
@@ -348,6 +349,34 @@ impl Disk for Qcow2 {
         self.check_write(0, 0)?;
         self.open_for_change()?;
         self.create_snapshot(name, 0, 0).map(drop)
+    }
+}
+
+impl Container for Qcow2 {
+    fn facts(&self) -> Facts {
+        let header = self.header();
+        Facts {
+            cluster_size: Some(header.cluster_size()),
+            dirty: header.incompatible & INCOMPATIBLE_DIRTY != 0,
+            details: header.details(),
+            backing: header.backing.map(|name| (name, header.backing_format)),
+        }
+    }
+
+    fn check(&self, repair: Repair) -> Result<Findings, Error> {
+        self.check(repair)
+    }
+
+    fn close(&self) -> io::Result<()> {
+        self.close()
+    }
+
+    fn set_backing(&self, backing: Option<(&str, Format)>) -> io::Result<()> {
+        self.set_backing(backing.map(|(name, format)| (name.to_owned(), format.to_string())))
+    }
+
+    fn empty(&self) -> io::Result<()> {
+        self.empty()
     }
 }
 
