@@ -9,7 +9,7 @@
 
 use crate::local_apic::Trigger;
 use crate::{locked, msi};
-use device::{Access, Device, Line, MsiSink, VmTime};
+use device::{Access, Device, Line, Msi, MsiSink, VmTime};
 use serde_json::{Value, json};
 use std::sync::{Arc, Mutex};
 
@@ -50,19 +50,22 @@ impl Pin {
         self.entry & entry::LEVEL != 0
     }
 
+    /// What it sends, masked or not.
+    fn message(&self) -> Msi {
+        let trigger = if self.is_level() { Trigger::Level } else { Trigger::Edge };
+        let destination = ((self.entry >> 56) | ((self.entry >> 48) & 0x7f) << 8) as u32;
+        let logical = self.entry & entry::LOGICAL != 0;
+        msi::encode(destination, logical, (self.entry >> 8) as u32, self.entry as u8, trigger)
+    }
+
     fn send(&mut self, sink: &MsiSink) {
         if self.entry & entry::MASKED != 0 {
             return;
         }
-        let trigger = if self.is_level() {
+        if self.is_level() {
             self.entry |= entry::REMOTE_IRR;
-            Trigger::Level
-        } else {
-            Trigger::Edge
-        };
-        let destination = ((self.entry >> 56) | ((self.entry >> 48) & 0x7f) << 8) as u32;
-        let logical = self.entry & entry::LOGICAL != 0;
-        sink.send(msi::encode(destination, logical, (self.entry >> 8) as u32, self.entry as u8, trigger));
+        }
+        sink.send(self.message());
     }
 
     /// A level pin that is high and not in service sends.
@@ -82,12 +85,11 @@ impl Pin {
         }
     }
 
-    fn write(&mut self, value: u64, sink: &MsiSink) {
+    fn write(&mut self, value: u64) {
         self.entry = (self.entry & !entry::WRITABLE) | (value & entry::WRITABLE);
         if !self.is_level() {
             self.entry &= !entry::REMOTE_IRR;
         }
-        self.send_level(sink);
     }
 }
 
@@ -96,7 +98,11 @@ struct State {
     select: u8,
     pins: Vec<Pin>,
     sink: MsiSink,
+    watch: Option<Watch>,
 }
+
+/// Hears what all pins send, whenever that changes and before any of them sends it. Called with the chip locked.
+pub type Watch = Box<dyn Fn(&[Msi]) + Send>;
 
 /// A handle to an I/O APIC; clones are the same chip.
 #[derive(Clone)]
@@ -115,7 +121,15 @@ impl IoApic {
     /// A chip with `pins` (at most 240) pins that sends its messages to `sink`.
     pub fn new(id: u8, pins: usize, sink: MsiSink) -> Self {
         let pins = vec![POWER_UP; pins.clamp(1, 240)];
-        Self(Arc::new(Mutex::new(State { id: id.into(), select: 0, pins, sink })))
+        Self(Arc::new(Mutex::new(State { id: id.into(), select: 0, pins, sink, watch: None })))
+    }
+
+    /// Names who hears of changed messages: local APICs that are not the board's must know which vectors are
+    /// level-triggered. They are told at once.
+    pub fn set_watch(&self, watch: Watch) {
+        let mut state = locked(&self.0);
+        state.watch = Some(watch);
+        state.tell();
     }
 
     /// The wire to a pin. A pin has one level: devices that share it must combine theirs first.
@@ -140,6 +154,12 @@ impl IoApic {
 }
 
 impl State {
+    fn tell(&self) {
+        if let Some(watch) = &self.watch {
+            watch(&self.pins.iter().map(Pin::message).collect::<Vec<_>>());
+        }
+    }
+
     fn eoi(&mut self, vector: u8) {
         for pin in &mut self.pins {
             if pin.entry as u8 == vector && pin.entry & entry::REMOTE_IRR != 0 {
@@ -170,13 +190,18 @@ impl State {
             0x00 => self.id = (value >> 24) & 0xf,
             0x10.. => {
                 let index = self.select.wrapping_sub(0x10);
-                let Some(pin) = self.pins.get_mut(usize::from(index >> 1)) else { return };
+                let index_of_pin = usize::from(index >> 1);
+                let Some(pin) = self.pins.get_mut(index_of_pin) else { return };
                 let entry = if index & 1 == 0 {
                     (pin.entry & !0xffff_ffff) | u64::from(value)
                 } else {
                     (pin.entry & 0xffff_ffff) | u64::from(value) << 32
                 };
-                pin.write(entry, &self.sink);
+                pin.write(entry);
+                self.tell();
+                if let Some(pin) = self.pins.get_mut(index_of_pin) {
+                    pin.send_level(&self.sink);
+                }
             }
             _ => {}
         }
@@ -215,6 +240,7 @@ impl Device for IoApic {
         for pin in &mut state.pins {
             pin.entry = POWER_UP.entry;
         }
+        state.tell();
     }
 
     fn inspect(&self) -> Value {
@@ -233,7 +259,6 @@ impl Device for IoApic {
 #[cfg(test)]
 mod test {
     use super::*;
-    use device::Msi;
     use proptest::prelude::*;
 
     fn chip() -> (IoApic, Arc<Mutex<Vec<Msi>>>) {
@@ -294,6 +319,24 @@ mod test {
         chip.write(Access { window: 0, offset: EOI, size: 4 }, 0x39, VmTime(0));
         assert_eq!(read(&mut chip, 0x22), 0x0000_8039);
         assert_eq!(sent.lock().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn messages_are_told_before_they_are_sent() {
+        let (mut chip, sent) = chip();
+        let heard: Arc<Mutex<Vec<(usize, Msi)>>> = Arc::default();
+        let (log, before) = (heard.clone(), sent.clone());
+        chip.set_watch(Box::new(move |pins| {
+            log.lock().unwrap().push((before.lock().unwrap().len(), pins[9]));
+        }));
+        chip.line(9).set(true);
+        write(&mut chip, 0x22, 0x0000_8039);
+        let level = Msi { address: 0xfee0_0000, data: 0xc039 };
+        assert_eq!(*sent.lock().unwrap(), [level]);
+        let edge = Msi { address: 0xfee0_0000, data: 0x4000 };
+        assert_eq!(*heard.lock().unwrap(), [(0, edge), (0, level)]);
+        chip.reset();
+        assert_eq!(heard.lock().unwrap().last(), Some(&(1, edge)));
     }
 
     #[test]

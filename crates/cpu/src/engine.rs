@@ -7,6 +7,7 @@
 
 use crate::cpuid::CpuidTable;
 use crate::registers::Registers;
+use crate::state::{Activity, VcpuState};
 use std::sync::Arc;
 
 /// An address space of a bus access.
@@ -66,6 +67,11 @@ pub enum Exit {
     Interrupted,
     /// A window for interrupts, asked for with [`Vcpu::request_interrupt_window`], has opened.
     InterruptWindow,
+    /// A local APIC of the engine's own has ended a level-triggered interrupt: the I/O APIC wants to know.
+    EndOfInterrupt {
+        /// The vector.
+        vector: u8,
+    },
     /// Triple fault: the machine resets or stops, as the board decides.
     Shutdown,
     /// The guest hit a breakpoint or single-step trap that the host set.
@@ -83,7 +89,13 @@ impl Exit {
             }
             // More accesses of the same instruction may follow.
             Self::Write { .. } => false,
-            Self::Halt | Self::Interrupted | Self::InterruptWindow | Self::Shutdown | Self::Debug => true,
+            // Between two instructions, or before the guest was entered.
+            Self::Halt
+            | Self::Interrupted
+            | Self::InterruptWindow
+            | Self::EndOfInterrupt { .. }
+            | Self::Shutdown
+            | Self::Debug => true,
         }
     }
 }
@@ -135,6 +147,15 @@ pub struct VcpuConfig {
     pub cpuid: Arc<CpuidTable>,
 }
 
+/// The local APICs of an engine that has its own (KVM's are in the kernel), as a board reaches them. With such an
+/// engine vCPUs wait in [`Vcpu::run`], for interrupts and for start-up, and never answer [`Exit::Halt`].
+pub trait LocalApics: Send + Sync {
+    /// A message-signalled interrupt: what a device writes where. Bits 11-5 of the address are bits 14-8 of the destination.
+    fn send(&self, address: u64, data: u32);
+    /// The messages that the I/O APIC's pins send now, so that [`Exit::EndOfInterrupt`] comes for level-triggered ones.
+    fn set_pins(&self, messages: &[(u64, u32)]);
+}
+
 /// Makes the vCPUs of one VM.
 pub trait Engine: Send + Sync {
     /// "soft" or "kvm".
@@ -143,6 +164,26 @@ pub trait Engine: Send + Sync {
     fn create_vcpu(&self, config: VcpuConfig) -> Result<Box<dyn Vcpu>, Error>;
     /// Frequency in Hz at which the guest's TSC counts.
     fn tsc_hz(&self) -> u64;
+    /// What of a model's CPUID the engine's vCPUs can answer.
+    fn offer(&self, table: CpuidTable) -> CpuidTable {
+        table
+    }
+    /// The engine's own local APICs; without, the machine's are used.
+    fn local_apics(&self) -> Option<Arc<dyn LocalApics>> {
+        None
+    }
+    /// Writes of the guest to its RAM are to be known, or not any more. The software engine always knows them.
+    fn log_writes(&self, _wanted: bool) -> Result<(), Error> {
+        Ok(())
+    }
+    /// Tells [`memory::GuestMemory`] of the pages that the guest has written since the last time; answers how many.
+    fn collect_writes(&self) -> Result<u64, Error> {
+        Ok(0)
+    }
+    /// All vCPUs stand still: so do the clocks that the engine keeps for the guest.
+    fn stand(&self) {}
+    /// They go on. Before the first vCPU runs again.
+    fn go_on(&self) {}
 }
 
 /// One virtual CPU.
@@ -178,6 +219,22 @@ pub trait Vcpu: Send {
     fn flush_tlb(&mut self);
     /// Returns to the power-up state (or, by `init`, the state after an INIT: FPU, most MSRs and caches kept).
     fn reset(&mut self, init: bool);
+    /// Of an engine with local APICs: the machine stands still, and this vCPU's timer with it.
+    fn stand(&mut self) {}
+    /// It goes on: TSC and timer are where they were. After [`Engine::go_on`].
+    fn go_on(&mut self) {}
+    /// What it does between instructions.
+    fn activity(&self) -> Activity {
+        Activity::Running
+    }
+    /// Everything that the vCPU is. At a [`Exit::pausable`] exit.
+    fn save(&self) -> Result<VcpuState, Error> {
+        Err(Error::Unsupported { engine: "this", why: "it does not save vCPUs".into() })
+    }
+    /// Becomes what was saved, on this engine or another.
+    fn restore(&mut self, _state: &VcpuState) -> Result<(), Error> {
+        Err(Error::Unsupported { engine: "this", why: "it does not restore vCPUs".into() })
+    }
     /// A handle for other threads.
     fn kick_handle(&self) -> Arc<dyn Kick>;
     /// What the engine has counted since the vCPU was made, by name.

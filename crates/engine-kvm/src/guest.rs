@@ -30,7 +30,7 @@ core::arch::global_asm!(
     "xor ecx, ecx",
     "lock cmpxchg16b [rdi]",
     "jnz 9f",
-    // Step 3: the FPU switch of kernels where the CPU has XSAVES (R15 says so).
+    // Step 3: the FPU switch of kernels where the CPU has XSAVE (R15 says so).
     "mov al, 3",
     "out 0x10, al",
     "test r15d, r15d",
@@ -39,9 +39,9 @@ core::arch::global_asm!(
     "mov eax, 3",
     "xor edx, edx",
     "xsetbv",
-    "mov edi, 0x4000",
-    "xsaves64 [rdi]",
-    "xrstors64 [rdi]",
+    "mov edi, 0xa000",
+    "xsave64 [rdi]",
+    "xrstor64 [rdi]",
     "2:",
     // Step 4: a loop, timed from outside.
     "mov al, 4",

@@ -24,6 +24,7 @@ use chipset::uart16550::Uart16550;
 use chipset::{acpi, board as at, msi};
 use cpu::Space;
 use device::{Device, Line, MsiSink};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Ranges outside RAM that the memory map shows as reserved.
@@ -41,6 +42,8 @@ pub(crate) struct Board {
     pub(crate) serial: Port,
     pub(crate) serial_wake: Wake,
     pub(crate) resets: Resets,
+    /// Of the 8259A pair, where the local APICs are the engine's.
+    pub(crate) external: Arc<AtomicBool>,
     description: at::Board,
 }
 
@@ -81,6 +84,8 @@ pub(crate) struct Parts<'a> {
     pub(crate) physical_address_bits: u8,
     /// Makes a vCPU look at its APIC.
     pub(crate) wake: Wakes,
+    /// The engine's own local APICs, if it has them: then the board has none.
+    pub(crate) engines: Option<Arc<dyn cpu::LocalApics>>,
 }
 
 /// Makes the vCPU of this number look at its APIC soon.
@@ -103,9 +108,20 @@ impl Board {
         let cpus = parts.config.cpus as usize;
         let wake = parts.wake.clone();
         let apics = Apics::new(local_apics(&parts), move |index| wake(index));
-        let msi = msi::sink(&apics);
+        let msi = match &parts.engines {
+            None => msi::sink(&apics),
+            Some(engines) => engines_sink(engines),
+        };
         let ioapic = IoApic::new(0, PINS, msi.clone());
-        let pic = Pic8259::new(lint0(&apics, &parts.wake));
+        let external = Arc::default();
+        let output = match &parts.engines {
+            None => lint0(&apics, &parts.wake),
+            Some(engines) => {
+                watch_pins(&ioapic, engines);
+                external_wire(&external, &parts.wake)
+            }
+        };
+        let pic = Pic8259::new(output);
         let watch = PanicWatch::default();
         let resets = Resets {
             lifecycle: parts.lifecycle.clone(),
@@ -168,7 +184,20 @@ impl Board {
         if parts.config.test_devices {
             test_devices(&mut buses, &parts.lifecycle, &pic, &ioapic)?;
         }
-        Ok(Self { buses, apics, ioapic, pic, pci, msi, power, serial, serial_wake, resets, description })
+        Ok(Self {
+            buses,
+            apics,
+            ioapic,
+            pic,
+            pci,
+            msi,
+            power,
+            serial,
+            serial_wake,
+            resets,
+            external,
+            description,
+        })
     }
 
     /// What firmware would do, after the last PCI function is attached: addresses for BARs.
@@ -196,8 +225,34 @@ fn put(
     windows.iter().try_for_each(|&(space, base, len, window)| buses.map(space, base, len, number, window))
 }
 
+/// Messages go to the engine's local APICs.
+fn engines_sink(engines: &Arc<dyn cpu::LocalApics>) -> MsiSink {
+    let engines = engines.clone();
+    MsiSink::new(move |message| engines.send(message.address, message.data))
+}
+
+/// The engine's local APICs tell the end of interrupts only of vectors that they know to be level-triggered.
+fn watch_pins(ioapic: &IoApic, engines: &Arc<dyn cpu::LocalApics>) {
+    let engines = engines.clone();
+    ioapic.set_watch(Box::new(move |pins| {
+        let messages: Vec<_> = pins.iter().map(|message| (message.address, message.data)).collect();
+        engines.set_pins(&messages);
+    }));
+}
+
+/// The 8259A's output, where the boot processor's thread asks the engine whether it may be taken.
+fn external_wire(wire: &Arc<AtomicBool>, wake: &Wakes) -> Line {
+    let (wire, wake) = (wire.clone(), wake.clone());
+    Line::new(move |high| {
+        if wire.swap(high, Ordering::SeqCst) != high && high {
+            wake(0);
+        }
+    })
+}
+
 fn local_apics(parts: &Parts<'_>) -> Vec<Arc<Mutex<LocalApic>>> {
-    (0..parts.config.cpus)
+    let count = if parts.engines.is_some() { 0 } else { parts.config.cpus };
+    (0..count)
         .map(|id| {
             Arc::new(Mutex::new(LocalApic::new(ApicConfig {
                 id,

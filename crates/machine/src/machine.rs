@@ -21,7 +21,7 @@ use crate::vcpu::report::Report;
 use crate::vcpu::slot::Slot;
 use crate::vcpu::{Common, Runner};
 use chipset::power::Power;
-use cpu::cpuid::{Model, ModelError, Topology, default_model};
+use cpu::cpuid::{CpuidTable, MODELS, Model, ModelError, Topology};
 use cpu::{Engine, Vcpu, VcpuConfig};
 use memory::{Backing, GuestMemory};
 use std::io;
@@ -144,7 +144,7 @@ impl Machine {
         let slots: Arc<[Slot]> = (0..cpus).map(|_| Slot::default()).collect();
         let (wake, all) = (slots.clone(), slots.clone());
         lifecycle.set_wake_all(move || all.iter().for_each(Slot::wake));
-        let tables = cpuid_tables(&config, engine.tsc_hz())?;
+        let tables = cpuid_tables(&config, &*engine)?;
         let bits = tables.first().map_or(36, |table| table.query(0x8000_0008, 0).eax & 0xff);
         let board = Board::new(Parts {
             config: &config,
@@ -158,6 +158,7 @@ impl Machine {
                     slot.wake();
                 }
             }),
+            engines: engine.local_apics(),
         })
         .map_err(|error| Error::Devices(error.to_string()))?;
         let mut workers = Workers::default();
@@ -193,6 +194,7 @@ impl Machine {
             apics: board.apics,
             ioapic: board.ioapic,
             external: Box::new(move || Some(pic.acknowledge())),
+            external_wire: board.external,
             clock,
             timers,
             system_clock: SystemClock::new(engine.tsc_hz()),
@@ -300,12 +302,14 @@ impl Machine {
         }
         self.common.clock.stand();
         self.common.system_clock.forget();
+        self.engine.stand();
         true
     }
 
     /// Lets a paused machine go on.
     pub fn resume(&self) {
         let _one = self.threads();
+        self.engine.go_on();
         self.common.clock.run();
         self.common.timers.resume();
         self.common.lifecycle.resume();
@@ -472,19 +476,35 @@ fn make_engine(config: &MachineConfig, memory: &GuestMemory) -> Result<Arc<dyn E
             };
             Ok(Arc::new(engine_soft::SoftEngine::new(memory.clone(), options)?))
         }
-        EngineKind::Kvm => Err(Error::Engine(cpu::Error::Unsupported {
-            engine: "kvm",
-            why: "it arrives with a later version; use --engine soft".into(),
-        })),
+        EngineKind::Kvm => {
+            let all_paravirtual = config.cpu_model.as_deref() == Some(HOST_MODEL);
+            let options = engine_kvm::Options { all_paravirtual, ..engine_kvm::Options::default() };
+            Ok(Arc::new(engine_kvm::KvmEngine::new(memory.clone(), options)?))
+        }
     }
 }
 
-fn cpuid_tables(config: &MachineConfig, tsc_hz: u64) -> Result<Vec<cpu::cpuid::CpuidTable>, Error> {
-    let model = match &config.cpu_model {
-        Some(name) => Model::named(name)?,
-        None => default_model(),
+/// The model that is whatever this host has.
+const HOST_MODEL: &str = "host";
+
+/// What CPUID answers on each vCPU, of a model as far as the engine offers it.
+fn cpuid_tables(config: &MachineConfig, engine: &dyn Engine) -> Result<Vec<CpuidTable>, Error> {
+    let tables = |model: Model| -> Result<Vec<_>, ModelError> {
+        (0..config.cpus)
+            .map(|apic_id| {
+                let table = model.table(Topology { apic_id, cpus: config.cpus }, engine.tsc_hz())?;
+                let table = engine.offer(table);
+                model.missing_in(&table).map(|()| table)
+            })
+            .collect()
     };
-    (0..config.cpus)
-        .map(|apic_id| Ok(model.table(Topology { apic_id, cpus: config.cpus }, tsc_hz)?))
-        .collect()
+    if let Some(name) = &config.cpu_model {
+        return Ok(tables(Model::named(name)?)?);
+    }
+    // The best that the engine offers whole; the last of all, the host's own, is what there is.
+    let best = MODELS.iter().rev().skip(1).find_map(|model| tables(*model).ok());
+    match best {
+        Some(best) => Ok(best),
+        None => Ok(tables(Model::named(HOST_MODEL)?)?),
+    }
 }

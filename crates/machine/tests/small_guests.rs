@@ -1,6 +1,9 @@
 //! Whole machines with guests of a few instructions: how they end, what they print, what they cost.
 
-use machine::{Error, Machine, MachineConfig, Notice, Outcome};
+mod engines;
+
+use engines::{BREAKPOINT, HYPERCALL, TASK_PRIORITY, engines, engines_without};
+use machine::{EngineKind, Error, Machine, MachineConfig, Notice, Outcome};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -30,14 +33,16 @@ impl Guest {
         self.directory.path().join("kernel")
     }
 
-    fn machine(&self) -> Machine {
-        let config =
-            MachineConfig { memory: 16 << 20, test_devices: true, ..MachineConfig::new(self.kernel()) };
-        Machine::new(config).unwrap()
+    fn config(&self, engine: EngineKind) -> MachineConfig {
+        MachineConfig { engine, memory: 16 << 20, ..MachineConfig::new(self.kernel()) }
     }
 
-    fn run(&self) -> (Machine, Outcome) {
-        let machine = self.machine();
+    fn machine(&self, engine: EngineKind) -> Machine {
+        Machine::new(MachineConfig { test_devices: true, ..self.config(engine) }).unwrap()
+    }
+
+    fn run(&self, engine: EngineKind) -> (Machine, Outcome) {
+        let machine = self.machine(engine);
         machine.start().unwrap();
         let outcome = machine.wait_timeout(PATIENCE).expect("the guest should have ended");
         (machine, outcome)
@@ -65,38 +70,56 @@ const HALT_FOR_EVER: [u8; 4] = [0xfa, 0xf4, 0xeb, 0xfc];
 
 #[test]
 fn the_debug_exit_says_twice_the_value_and_one() {
-    let (_, outcome) = Guest::new(&[0xb0, 7, 0xe6, 0xf4, 0xeb, 0xfe]).run();
-    assert_eq!(outcome, Outcome::DebugExit(15));
+    for engine in engines() {
+        let (_, outcome) = Guest::new(&[0xb0, 7, 0xe6, 0xf4, 0xeb, 0xfe]).run(engine);
+        assert_eq!(outcome, Outcome::DebugExit(15));
+    }
 }
 
 #[test]
 fn what_was_printed_before_the_power_went_is_read_to_the_end() {
-    let (machine, outcome) = Guest::new(&[print("last words"), power_off()].concat()).run();
-    assert_eq!(outcome, Outcome::PoweredOff);
-    let (serial, mut bytes) = (machine.serial(), Vec::new());
-    while serial.receive(&mut bytes, PATIENCE) {}
-    assert_eq!(bytes, b"last words");
+    for engine in engines() {
+        let (machine, outcome) = Guest::new(&[print("last words"), power_off()].concat()).run(engine);
+        assert_eq!(outcome, Outcome::PoweredOff);
+        assert_eq!(printed(&machine), "last words");
+    }
 }
 
 #[test]
 fn a_triple_fault_is_the_guests_own_and_shows_where() {
-    let (_, outcome) = Guest::new(&[0x90, 0x0f, 0x0b]).run();
-    let Outcome::Crashed(crash) = outcome else { panic!("{outcome:?}") };
-    assert!(crash.guest && crash.why.contains("triple fault"), "{crash}");
-    assert_eq!(crash.registers.rip, u64::from(LOAD) + 33);
-    assert!(crash.to_string().contains("rip 0000000000100021"), "{crash}");
+    for engine in engines() {
+        let (_, outcome) = Guest::new(&[0x90, 0x0f, 0x0b]).run(engine);
+        let Outcome::Crashed(crash) = outcome else { panic!("{outcome:?}") };
+        assert!(crash.guest && crash.why.contains("triple fault"), "{crash}");
+        assert_eq!(crash.registers.rip, u64::from(LOAD) + 33);
+        assert!(crash.to_string().contains("rip 0000000000100021"), "{crash}");
+    }
 }
 
 /// Ways to reset a PC: the keyboard controller's pulse, the reset control register (which is also the FADT's reset
-/// register), system control port A, and a triple fault with an empty interrupt table.
+/// register), system control port A, and a triple fault with an empty interrupt table, by INT3 and by UD2.
 fn resets() -> Vec<Vec<u8>> {
-    let empty_table = vec![0x6a, 0, 0x6a, 0, 0x0f, 0x01, 0x1c, 0x24, 0xcc];
+    let empty_table = |fault: &[u8]| {
+        [&[0xbc, 0x00, 0x00, 0x20, 0x00, 0x6a, 0, 0x6a, 0, 0x0f, 0x01, 0x1c, 0x24][..], fault].concat()
+    };
     vec![
         vec![0xb0, 0xfe, 0xe6, 0x64],
         [port(0xcf9), vec![0xb0, 0x06, 0xee]].concat(),
         vec![0xb0, 0x01, 0xe6, 0x92],
-        [vec![0xbc, 0x00, 0x00, 0x20, 0x00], empty_table].concat(),
+        empty_table(&[0x0f, 0x0b]),
+        empty_table(&INT3),
     ]
+}
+
+const INT3: [u8; 1] = [0xcc];
+
+/// Every way to reset, with every engine that can do it.
+fn resets_on_engines() -> Vec<(Vec<u8>, EngineKind)> {
+    let on = |way: Vec<u8>| {
+        let engines = if way.ends_with(&INT3) { engines_without(&[BREAKPOINT]) } else { engines() };
+        engines.into_iter().map(move |engine| (way.clone(), engine))
+    };
+    resets().into_iter().flat_map(on).collect()
 }
 
 /// Prints "again" and powers off if the word at 2 MiB says so, else sets it and goes on: RAM outlives a reset.
@@ -120,11 +143,11 @@ fn printed(machine: &Machine) -> String {
 
 #[test]
 fn every_way_to_reset_starts_the_guest_again() {
-    for way in resets() {
+    for (way, engine) in resets_on_engines() {
         let code = unless_started_before(&[print("once "), way.clone(), vec![0xeb, 0xfe]].concat());
         let guest = Guest::new(&code);
         for cpus in [1, 3] {
-            let config = MachineConfig { cpus, memory: 16 << 20, ..MachineConfig::new(guest.kernel()) };
+            let config = MachineConfig { cpus, ..guest.config(engine) };
             let machine = Machine::new(config).unwrap();
             let (told, heard) = std::sync::mpsc::channel();
             machine.on_notice(move |notice| told.send(notice).unwrap());
@@ -142,9 +165,9 @@ fn every_way_to_reset_starts_the_guest_again() {
 
 #[test]
 fn a_machine_that_must_not_restart_ends_with_the_reset() {
-    for way in resets() {
+    for (way, engine) in resets_on_engines() {
         let guest = Guest::new(&[way.clone(), vec![0xeb, 0xfe]].concat());
-        let config = MachineConfig { restart: false, memory: 16 << 20, ..MachineConfig::new(guest.kernel()) };
+        let config = MachineConfig { restart: false, ..guest.config(engine) };
         let machine = Machine::new(config).unwrap();
         machine.start().unwrap();
         assert_eq!(machine.wait_timeout(PATIENCE), Some(Outcome::Reset), "{way:x?}");
@@ -154,30 +177,32 @@ fn a_machine_that_must_not_restart_ends_with_the_reset() {
 
 #[test]
 fn a_guest_that_resets_without_end_can_be_paused_and_stopped() {
-    let machine = Guest::new(&[0xb0, 0xfe, 0xe6, 0x64, 0xeb, 0xfe]).machine();
-    machine.start().unwrap();
-    let until = Instant::now() + PATIENCE;
-    while machine.starts() < 20 {
-        assert!(Instant::now() < until, "{} starts", machine.starts());
-        assert!(machine.pause());
-        machine.resume();
+    for engine in engines() {
+        let machine = Guest::new(&[0xb0, 0xfe, 0xe6, 0x64, 0xeb, 0xfe]).machine(engine);
+        machine.start().unwrap();
+        let until = Instant::now() + PATIENCE;
+        while machine.starts() < 20 {
+            assert!(Instant::now() < until, "{} starts", machine.starts());
+            assert!(machine.pause());
+            machine.resume();
+        }
+        // The power button is as good: the guest is down when it resets next.
+        machine.power_button();
+        assert_eq!(machine.wait_timeout(PATIENCE), Some(Outcome::Stopped));
     }
-    // The power button is as good: the guest is down when it resets next.
-    machine.power_button();
-    assert_eq!(machine.wait_timeout(PATIENCE), Some(Outcome::Stopped));
 }
 
 #[test]
 fn a_kernel_that_is_gone_at_the_reset_is_still_there_and_a_broken_one_is_named() {
     let code = unless_started_before(&[&resets()[0][..], &[0xeb, 0xfe]].concat());
     let guest = Guest::new(&code);
-    let machine = guest.machine();
+    let machine = guest.machine(EngineKind::Soft);
     std::fs::remove_file(guest.kernel()).unwrap();
     machine.start().unwrap();
     assert_eq!(machine.wait_timeout(PATIENCE), Some(Outcome::PoweredOff));
 
     let guest = Guest::new(&code);
-    let machine = guest.machine();
+    let machine = guest.machine(EngineKind::Soft);
     std::fs::write(guest.kernel(), b"").unwrap();
     machine.start().unwrap();
     let outcome = machine.wait_timeout(PATIENCE);
@@ -189,26 +214,30 @@ fn a_kick_that_comes_before_the_halt_ends_it() {
     // mov eax, 5 (KVM_HC_KICK_CPU); xor ebx, ebx; xor ecx, ecx (the boot processor); vmcall; nop...; cli; hlt
     let kick = [0xb8, 5, 0, 0, 0, 0x31, 0xdb, 0x31, 0xc9, 0x0f, 0x01, 0xc1];
     let halt = [&[0x90; 64][..], &[0xfa, 0xf4]].concat();
-    let (_, outcome) = Guest::new(&[&kick[..], &halt, &power_off()].concat()).run();
-    assert_eq!(outcome, Outcome::PoweredOff);
-    // One kick, one halt.
-    let guest = Guest::new(&[&kick[..], &halt, &print("once"), &halt, &power_off()].concat());
-    let machine = guest.machine();
-    machine.start().unwrap();
-    assert_eq!(machine.wait_timeout(Duration::from_millis(500)), None);
+    for engine in engines_without(&[HYPERCALL]) {
+        let (_, outcome) = Guest::new(&[&kick[..], &halt, &power_off()].concat()).run(engine);
+        assert_eq!(outcome, Outcome::PoweredOff);
+        // One kick, one halt.
+        let guest = Guest::new(&[&kick[..], &halt, &print("once"), &halt, &power_off()].concat());
+        let machine = guest.machine(engine);
+        machine.start().unwrap();
+        assert_eq!(machine.wait_timeout(Duration::from_millis(500)), None);
+    }
 }
 
 #[test]
 fn a_panic_that_restarts_is_a_panic_and_one_that_hangs_ends() {
     let panic = "[    1.0] Kernel panic - not syncing: test\n";
     let reset = vec![0xb0, 0xfe, 0xe6, 0x64, 0xeb, 0xfe];
-    let (_, outcome) = Guest::new(&[print(panic), reset].concat()).run();
+    let (_, outcome) = Guest::new(&[print(panic), reset].concat()).run(EngineKind::Soft);
     assert_eq!(outcome, Outcome::GuestPanic);
     let end = "[    1.0] ---[ end Kernel panic - not syncing: test ]---\r\n";
-    let (_, outcome) = Guest::new(&[print(panic), print(end), HALT_FOR_EVER.to_vec()].concat()).run();
+    let (_, outcome) =
+        Guest::new(&[print(panic), print(end), HALT_FOR_EVER.to_vec()].concat()).run(EngineKind::Soft);
     assert_eq!(outcome, Outcome::GuestPanic);
     // pvpanic needs no console.
-    let (_, outcome) = Guest::new(&[port(0x505), vec![0xb0, 1, 0xee, 0xeb, 0xfe]].concat()).run();
+    let (_, outcome) =
+        Guest::new(&[port(0x505), vec![0xb0, 1, 0xee, 0xeb, 0xfe]].concat()).run(EngineKind::Soft);
     assert_eq!(outcome, Outcome::GuestPanic);
 }
 
@@ -273,9 +302,9 @@ fn cr8_and_the_apics_task_priority_are_one_register() {
     let guest = Guest::new(&[]);
     let parts = [(0, code), (0x300, handler), (0x400, idtr), (0x1400, gate)];
     std::fs::write(guest.kernel(), elf64(&parts)).unwrap();
-    for translate in [false, true] {
-        let config = MachineConfig { translate, memory: 16 << 20, ..MachineConfig::new(guest.kernel()) };
-        let machine = Machine::new(config).unwrap();
+    let engines = engines_without(&[TASK_PRIORITY]).into_iter().map(|engine| (engine, true));
+    for (engine, translate) in engines.chain([(EngineKind::Soft, false)]) {
+        let machine = Machine::new(MachineConfig { translate, ..guest.config(engine) }).unwrap();
         machine.start().unwrap();
         assert_eq!(machine.wait_timeout(PATIENCE), Some(Outcome::PoweredOff));
         assert_eq!(printed(&machine), "mtfo");
@@ -284,34 +313,38 @@ fn cr8_and_the_apics_task_priority_are_one_register() {
 
 #[test]
 fn a_halted_guest_stands_still_and_stops_at_once() {
-    let guest = Guest::new(&HALT_FOR_EVER);
-    let machine = guest.machine();
-    machine.start().unwrap();
-    assert_eq!(machine.wait_timeout(Duration::from_millis(100)), None);
-    assert!(machine.pause());
-    let at = machine.inspect()["vm_time_ns"].clone();
-    std::thread::sleep(Duration::from_millis(20));
-    assert_eq!(machine.inspect()["vm_time_ns"], at, "VM time passes while the machine is paused");
-    machine.resume();
-    std::thread::sleep(Duration::from_millis(20));
-    assert_ne!(machine.inspect()["vm_time_ns"], at);
-    let asked = Instant::now();
-    machine.stop();
-    assert_eq!(machine.wait_timeout(PATIENCE), Some(Outcome::Stopped));
-    drop(machine);
-    assert!(asked.elapsed() < Duration::from_secs(5));
+    for engine in engines() {
+        let guest = Guest::new(&HALT_FOR_EVER);
+        let machine = guest.machine(engine);
+        machine.start().unwrap();
+        assert_eq!(machine.wait_timeout(Duration::from_millis(100)), None);
+        assert!(machine.pause());
+        let at = machine.inspect()["vm_time_ns"].clone();
+        std::thread::sleep(Duration::from_millis(20));
+        assert_eq!(machine.inspect()["vm_time_ns"], at, "VM time passes while the machine is paused");
+        machine.resume();
+        std::thread::sleep(Duration::from_millis(20));
+        assert_ne!(machine.inspect()["vm_time_ns"], at);
+        let asked = Instant::now();
+        machine.stop();
+        assert_eq!(machine.wait_timeout(PATIENCE), Some(Outcome::Stopped));
+        drop(machine);
+        assert!(asked.elapsed() < Duration::from_secs(5));
+    }
 }
 
 #[test]
 fn a_guest_that_never_leaves_its_loop_is_stopped_and_paused() {
-    let machine = Guest::new(&[0xeb, 0xfe]).machine();
-    machine.start().unwrap();
-    for _ in 0..20 {
-        assert!(machine.pause());
-        machine.resume();
+    for engine in engines() {
+        let machine = Guest::new(&[0xeb, 0xfe]).machine(engine);
+        machine.start().unwrap();
+        for _ in 0..20 {
+            assert!(machine.pause());
+            machine.resume();
+        }
+        machine.stop();
+        assert_eq!(machine.wait_timeout(PATIENCE), Some(Outcome::Stopped));
     }
-    machine.stop();
-    assert_eq!(machine.wait_timeout(PATIENCE), Some(Outcome::Stopped));
 }
 
 #[test]

@@ -125,14 +125,6 @@ fn memory_that_is_too_small_or_larger_than_the_host() {
 }
 
 #[test]
-fn an_engine_that_is_not_here_says_so() {
-    let home = home();
-    let kernel = home.file("vmlinuz", &cut_off_kernel());
-    let line = ["run", "-q", "--engine", "kvm", "--kernel", kernel.to_str().unwrap()];
-    refused(&home, &line, 125, "--engine soft");
-}
-
-#[test]
 fn guests_that_do_not_exist() {
     let home = home();
     for line in [

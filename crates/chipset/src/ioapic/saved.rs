@@ -25,7 +25,7 @@ impl Saved for IoApic {
 
     fn save(&self) -> IoApicState {
         let state = locked(&self.0);
-        let State { id, select, pins, sink: _ } = &*state;
+        let State { id, select, pins, sink: _, watch: _ } = &*state;
         IoApicState { id: *id, select: *select, pins: pins.iter().map(PinState::from).collect() }
     }
 
@@ -37,7 +37,8 @@ impl Saved for IoApic {
             return Err(StateError { device: "ioapic", why: "it has another number of pins" });
         }
         let pins = pins.into_iter().map(Pin::from).collect();
-        *state = State { id, select, pins, sink: state.sink.clone() };
+        *state = State { id, select, pins, sink: state.sink.clone(), watch: state.watch.take() };
+        state.tell();
         Ok(())
     }
 }

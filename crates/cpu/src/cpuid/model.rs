@@ -227,10 +227,30 @@ impl Model {
         if self.name == HOST.name {
             return Vec::new();
         }
+        self.missing_among(host)
+    }
+
+    /// The same, of what an engine offers of the model's own table.
+    pub fn missing_in(&self, table: &CpuidTable) -> Result<(), ModelError> {
+        if self.name == HOST.name {
+            return Ok(());
+        }
+        self.refuse(&self.missing_among(|function, index| table.query(function, index)))
+    }
+
+    fn refuse(&self, missing: &[FeatureMissing]) -> Result<(), ModelError> {
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let missing = missing.iter().map(|feature| feature.0).collect::<Vec<_>>().join(", ");
+        Err(ModelError::Missing { model: self.name, missing })
+    }
+
+    fn missing_among(&self, leaf: impl Fn(u32, u32) -> Leaf) -> Vec<FeatureMissing> {
         let has = [
-            (self.leaf1_ecx, host(1, 0).ecx, NAMES_1_ECX),
-            (self.leaf7_ebx, host(7, 0).ebx, NAMES_7_EBX),
-            (self.ext1_ecx, host(0x8000_0001, 0).ecx, NAMES_EXT_ECX),
+            (self.leaf1_ecx, leaf(1, 0).ecx, NAMES_1_ECX),
+            (self.leaf7_ebx, leaf(7, 0).ebx, NAMES_7_EBX),
+            (self.ext1_ecx, leaf(0x8000_0001, 0).ecx, NAMES_EXT_ECX),
         ];
         has.iter()
             .flat_map(|(wanted, has, names)| {
@@ -244,11 +264,7 @@ impl Model {
 
     /// The CPUID table of one vCPU. `tsc_hz` is the guest's TSC frequency.
     pub fn table(&self, topology: Topology, tsc_hz: u64) -> Result<CpuidTable, ModelError> {
-        let missing = self.missing();
-        if !missing.is_empty() {
-            let missing = missing.iter().map(|feature| feature.0).collect::<Vec<_>>().join(", ");
-            return Err(ModelError::Missing { model: self.name, missing });
-        }
+        self.refuse(&self.missing())?;
         let mut table = CpuidTable::default();
         let amd = is_amd();
         self.basic(&mut table, topology, amd);

@@ -23,7 +23,7 @@ use crate::restart::Restart;
 use crate::timers::Timers;
 use chipset::ioapic::IoApic;
 use chipset::local_apic::{Apics, Delivery, Destination, Effect, Ipi, LocalApic, Startup, Trigger, TscClock};
-use cpu::{Error, Exit, Space, Vcpu, attr, msr};
+use cpu::{Activity, Error, Exit, Space, Vcpu, attr, msr};
 use device::VmTime;
 use eoi::ParavirtualEoi;
 use memory::GuestMemory;
@@ -32,6 +32,7 @@ use profile::Profile;
 use registers::Remaining;
 use report::{Doing, Report, Tally};
 use slot::{Slot, question};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use steal::StealTime;
@@ -53,6 +54,8 @@ pub(crate) struct Common {
     pub(crate) ioapic: IoApic,
     /// The 8259A pair's acknowledge cycle: its vector, if its output is high.
     pub(crate) external: Box<dyn Fn() -> Option<u8> + Send + Sync>,
+    /// Its output, where the local APICs are the engine's.
+    pub(crate) external_wire: Arc<AtomicBool>,
     pub(crate) clock: Arc<Clock>,
     pub(crate) timers: Arc<Timers>,
     pub(crate) system_clock: SystemClock,
@@ -71,7 +74,8 @@ pub(crate) struct Common {
 pub(crate) struct Runner {
     vcpu: Box<dyn Vcpu>,
     index: usize,
-    apic: Arc<Mutex<LocalApic>>,
+    /// `None` where the engine has local APICs of its own.
+    apic: Option<Arc<Mutex<LocalApic>>>,
     common: Arc<Common>,
     halted: bool,
     window: bool,
@@ -91,7 +95,7 @@ pub(crate) struct Runner {
 
 impl Runner {
     pub(crate) fn new(vcpu: Box<dyn Vcpu>, index: usize, common: Arc<Common>) -> Option<Self> {
-        let apic = common.apics.get(index)?.clone();
+        let apic = common.apics.get(index).cloned();
         common.slots.get(index)?.set_kick(vcpu.kick_handle());
         Some(Self {
             vcpu,
@@ -162,9 +166,18 @@ impl Runner {
             self.vcpu.set_registers(&registers);
             self.halted = false;
         }
+        match self.apic.clone() {
+            Some(apic) => self.attend_apic(&apic),
+            None => self.deliver_external(),
+        }
+        true
+    }
+
+    /// Start-up, NMIs, interrupts and the timer of the machine's own local APIC.
+    fn attend_apic(&mut self, mine: &Mutex<LocalApic>) {
         let now = self.common.clock.now();
         let priority = self.vcpu.task_priority();
-        let mut apic = lock(&self.apic);
+        let mut apic = lock(mine);
         if priority != self.task_priority {
             self.task_priority = priority;
             apic.set_tpr(priority << 4);
@@ -173,23 +186,22 @@ impl Runner {
         while let Some(startup) = apic.take_startup() {
             drop(apic);
             self.start_up(startup);
-            apic = lock(&self.apic);
+            apic = lock(mine);
         }
         if apic.waiting_for_sipi() {
             self.halted = true;
-            return true;
+            return;
         }
         if apic.take_nmi() {
             self.vcpu.inject_nmi();
             self.halted = false;
         }
         drop(apic);
-        self.deliver();
+        self.deliver(mine);
         // Asleep it minds its own deadline.
         if !self.halted {
-            self.arm();
+            self.arm(mine);
         }
-        true
     }
 
     /// Tells others what they want to know.
@@ -201,7 +213,7 @@ impl Runner {
         if questions & question::SAMPLE != 0 {
             let profile = self.common.profile.lock().unwrap_or_else(PoisonError::into_inner).clone();
             match profile {
-                Some(profile) if self.halted => profile.idle(),
+                Some(profile) if self.halted || self.vcpu.activity() != Activity::Running => profile.idle(),
                 Some(profile) => profile.sample(&self.common.memory, &*self.vcpu),
                 None => {}
             }
@@ -210,9 +222,17 @@ impl Runner {
 
     fn report(&self, doing: Doing) -> Report {
         let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
-        let waiting = doing == Doing::Halted && lock(&self.apic).waiting_for_sipi();
+        let doing = match (&self.apic, doing) {
+            (Some(apic), Doing::Halted) if lock(apic).waiting_for_sipi() => Doing::Waiting,
+            (None, Doing::Running) => match self.vcpu.activity() {
+                Activity::Running => Doing::Running,
+                Activity::Halted => Doing::Halted,
+                Activity::WaitingForStartup => Doing::Waiting,
+            },
+            (_, doing) => doing,
+        };
         Report {
-            doing: if waiting { Doing::Waiting } else { doing },
+            doing,
             at: self.common.clock.now(),
             registers: self.vcpu.registers(),
             tally: self.tally.clone(),
@@ -222,8 +242,8 @@ impl Runner {
     }
 
     /// Gives the vCPU the most urgent interrupt, or asks for a window if it cannot take it now.
-    fn deliver(&mut self) {
-        let mut apic = lock(&self.apic);
+    fn deliver(&mut self, mine: &Mutex<LocalApic>) {
+        let mut apic = lock(mine);
         let (vector, external) = (apic.pending(), apic.external_pending());
         if vector.is_none() && !external {
             drop(apic);
@@ -243,7 +263,7 @@ impl Runner {
                 // The PIC's chip is asked with the APIC unlocked.
                 drop(apic);
                 let vector = (self.common.external)();
-                apic = lock(&self.apic);
+                apic = lock(mine);
                 vector
             }
         };
@@ -261,10 +281,27 @@ impl Runner {
         self.want_window(more);
     }
 
+    /// Gives the vCPU the 8259A's interrupt, if the engine's local APIC lets it through now.
+    fn deliver_external(&mut self) {
+        if self.index != 0 || !self.common.external_wire.load(Ordering::SeqCst) {
+            return self.want_window(false);
+        }
+        if !self.vcpu.interruptible() {
+            return self.want_window(true);
+        }
+        if let Some(vector) = (self.common.external)() {
+            self.vcpu.inject_interrupt(vector);
+            self.tally.interrupt(vector);
+        }
+        self.want_window(self.common.external_wire.load(Ordering::SeqCst));
+    }
+
     /// Ends the interrupt that the guest has ended in memory. Before anything else is done to the local APIC.
     fn settle_eoi(&mut self) {
-        if self.eoi.settle(&self.common.memory) {
-            let level = lock(&self.apic).eoi();
+        if self.eoi.settle(&self.common.memory)
+            && let Some(apic) = &self.apic
+        {
+            let level = lock(apic).eoi();
             self.act(level.map_or(Effect::None, Effect::Eoi));
         }
     }
@@ -277,8 +314,8 @@ impl Runner {
     }
 
     /// Tells the timers when this APIC's timer is due.
-    fn arm(&self) {
-        let deadline = lock(&self.apic).deadline();
+    fn arm(&self, mine: &Mutex<LocalApic>) {
+        let deadline = lock(mine).deadline();
         self.common.timers.set(self.index, deadline);
     }
 
@@ -286,7 +323,7 @@ impl Runner {
     /// it: this thread wakes at its own deadline.
     fn sleep(&mut self, slot: &Slot) {
         let began = Instant::now();
-        let deadline = lock(&self.apic).deadline();
+        let deadline = self.apic.as_ref().and_then(|apic| lock(apic).deadline());
         self.common.timers.set(self.index, None);
         let limit = deadline.map(|at| self.common.clock.until(at).unwrap_or(Duration::MAX));
         self.steal.sleeps(&self.common.memory);
@@ -328,6 +365,7 @@ impl Runner {
     /// The machine is paused: waits without cost, then tells the guest that time stood still.
     fn park(&mut self, slot: &Slot) -> bool {
         let tsc = self.vcpu.tsc();
+        self.vcpu.stand();
         // While it stands still it answers nothing else.
         slot.take_questions();
         slot.tell(self.report(Doing::Paused));
@@ -335,10 +373,13 @@ impl Runner {
         if !self.common.lifecycle.park() {
             return false;
         }
-        self.vcpu.set_msr(msr::TSC, tsc);
-        let now = self.common.clock.now();
-        lock(&self.apic).set_tsc_clock(TscClock::of(self.common.tsc_hz, tsc, now));
-        self.write_system_time(true);
+        self.vcpu.go_on();
+        if let Some(apic) = &self.apic {
+            self.vcpu.set_msr(msr::TSC, tsc);
+            let now = self.common.clock.now();
+            lock(apic).set_tsc_clock(TscClock::of(self.common.tsc_hz, tsc, now));
+            self.write_system_time(true);
+        }
         slot.note();
         true
     }
@@ -398,6 +439,7 @@ impl Runner {
                 let result = self.hypercall(number, args);
                 self.vcpu.complete(Some(result));
             }
+            Exit::EndOfInterrupt { vector } => self.common.ioapic.eoi(vector),
             Exit::Halt => {
                 self.halted = true;
                 slot.note();
@@ -419,22 +461,22 @@ impl Runner {
 
     fn read(&mut self, space: Space, address: u64, size: u8, slot: &Slot) -> u64 {
         if space == Space::Mmio
-            && let Some(offset) = self.own_apic(address)
+            && let Some((apic, offset)) = self.own_apic(address)
         {
             slot.note();
             self.settle_eoi();
-            return lock(&self.apic).page_read(offset, self.common.clock.now()).into();
+            return lock(&apic).page_read(offset, self.common.clock.now()).into();
         }
         self.common.buses.read(space, address, size)
     }
 
     fn write(&mut self, space: Space, address: u64, size: u8, value: u64, slot: &Slot) {
         if space == Space::Mmio
-            && let Some(offset) = self.own_apic(address)
+            && let Some((apic, offset)) = self.own_apic(address)
         {
             self.sync_tsc();
             self.settle_eoi();
-            let effect = lock(&self.apic).page_write(offset, value as u32, self.common.clock.now());
+            let effect = lock(&apic).page_write(offset, value as u32, self.common.clock.now());
             self.act(effect);
             self.follow_tpr();
             slot.note();
@@ -443,11 +485,12 @@ impl Runner {
         self.common.buses.write(space, address, size, value);
     }
 
-    /// The offset in this vCPU's APIC page, if the address is in it.
-    fn own_apic(&self, address: u64) -> Option<u64> {
-        // All pages are near the architectural one unless a guest moves its own, which none does.
-        let page = lock(&self.apic).page()?;
-        address.checked_sub(page).filter(|&offset| offset < LocalApic::LEN)
+    /// This vCPU's APIC and the offset in its page, if the address is in it.
+    fn own_apic(&self, address: u64) -> Option<(Arc<Mutex<LocalApic>>, u64)> {
+        let apic = self.apic.as_ref()?;
+        let page = lock(apic).page()?;
+        let offset = address.checked_sub(page).filter(|&offset| offset < LocalApic::LEN)?;
+        Some((apic.clone(), offset))
     }
 
     fn act(&self, effect: Effect) {
@@ -462,7 +505,8 @@ impl Runner {
 
     /// CR8 follows the APIC's task priority register.
     fn follow_tpr(&mut self) {
-        let priority = lock(&self.apic).tpr() >> 4;
+        let Some(apic) = &self.apic else { return };
+        let priority = lock(apic).tpr() >> 4;
         if priority != self.task_priority {
             self.task_priority = priority;
             self.vcpu.set_task_priority(priority);
@@ -471,17 +515,18 @@ impl Runner {
 
     /// The APIC's idea of the TSC follows the engine's.
     fn sync_tsc(&self) {
+        let Some(apic) = &self.apic else { return };
         let (tsc, now) = (self.vcpu.tsc(), self.common.clock.now());
-        lock(&self.apic).set_tsc_clock(TscClock::of(self.common.tsc_hz, tsc, now));
+        lock(apic).set_tsc_clock(TscClock::of(self.common.tsc_hz, tsc, now));
     }
 
     fn read_msr(&mut self, index: u32) -> Option<u64> {
         match index {
-            msr::APIC_BASE => Some(lock(&self.apic).base()),
-            msr::TSC_DEADLINE => Some(lock(&self.apic).tsc_deadline()),
+            msr::APIC_BASE => Some(lock(self.apic.as_ref()?).base()),
+            msr::TSC_DEADLINE => Some(lock(self.apic.as_ref()?).tsc_deadline()),
             msr::X2APIC_FIRST..=msr::X2APIC_LAST => {
                 self.settle_eoi();
-                lock(&self.apic).msr_read(index, self.common.clock.now())
+                lock(self.apic.as_ref()?).msr_read(index, self.common.clock.now())
             }
             KVM_WALL_CLOCK_OLD | msr::KVM_WALL_CLOCK => Some(self.wall_clock),
             KVM_SYSTEM_TIME_OLD | msr::KVM_SYSTEM_TIME => Some(self.system_time.map_or(0, |at| at | 1)),
@@ -497,20 +542,20 @@ impl Runner {
             msr::APIC_BASE => {
                 slot.note();
                 self.settle_eoi();
-                let done = lock(&self.apic).set_base(value);
+                let done = lock(self.apic.as_ref()?).set_base(value);
                 self.follow_tpr();
                 done
             }
             msr::TSC_DEADLINE => {
                 self.sync_tsc();
-                lock(&self.apic).set_tsc_deadline(value);
+                lock(self.apic.as_ref()?).set_tsc_deadline(value);
                 slot.note();
                 Some(())
             }
             msr::X2APIC_FIRST..=msr::X2APIC_LAST => {
                 slot.note();
                 self.settle_eoi();
-                let effect = lock(&self.apic).msr_write(index, value, self.common.clock.now())?;
+                let effect = lock(self.apic.as_ref()?).msr_write(index, value, self.common.clock.now())?;
                 self.act(effect);
                 self.follow_tpr();
                 Some(())

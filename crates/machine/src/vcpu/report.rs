@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 use std::time::Duration;
 
 /// Kinds of exits, as they are counted.
-const EXITS: [&str; 11] = [
+const EXITS: [&str; 12] = [
     "port_read",
     "port_write",
     "mmio_read",
@@ -17,6 +17,7 @@ const EXITS: [&str; 11] = [
     "halt",
     "interrupted",
     "interrupt_window",
+    "end_of_interrupt",
     "other",
 ];
 
@@ -55,7 +56,8 @@ impl Tally {
             Exit::Halt => 7,
             Exit::Interrupted => 8,
             Exit::InterruptWindow => 9,
-            Exit::Shutdown | Exit::Debug => 10,
+            Exit::EndOfInterrupt { .. } => 10,
+            Exit::Shutdown | Exit::Debug => 11,
         };
         if let Some(count) = self.exits.get_mut(kind) {
             *count = count.wrapping_add(1);

@@ -16,7 +16,7 @@ use image::storage::StorageFile;
 use machine::agent::Agent;
 use machine::console::Console;
 use machine::control::Server;
-use machine::{DiskConfig, DiskInterface, Machine, MachineConfig, Notice, Outcome};
+use machine::{DiskConfig, DiskInterface, EngineKind, Machine, MachineConfig, Notice, Outcome};
 use source::{Root, Source};
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -60,7 +60,7 @@ fn run_at(options: &Run, place: &Place, phases: &mut Phases) -> anyhow::Result<u
         "machine: {}, {}, engine {} ({})",
         count(options.cpus, "CPU"),
         options.memory,
-        choice.name,
+        choice.name(),
         choice.why
     ));
     if source.direct {
@@ -74,10 +74,10 @@ fn run_at(options: &Run, place: &Place, phases: &mut Phases) -> anyhow::Result<u
         pid: std::process::id(),
         cpus: options.cpus,
         memory: options.memory.0,
-        engine: choice.name.to_owned(),
+        engine: choice.name().to_owned(),
         boot: source.keeps.then(|| stored_boot(&source, options)),
     })?;
-    let guest = Guest::start(options, place, &source)?;
+    let guest = Guest::start(options, place, &source, choice.kind)?;
     if background::is_background() {
         background::ready(&place.name)?;
     }
@@ -112,8 +112,9 @@ struct Guest {
 }
 
 impl Guest {
-    fn start(options: &Run, place: &Place, source: &Source) -> anyhow::Result<Self> {
-        let machine = Arc::new(Machine::new(configuration(options, place, source)?)?);
+    fn start(options: &Run, place: &Place, source: &Source, engine: EngineKind) -> anyhow::Result<Self> {
+        let config = MachineConfig { engine, ..configuration(options, place, source)? };
+        let machine = Arc::new(Machine::new(config)?);
         let path = place.directory.join("console.log");
         let log = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
         let console = Console::new(machine.serial(), Some(log))?;
