@@ -4,6 +4,7 @@
 //! * [`format`](mod@format) has the formats: raw, qcow2 and QED.
 //! * [`Image`] opens files, with the chain of images that they build on.
 //! * [`job`] works on whole images: convert, compare, commit, rebase.
+//! * [`nbd`] serves disks to clients of the NBD protocol.
 //! * [`storage`] has what lies below a format: a file or block device of the host, locked against a second writer.
 //! * [`Overlay`] lays private, disposable writes over an image that must not change.
 //! * [`clone_file`] copies images, sharing blocks where the file system can, keeping holes where it cannot.
@@ -28,6 +29,7 @@ mod disk;
 mod endian;
 pub mod format;
 pub mod job;
+pub mod nbd;
 mod open;
 mod overlay;
 pub mod storage;

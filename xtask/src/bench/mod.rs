@@ -4,6 +4,7 @@ pub mod boot;
 pub mod console;
 pub mod cpu;
 pub mod memory;
+pub mod nbd;
 pub mod page;
 pub mod peer;
 pub mod statistics;
@@ -19,6 +20,8 @@ pub enum Area {
     Boot(boot::Options),
     /// Programs inside a guest against the same programs on the bare host
     Cpu(cpu::Options),
+    /// The NBD server beside qemu-nbd
+    Nbd(nbd::Options),
 }
 
 /// Measures, prints, and writes the page if asked.
@@ -26,6 +29,7 @@ pub fn run(area: &Area) -> anyhow::Result<()> {
     match area {
         Area::Boot(options) => boot::run(options),
         Area::Cpu(options) => cpu::run(options),
+        Area::Nbd(options) => nbd::run(options),
     }
 }
 

@@ -35,6 +35,8 @@ pub enum Command {
     Commit(Commit),
     /// Tell how large a new image's file would be
     Measure(Measure),
+    /// Serve images to NBD clients until Ctrl-C
+    Serve(super::serve::Serve),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -3,6 +3,7 @@
 pub mod arguments;
 mod options;
 mod report;
+mod serve;
 mod work;
 
 use crate::exit::with_code;
@@ -38,6 +39,7 @@ pub fn run(command: arguments::Image) -> Result<u8> {
         Command::Rebase(options) => work::rebase(&options)?,
         Command::Commit(options) => work::commit(&options)?,
         Command::Measure(options) => measure(&options)?,
+        Command::Serve(options) => serve::serve(&options)?,
     }
     Ok(0)
 }

@@ -1,0 +1,17 @@
+//! Network block devices: images served to others, and others' images as storage.
+//!
+//! * [`Server`] serves disks under names, on Unix and TCP sockets, to any client of the protocol: fixed newstyle
+//!   negotiation, structured replies, extended headers, block status, several connections to one image, TLS.
+//! * [`Uri`] says where an export is.
+//!
+//! Source: the NBD protocol, doc/proto.md of the reference implementation.
+
+mod input;
+mod server;
+mod stream;
+mod uri;
+mod wire;
+
+pub use server::{Export, Limits, Listener, Server, Statistics, Tls};
+pub use stream::Stream;
+pub use uri::{Place, Uri, UriError};

@@ -1,0 +1,95 @@
+//! Looking at a socket for a moment before sleeping on it.
+//!
+//! To be woken costs a thread tens of microseconds; a client with one request at a time pays that for each. So who waits
+//! looks first, for as long as lately would have been enough, and at most [`LONGEST`]. After a sleep that took longer,
+//! as every sleep of an idle connection does, nobody looks. No more threads look than the host has CPUs to spare.
+
+use std::io;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+/// Longest look.
+const LONGEST: Duration = Duration::from_micros(100);
+/// First look that is tried.
+const SHORTEST: Duration = Duration::from_micros(20);
+
+static LOOKING: AtomicUsize = AtomicUsize::new(0);
+
+fn lookers_max() -> usize {
+    static CPUS: OnceLock<usize> = OnceLock::new();
+    let cpus = CPUS.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from));
+    cpus.saturating_sub(1)
+}
+
+/// What one waiting thread has learnt.
+#[derive(Debug, Default)]
+pub struct Poll {
+    window: Duration,
+}
+
+impl Poll {
+    /// Tries now, and for a while if that is worth it; `None` if nothing came.
+    pub fn look(
+        &mut self,
+        mut attempt: impl FnMut() -> io::Result<Option<usize>>,
+    ) -> io::Result<Option<usize>> {
+        let first = attempt()?;
+        if first.is_some() || self.window.is_zero() {
+            return Ok(first);
+        }
+        if LOOKING.fetch_add(1, Ordering::Relaxed) >= lookers_max() {
+            LOOKING.fetch_sub(1, Ordering::Relaxed);
+            return Ok(None);
+        }
+        let began = Instant::now();
+        let found = loop {
+            // Whoever has something to do on this CPU, the client above all, goes first.
+            std::thread::yield_now();
+            match attempt() {
+                Ok(None) if began.elapsed() < self.window => {}
+                other => break other,
+            }
+        };
+        LOOKING.fetch_sub(1, Ordering::Relaxed);
+        found
+    }
+
+    /// Sleeps, and learns from how long.
+    pub fn sleep<T>(&mut self, wait: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        let began = Instant::now();
+        let result = wait();
+        self.window = if began.elapsed() <= LONGEST {
+            self.window.saturating_mul(2).clamp(SHORTEST, LONGEST)
+        } else {
+            Duration::ZERO
+        };
+        result
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn looks_grow_where_answers_come_soon_and_end_where_they_do_not() {
+        let mut poll = Poll::default();
+        poll.sleep(|| Ok(())).unwrap();
+        assert_eq!(poll.window, SHORTEST);
+        poll.sleep(|| Ok(())).unwrap();
+        assert_eq!(poll.window, SHORTEST * 2);
+        poll.sleep(|| {
+            std::thread::sleep(LONGEST * 3);
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(poll.window, Duration::ZERO);
+        let mut attempts = 0;
+        let nothing = poll.look(|| {
+            attempts += 1;
+            Ok(None)
+        });
+        assert_eq!((nothing.unwrap(), attempts), (None, 1));
+    }
+}

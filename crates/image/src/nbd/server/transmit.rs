@@ -1,0 +1,197 @@
+//! The transmission phase: requests as they come, in batches.
+//!
+//! All that has come is taken from the socket at once; requests are done in their order, replies gathered, and sent
+//! together before the thread waits. Before it sleeps it looks at the socket for a while, if lately that would have paid.
+
+use super::link::Link;
+use super::perform::writes;
+use super::poll::Poll;
+use super::reply::Output;
+use crate::buffers::WriteFrom;
+use crate::endian::size;
+use crate::nbd::input::Input;
+use crate::nbd::wire::{self, Request, command};
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+/// Room for requests that have come.
+pub const INPUT: usize = 256 << 10;
+/// Room for replies, and a chunk's header beside.
+const OUTPUT: usize = (256 << 10) + 4096;
+/// Replies of so many bytes are sent while more requests wait, so that the client has something to do meanwhile.
+const SEND_AT: usize = 64 << 10;
+/// Payloads up to this length are written in one piece; longer ones in pieces of this alignment, as they come.
+const WRITE_PIECE: u64 = 128 << 10;
+/// Payload of a request for block status.
+const STATUS_PAYLOAD_MAX: u64 = 4096;
+
+/// What was done since the clock was last looked at, for the disk alone.
+struct Batch {
+    began: Instant,
+    requests: u32,
+    bytes: u64,
+}
+
+impl Batch {
+    fn begin() -> Self {
+        Self { began: Instant::now(), requests: 0, bytes: 0 }
+    }
+}
+
+/// Serves a client until it leaves; answers why, if it does not do so in order.
+pub fn serve(link: &Arc<Link>, input: Input) -> io::Result<()> {
+    let output = Output::new(&link.stream, link.mode, OUTPUT, Vec::new());
+    let mut receiver = Receiver { link, input, output, batch: Batch::begin(), poll: Poll::default() };
+    let served = receiver.serve();
+    // Those that are under way are answered, whatever came then.
+    let sent = receiver.output.send();
+    link.finish();
+    served.and(sent)
+}
+
+struct Receiver<'a> {
+    link: &'a Arc<Link>,
+    input: Input,
+    output: Output<'a>,
+    batch: Batch,
+    poll: Poll,
+}
+
+impl Receiver<'_> {
+    fn serve(&mut self) -> io::Result<()> {
+        let head = self.link.mode.request_len();
+        loop {
+            self.batch = Batch::begin();
+            while self.input.have().len() >= head {
+                let request = Request::parse(self.link.mode, self.input.have());
+                let broken = || io::Error::new(io::ErrorKind::InvalidData, "a request does not begin as one");
+                let request = request.ok_or_else(broken)?;
+                self.input.consume(head);
+                if request.kind == command::DISC {
+                    return Ok(());
+                }
+                self.take(&request)?;
+                if self.output.waiting() >= SEND_AT {
+                    self.note();
+                    self.output.send()?;
+                    self.batch = Batch::begin();
+                }
+            }
+            self.note();
+            self.output.send()?;
+            if !self.more(head)? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Waits for bytes; `false` at the connection's end.
+    fn more(&mut self, wanted: usize) -> io::Result<bool> {
+        let (input, stream) = (&mut self.input, &self.link.stream);
+        let count = match self.poll.look(|| input.fill_now(stream, wanted))? {
+            Some(count) => count,
+            None => self.poll.sleep(|| input.fill(stream, wanted, None))?,
+        };
+        Ok(count > 0)
+    }
+
+    /// Tells how the disk did.
+    fn note(&mut self) {
+        if self.batch.requests > 0 {
+            self.link.note(self.batch.began.elapsed(), self.batch.requests, self.batch.bytes);
+        }
+    }
+
+    fn take(&mut self, request: &Request) -> io::Result<()> {
+        let counters = &self.link.counters;
+        counters.requests.fetch_add(1, Ordering::Relaxed);
+        let payload = self.payload_len(request)?;
+        if let Err(refusal) = self.link.subject().check(request) {
+            self.pass_over(payload)?;
+            return self.output.failed(request, refusal.error, &refusal.why);
+        }
+        match request.kind {
+            command::READ => counters.read.fetch_add(request.len, Ordering::Relaxed),
+            command::WRITE => counters.written.fetch_add(request.len, Ordering::Relaxed),
+            _ => 0,
+        };
+        if self.link.takes_long(request) {
+            self.note();
+            let mut bytes = vec![0; size(payload)];
+            if self.input.have().len() < bytes.len() {
+                self.output.send()?;
+            }
+            self.input.read_exact(&self.link.stream, &mut bytes, None)?;
+            self.link.hand_over(*request, bytes)?;
+            self.batch = Batch::begin();
+            return Ok(());
+        }
+        self.batch.requests = self.batch.requests.saturating_add(1);
+        self.batch.bytes = self.batch.bytes.saturating_add(request.len);
+        if request.kind == command::WRITE {
+            return self.write(request);
+        }
+        self.link.subject().perform(request, &[], &mut self.output)
+    }
+
+    /// Bytes that follow a request's header.
+    fn payload_len(&self, request: &Request) -> io::Result<u64> {
+        let counted =
+            request.flags & command::FLAG_PAYLOAD_LEN != 0 && self.link.mode == wire::Mode::Extended;
+        let len = if request.kind == command::WRITE || counted { request.len } else { 0 };
+        let most = match request.kind {
+            command::BLOCK_STATUS => STATUS_PAYLOAD_MAX,
+            _ => wire::PAYLOAD_MAX.into(),
+        };
+        if len <= most {
+            return Ok(len);
+        }
+        Err(io::Error::new(io::ErrorKind::InvalidData, "a request's payload is longer than any"))
+    }
+
+    /// Lets a payload pass.
+    fn pass_over(&mut self, len: u64) -> io::Result<()> {
+        if self.input.have().len() < size(len) {
+            self.output.send()?;
+        }
+        self.input.skip(&self.link.stream, len, None)
+    }
+
+    /// The next bytes of a payload; replies do not wait for them.
+    fn need(&mut self, count: u64) -> io::Result<()> {
+        if self.input.have().len() < size(count) {
+            self.note();
+            self.output.send()?;
+            self.input.need(&self.link.stream, size(count), None)?;
+            // The time that the client took is not the disk's.
+            self.batch = Batch::begin();
+        }
+        Ok(())
+    }
+
+    /// Writes a payload as it comes.
+    fn write(&mut self, request: &Request) -> io::Result<()> {
+        debug_assert!(writes(request.kind));
+        let mut result = Ok(());
+        let mut done = 0u64;
+        while done < request.len {
+            let at = request.offset.saturating_add(done);
+            let left = request.len.saturating_sub(done);
+            let ahead = WRITE_PIECE.saturating_sub(at & WRITE_PIECE.saturating_sub(1));
+            let part = if request.len <= WRITE_PIECE { left } else { left.min(ahead) };
+            self.need(part)?;
+            let bytes = self.input.have().get(..size(part)).unwrap_or_default();
+            if result.is_ok() {
+                result = self.link.export.disk.write(at, &WriteFrom(bytes));
+            }
+            self.input.consume(size(part));
+            done = done.saturating_add(part);
+        }
+        match result {
+            Ok(()) => self.output.done(request),
+            Err(error) => self.output.failed(request, wire::error_value(&error), &error.to_string()),
+        }
+    }
+}
