@@ -5,6 +5,7 @@
 
 use image::format::Raw;
 use image::format::qed::{self, Qed};
+use image::format::vhd::{self, Vhd};
 use image::format::{Container, Format, Repair};
 use image::storage::Storage;
 use image::{Disk, ReadInto, WriteFrom};
@@ -33,6 +34,18 @@ impl Shape {
     }
 
     fn create(&self, file: Arc<Memory>, below: Below) -> Option<Arc<dyn Container>> {
+        let path = Path::new("fuzz");
+        if self.kind & 1 != 0 {
+            let parent =
+                below.is_some().then(|| vhd::Parent { name: "below".into(), ..vhd::Parent::default() });
+            let options = vhd::CreateOptions {
+                block_bits: 12 + u32::from(self.numbers & 3),
+                fixed: parent.is_none() && self.kind & 2 != 0,
+                parent,
+                ..vhd::CreateOptions::new(DISK)
+            };
+            return Some(Arc::new(Vhd::create(path, file, &options, below).ok()?));
+        }
         let backing = below.is_some().then(|| ("below".to_owned(), Format::Raw));
         let options = qed::CreateOptions {
             cluster_bits: 12 + u32::from(self.numbers & 3),
@@ -40,11 +53,15 @@ impl Shape {
             backing,
             ..qed::CreateOptions::new(DISK)
         };
-        Some(Arc::new(Qed::create(Path::new("fuzz"), file, &options, below).ok()?))
+        Some(Arc::new(Qed::create(path, file, &options, below).ok()?))
     }
 
     fn open(&self, file: Arc<Memory>, below: Below, repair: bool) -> Option<Arc<dyn Container>> {
         let path = Path::new("fuzz");
+        if self.kind & 1 != 0 {
+            let header = Vhd::read_header(path, file.as_ref()).ok()?;
+            return Some(Arc::new(Vhd::open(path, file, header, below).ok()?));
+        }
         let header = Qed::read_header(path, file.as_ref()).ok()?;
         let open = if repair { Qed::open_for_repair } else { Qed::open };
         Some(Arc::new(open(path, file, header, below).ok()?))

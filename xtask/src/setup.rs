@@ -14,6 +14,7 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("nbdkit", "nbdkit"),
     ("nbdsh", "python3-libnbd"),
     ("qemu-img", "qemu-utils"),
+    ("vhdiinfo", "libvhdi-utils"),
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("zstd", "zstd"),
 ];

@@ -1,7 +1,7 @@
 //! Disk images: what a guest's disk is made of, usable alone. Knows no VM and no guest memory.
 //!
 //! * [`Disk`] is what every format is, seen from above: bytes at offsets, flush, discard.
-//! * [`format`](mod@format) has the formats: raw, qcow2 and QED.
+//! * [`format`](mod@format) has the formats: raw, qcow2, QED and VHD.
 //! * [`Image`] opens files, with the chain of images that they build on.
 //! * [`job`] works on whole images: convert, compare, commit, rebase.
 //! * [`nbd`] serves disks to clients of the NBD protocol.
@@ -37,5 +37,5 @@ pub mod storage;
 pub use buffers::{Buffers, Part, ReadInto, VecBuffers, WriteFrom};
 pub use copy::{clone_file, share_blocks};
 pub use disk::{Content, Disk, Error, Status};
-pub use open::{Image, OpenOptions, beside, create_qcow2, create_qed, create_raw};
+pub use open::{Image, OpenOptions, beside, create_qcow2, create_qed, create_raw, create_vhd};
 pub use overlay::Overlay;

@@ -7,6 +7,7 @@
 use crate::disk::{Disk, Error};
 use crate::format::qcow2::{self, CreateOptions, Parts, Qcow2};
 use crate::format::qed::{self, Qed};
+use crate::format::vhd::{self, Vhd};
 use crate::format::{Container, Format, Raw, probe};
 use crate::storage::{Storage, StorageFile};
 use std::path::{Path, PathBuf};
@@ -127,6 +128,7 @@ enum Header {
     Raw,
     Qcow2(Box<qcow2::Header>),
     Qed(qed::Header),
+    Vhd(Box<vhd::Header>),
 }
 
 impl Header {
@@ -135,6 +137,7 @@ impl Header {
             Format::Raw => Self::Raw,
             Format::Qcow2 => Self::Qcow2(Box::new(Qcow2::read_header(path, storage)?)),
             Format::Qed => Self::Qed(Qed::read_header(path, storage)?),
+            Format::Vhd => Self::Vhd(Box::new(Vhd::read_header(path, storage)?)),
         })
     }
 
@@ -146,6 +149,17 @@ impl Header {
             Self::Qed(header) => {
                 Some((header.backing.as_deref()?, header.backing_is_raw().then_some(Format::Raw.name())))
             }
+            Self::Vhd(header) => Some((&header.parent()?.name, Some(Format::Vhd.name()))),
+        }
+    }
+
+    /// Whether an image below is the one that is meant, as far as the format can tell.
+    fn accepts(&self, below: &Self) -> bool {
+        match (self, below) {
+            (Self::Vhd(child), Self::Vhd(below)) => {
+                child.parent().is_none_or(|parent| parent.uuid == below.uuid)
+            }
+            _ => true,
         }
     }
 
@@ -220,7 +234,15 @@ impl Layer {
             (Format::Qed, None) => None,
             (_, format) => Some(backing_format(&self.path, &place, format)?),
         };
-        Self::find(&place, OpenOptions { format, read_only: true, ..options }).map(Some)
+        let below = Self::find(&place, OpenOptions { format, read_only: true, ..options })?;
+        if !self.header.accepts(&below.header) {
+            let (path, place) = (self.path.clone(), place.display());
+            let what = format!(
+                "{place} is not the disk that it builds on, but another one: find that, or copy it back"
+            );
+            return Err(Error::Unsupported { path, what });
+        }
+        Ok(Some(below))
     }
 
     fn open(mut self, backing: Option<Image>, repair: bool) -> Result<Image, Error> {
@@ -237,6 +259,7 @@ impl Layer {
                 let open = if repair { Qed::open_for_repair } else { Qed::open };
                 Opened::Other(Arc::new(open(path, storage, header, below)?))
             }
+            Header::Vhd(header) => Opened::Other(Arc::new(Vhd::open(path, storage, *header, below)?)),
         };
         Ok(Image::of(self, opened, backing))
     }
@@ -339,6 +362,31 @@ pub fn create_qed(path: &Path, options: &qed::CreateOptions) -> Result<Image, Er
     let below = backing.as_ref().map(|image| image.disk.clone());
     let qed = Arc::new(Qed::create(path, storage.clone(), options, below)?);
     Ok(Layer::made(path, Format::Qed, storage, Opened::Other(qed), backing))
+}
+
+/// Makes a VHD in a file; what is there is replaced. With `parent`, the name of another VHD, it is a differencing one.
+pub fn create_vhd(path: &Path, options: &vhd::CreateOptions, parent: Option<&str>) -> Result<Image, Error> {
+    let mut options = options.clone();
+    let below = match parent {
+        None => None,
+        Some(name) => {
+            let below = below_new(path, name, Format::Vhd)?;
+            let time =
+                std::fs::metadata(&below.path).and_then(|data| data.modified()).map_or(0, vhd::seconds);
+            let uuid = Vhd::read_header(&below.path, below.storage.as_ref())?.uuid;
+            options.parent = Some(vhd::Parent { uuid, time, name: name.to_owned() });
+            options.directory = path.parent().and_then(|directory| std::path::absolute(directory).ok());
+            if options.size != below.disk.capacity() {
+                return Err(Error::Options("a differencing VHD has the size of its parent".into()));
+            }
+            Some(below)
+        }
+    };
+    options.check().map_err(Error::Options)?;
+    let storage: Arc<dyn Storage> = Arc::new(StorageFile::create(path, true)?);
+    let disk = below.as_ref().map(|image| image.disk.clone());
+    let vhd = Arc::new(Vhd::create(path, storage.clone(), &options, disk)?);
+    Ok(Layer::made(path, Format::Vhd, storage, Opened::Other(vhd), below))
 }
 
 #[cfg(test)]

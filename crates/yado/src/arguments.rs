@@ -106,7 +106,7 @@ pub struct Run {
     #[arg(long, value_enum, default_value_t = Engine::Auto)]
     pub engine: Engine,
 
-    /// Another disk: FILE[,format=raw|qcow2][,readonly][,bus=nvme|virtio]
+    /// Another disk: FILE[,format=raw|qcow2|qed|vhd][,readonly][,bus=nvme|virtio]
     #[arg(long, value_name = "FILE[,OPTION...]", value_hint = ValueHint::FilePath)]
     pub disk: Vec<Disk>,
 

@@ -265,3 +265,49 @@ fn qed_images_build_on_others() {
     let len = std::fs::metadata(place.path("full.qed")).unwrap().len();
     assert_eq!(full["fully-allocated"], len);
 }
+
+#[test]
+fn vhds_go_there_and_back() {
+    let place = Place::new();
+    place.raw("a.raw");
+    for (number, options) in ["", "-o subformat=fixed", "-o block_size=64K"].into_iter().enumerate() {
+        place.yado(0, &format!("convert -q -f raw -O vhd {options} a.raw b{number}.vhd"));
+        place.qemu(&format!("compare -f raw -F vpc a.raw b{number}.vhd"));
+        place.yado(0, &format!("convert -q -f vhd -O raw b{number}.vhd c.raw"));
+        assert_eq!(std::fs::read(place.path("a.raw")).unwrap(), std::fs::read(place.path("c.raw")).unwrap());
+        let theirs: Value =
+            serde_json::from_str(&place.qemu(&format!("info -f vpc --output json b{number}.vhd"))).unwrap();
+        let ours: Value =
+            serde_json::from_str(&place.yado(0, &format!("info --json b{number}.vhd"))).unwrap();
+        agree(&ours, &theirs, &["actual-size", "children"]);
+        assert!(place.yado(0, &format!("check b{number}.vhd")).contains("No errors"));
+        place.yado(0, &format!("resize -q b{number}.vhd +100M"));
+        place.qemu(&format!("compare -f raw -F vpc a.raw b{number}.vhd"));
+        let size: Value =
+            serde_json::from_str(&place.yado(0, &format!("measure -O vhd {options} --json -f raw a.raw")))
+                .unwrap();
+        place.yado(0, &format!("convert -q -f raw -O vhd -S 0 {options} a.raw d.vhd"));
+        assert_eq!(size["required"], std::fs::metadata(place.path("d.vhd")).unwrap().len());
+    }
+    place.qemu("convert -f raw -O vpc -o force_size=on a.raw e.vhd");
+    assert!(place.yado(0, "compare -f raw -F vhd a.raw e.vhd").contains("identical"));
+}
+
+#[test]
+fn vhds_differ_from_others() {
+    let place = Place::new();
+    place.raw("a.raw");
+    place.yado(0, "convert -q -f raw -O vhd a.raw base.vhd");
+    place.yado(0, "create -q -f vhd -b base.vhd -F vhd top.vhd");
+    assert!(place.yado(2, "create -q -f vhd -b a.raw -F raw no.vhd").contains("qcow2"));
+    place.yado(0, "compare -q -f vhd -F raw top.vhd a.raw");
+    assert!(place.yado(125, "map top.vhd").contains("format=vpc"), "a guessed image is not believed");
+    place.yado(0, "create -q -f vhd -b top.vhd -F vhd third.vhd");
+    let chain: Value =
+        serde_json::from_str(&place.yado(0, "info -f vhd --backing-chain --json third.vhd")).unwrap();
+    assert_eq!(chain.as_array().unwrap().len(), 3);
+    let text = String::from_utf8_lossy(&place.run("vhdiinfo", &["third.vhd"]).stdout).into_owned();
+    assert!(text.contains("top.vhd") && text.contains("Differential"), "{text}");
+    place.yado(0, "commit -q -f vhd third.vhd");
+    place.yado(0, "compare -q -f vhd -F raw third.vhd a.raw");
+}

@@ -7,6 +7,7 @@ mod mapped;
 pub mod qcow2;
 pub mod qed;
 mod raw;
+pub mod vhd;
 
 pub use container::{Container, Fact, Facts};
 pub use findings::{Findings, Repair};
@@ -28,11 +29,13 @@ pub enum Format {
     Qcow2,
     /// QEMU's enhanced disk.
     Qed,
+    /// Microsoft's virtual hard disk, the first version.
+    Vhd,
 }
 
 impl Format {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Raw, Self::Qcow2, Self::Qed];
+    pub const ALL: [Self; 4] = [Self::Raw, Self::Qcow2, Self::Qed, Self::Vhd];
 
     /// Its name.
     pub fn name(self) -> &'static str {
@@ -40,6 +43,8 @@ impl Format {
             Self::Raw => "raw",
             Self::Qcow2 => "qcow2",
             Self::Qed => "qed",
+            // As QEMU calls it; its users call it "vhd", which is understood too.
+            Self::Vhd => "vpc",
         }
     }
 }
@@ -50,6 +55,7 @@ impl Format {
         match self {
             Self::Raw => false,
             Self::Qcow2 | Self::Qed => below.is_some(),
+            Self::Vhd => below == Some(Self::Vhd),
         }
     }
 }
@@ -64,7 +70,8 @@ impl FromStr for Format {
     type Err = String;
 
     fn from_str(name: &str) -> Result<Self, String> {
-        let known = Self::ALL.iter().find(|format| format.name() == name);
+        let known =
+            Self::ALL.iter().find(|format| format.name() == name || (**format == Self::Vhd && name == "vhd"));
         known.copied().ok_or_else(|| {
             let names: Vec<&str> = Self::ALL.iter().map(|format| format.name()).collect();
             format!("format {name:?} is not known; there are {}", names.join(", "))
@@ -90,7 +97,7 @@ pub fn probe(storage: &dyn Storage) -> io::Result<Format> {
         start if start.starts_with(b"KDMV") || start.starts_with(b"# Disk DescriptorFile") => {
             unsupported("VMDK")
         }
-        start if start.starts_with(b"conectix") || end.starts_with(b"conectix") => unsupported("VHD"),
+        start if start.starts_with(vhd::COOKIE) || end.starts_with(vhd::COOKIE) => Ok(Format::Vhd),
         _ => Ok(Format::Raw),
     }
 }

@@ -5,7 +5,7 @@ use crate::buffers::{ReadInto, WriteFrom};
 use crate::disk::{Content, Disk};
 use crate::endian::size;
 use crate::format::qcow2::{CreateOptions, Qcow2};
-use crate::format::qed;
+use crate::format::{qed, vhd};
 use std::io;
 
 /// Bytes that one thread deals with at a time.
@@ -231,4 +231,15 @@ pub fn measure_qed(
         data.saturating_add(tables).saturating_add(header.header_clusters).saturating_mul(header.cluster())
     };
     Ok((with(data, tables), with(all, all.div_ceil(span))))
+}
+
+/// As [`measure`], for a VHD.
+pub fn measure_vhd(
+    source: Option<&dyn Disk>,
+    options: &vhd::CreateOptions,
+) -> Result<(u64, u64), crate::Error> {
+    let block = 1u64 << (options.block_bits & 63);
+    let (data, _) = counted(source, block, 1)?;
+    let with = |count| options.file_bytes(count).map_err(crate::Error::Options);
+    Ok((with(data)?, with(options.size.div_ceil(block))?))
 }

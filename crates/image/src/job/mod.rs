@@ -6,7 +6,7 @@ mod convert;
 mod merge;
 
 pub use compare::{Difference, compare};
-pub use convert::{ConvertOptions, Target, convert, measure, measure_qed};
+pub use convert::{ConvertOptions, Target, convert, measure, measure_qed, measure_vhd};
 pub use merge::{commit, rebase};
 
 use std::io;

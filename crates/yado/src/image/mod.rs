@@ -98,6 +98,10 @@ fn make(file: &Path, new: &New) -> Result<()> {
         Format::Raw => drop(image::create_raw(file, new.size, new.preallocation)?),
         Format::Qcow2 => image::create_qcow2(file, &new.qcow2())?.close()?,
         Format::Qed => image::create_qed(file, &new.qed()?)?.close()?,
+        Format::Vhd => {
+            let parent = new.backing.as_ref().map(|(name, _)| name.as_str());
+            image::create_vhd(file, &new.vhd(), parent)?.close()?;
+        }
     }
     Ok(())
 }
@@ -276,6 +280,7 @@ fn measure(arguments: &Measure) -> Result<()> {
         Format::Raw => (new.size, new.size),
         Format::Qcow2 => image::job::measure(source, &new.qcow2())?,
         Format::Qed => image::job::measure_qed(source, &new.qed()?)?,
+        Format::Vhd => image::job::measure_vhd(source, &new.vhd())?,
     };
     let required = if new.preallocation == Preallocation::Off { required } else { full };
     if arguments.shown.as_json() {

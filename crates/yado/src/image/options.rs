@@ -4,7 +4,7 @@ use crate::exit::with_code;
 use crate::size::Size;
 use anyhow::Result;
 use image::format::qcow2::{Compression, CreateOptions, Preallocation};
-use image::format::{Format, qed};
+use image::format::{Format, qed, vhd};
 
 /// Bad usage.
 const USAGE: u8 = 2;
@@ -21,6 +21,8 @@ pub struct New {
     qcow2: CreateOptions,
     /// What only QED images have.
     qed: qed::CreateOptions,
+    /// What only VHDs have.
+    vhd: vhd::CreateOptions,
 }
 
 pub fn usage(text: impl Into<String>) -> anyhow::Error {
@@ -58,6 +60,7 @@ impl New {
             backing: None,
             qcow2: CreateOptions::new(0),
             qed: qed::CreateOptions::new(0),
+            vhd: vhd::CreateOptions::new(0),
         };
         for list in lists {
             for option in list.split(',').filter(|option| !option.is_empty()) {
@@ -93,8 +96,13 @@ impl New {
         Ok(qed::CreateOptions { size: self.size, backing, ..self.qed.clone() })
     }
 
+    /// As VHD's options.
+    pub fn vhd(&self) -> vhd::CreateOptions {
+        vhd::CreateOptions { size: self.size, ..self.vhd.clone() }
+    }
+
     fn set(&mut self, name: &str, value: &str) -> Result<()> {
-        let (qcow2, qed) = (&mut self.qcow2, &mut self.qed);
+        let (qcow2, qed, vhd) = (&mut self.qcow2, &mut self.qed, &mut self.vhd);
         let size = || value.parse::<Size>().map(|size| size.0).map_err(usage);
         match (self.format, name) {
             (_, "size") => self.size = size()?,
@@ -109,14 +117,24 @@ impl New {
                     }
                 }
             }
-            (Format::Qcow2 | Format::Qed, "backing_file") => {
+            (Format::Qcow2 | Format::Qed | Format::Vhd, "backing_file") => {
                 let format = self.backing.take().map(|(_, format)| format).unwrap_or_default();
                 self.backing = Some((value.to_owned(), format));
             }
-            (Format::Qcow2 | Format::Qed, "backing_fmt") => {
+            (Format::Qcow2 | Format::Qed | Format::Vhd, "backing_fmt") => {
                 let name = self.backing.take().map(|(name, _)| name).unwrap_or_default();
                 self.backing = Some((name, value.to_owned()));
             }
+            (Format::Vhd, "subformat") => {
+                vhd.fixed = match value {
+                    "fixed" => true,
+                    "dynamic" => false,
+                    other => return Err(usage(format!("subformat={other}: dynamic or fixed"))),
+                }
+            }
+            (Format::Vhd, "block_size") => vhd.block_bits = log2(name, size()?)?,
+            // Sizes are always exact.
+            (Format::Vhd, "force_size") => drop(switch(name, value)?),
             (Format::Qed, "cluster_size") => qed.cluster_bits = log2(name, size()?)?,
             (Format::Qed, "table_size") => qed.table_clusters = size()?,
             (Format::Qcow2, "compat") => {
@@ -177,6 +195,13 @@ pub fn help(format: Format) -> String {
             ("backing_fmt", "its format"),
             ("cluster_size", "4K to 64M (64K)"),
             ("table_size", "clusters of a table: 1 (QEMU does not open it), 2, 4, 8 or 16 (4)"),
+        ],
+        Format::Vhd => &[
+            ("size", "bytes of the disk"),
+            ("backing_file", "VHD to differ from"),
+            ("backing_fmt", "vpc"),
+            ("block_size", "4K to 1G (2M)"),
+            ("subformat", "dynamic or fixed"),
         ],
     };
     let lines: Vec<String> = options.iter().map(|(name, what)| format!("  {name:<18} {what}")).collect();

@@ -12,6 +12,8 @@ struct Inside {
     end: u64,
     /// Nothing lies beyond: what the file gets there reads as zeroes.
     bare: bool,
+    /// A format's own last sector is beyond.
+    sealed: bool,
 }
 
 /// See the module.
@@ -20,7 +22,7 @@ pub struct Tail(Mutex<Inside>);
 impl Tail {
     /// What is of use ends at `end`.
     pub fn new(end: u64) -> Self {
-        Self(Mutex::new(Inside { end, bare: false }))
+        Self(Mutex::new(Inside { end, bare: false, sealed: false }))
     }
 
     fn inside(&self) -> MutexGuard<'_, Inside> {
@@ -34,7 +36,7 @@ impl Tail {
 
     /// Everything of use ends at another place: nothing may be in use beyond.
     pub fn reset(&self, end: u64) {
-        *self.inside() = Inside { end, bare: false };
+        *self.inside() = Inside { end, bare: false, sealed: false };
     }
 
     /// A new row of `len` bytes, zeroes, whose byte `skip` lies at a multiple of `align` (a power of two).
@@ -45,7 +47,7 @@ impl Tail {
             if storage.len() > inside.end {
                 storage.set_len(inside.end)?;
             }
-            inside.bare = true;
+            (inside.bare, inside.sealed) = (true, false);
         }
         let first = inside.end.checked_add(skip).and_then(|at| at.checked_next_multiple_of(align));
         let start = first.and_then(|at| at.checked_sub(skip)).ok_or_else(full)?;
@@ -65,5 +67,29 @@ impl Tail {
         if inside.end == start.saturating_add(len) && storage.set_len(start).is_ok() {
             inside.end = start;
         }
+    }
+
+    /// Writes a format's last bytes beyond everything, unless they are there.
+    pub fn seal(&self, storage: &dyn Storage, last: &[u8]) -> io::Result<()> {
+        let mut inside = self.inside();
+        if !inside.sealed {
+            if storage.len() > inside.end {
+                storage.set_len(inside.end)?;
+            }
+            storage.write_bytes(inside.end, last)?;
+            (inside.bare, inside.sealed) = (false, true);
+        }
+        Ok(())
+    }
+
+    /// The format's last bytes are there already.
+    pub fn set_sealed(&self) {
+        self.inside().sealed = true;
+    }
+
+    /// The format's last bytes have changed.
+    pub fn unseal(&self) {
+        let mut inside = self.inside();
+        (inside.bare, inside.sealed) = (false, false);
     }
 }

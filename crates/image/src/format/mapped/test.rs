@@ -45,6 +45,18 @@ pub fn run(program: &str, arguments: &[&str]) -> String {
     text
 }
 
+/// Opens a file that this process has just closed. Programs that other tests start have a copy of every descriptor, and its
+/// lock, until they are what they will be.
+pub fn reopen(path: &Path, read_only: bool) -> Arc<StorageFile> {
+    for _ in 0..500 {
+        match StorageFile::open(path, read_only) {
+            Err(crate::Error::InUse { .. }) => std::thread::sleep(std::time::Duration::from_millis(10)),
+            other => return Arc::new(other.unwrap()),
+        }
+    }
+    panic!("{} stays in use", path.display());
+}
+
 pub fn read_all(disk: &dyn Disk) -> Vec<u8> {
     let buffers = VecBuffers::new(vec![0xee; disk.capacity() as usize]);
     disk.read(0, &buffers).unwrap();
@@ -137,8 +149,7 @@ impl Play<'_> {
             Step::Flush => self.image().flush().unwrap(),
             Step::Reopen => {
                 drop(self.image.take());
-                let storage = Arc::new(StorageFile::open(&self.path, false).unwrap());
-                self.image = Some(self.kind.open(storage, self.below.clone()));
+                self.image = Some(self.kind.open(reopen(&self.path, false), self.below.clone()));
             }
             Step::Resize(to) => {
                 if self.image().resize(to).is_ok() {
@@ -190,8 +201,7 @@ pub fn play(kind: &dyn Kind, steps: &[Step]) {
     assert!(found.is_clean(), "{found:?}");
     let Play { image, below, model, .. } = play;
     drop(image);
-    let found =
-        kind.open(Arc::new(StorageFile::open(&path, true).unwrap()), below).check(Repair::Nothing).unwrap();
+    let found = kind.open(reopen(&path, true), below).check(Repair::Nothing).unwrap();
     assert!(found.is_clean(), "closed: {found:?}");
     judge(kind, directory.path(), &path, &model);
 }

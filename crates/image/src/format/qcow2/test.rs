@@ -29,7 +29,7 @@ fn create(path: &Path, options: &CreateOptions, parts: Parts) -> Qcow2 {
 }
 
 fn open(path: &Path, read_only: bool, parts: Parts) -> Qcow2 {
-    let storage = Arc::new(StorageFile::open(path, read_only).unwrap());
+    let storage = crate::format::mapped::test::reopen(path, read_only);
     let header = Qcow2::read_header(path, storage.as_ref()).unwrap();
     Qcow2::open(path, storage, header, parts).unwrap()
 }

@@ -81,7 +81,7 @@ fn threads_do_not_disturb_each_other() {
 }
 
 fn open(path: &Path, read_only: bool) -> Result<Qed, Error> {
-    let storage = Arc::new(StorageFile::open(path, read_only)?);
+    let storage = test::reopen(path, read_only);
     let header = Qed::read_header(path, storage.as_ref())?;
     Qed::open(path, storage, header, None)
 }
