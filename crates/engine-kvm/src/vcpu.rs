@@ -157,7 +157,11 @@ impl KvmVcpu {
                 Exit::EndOfInterrupt { vector }
             }
             kvm::KVM_EXIT_HLT => Exit::Halt,
-            kvm::KVM_EXIT_IRQ_WINDOW_OPEN => Exit::InterruptWindow,
+            kvm::KVM_EXIT_IRQ_WINDOW_OPEN => {
+                // Asked for once.
+                self.page.request_interrupt_window(false);
+                Exit::InterruptWindow
+            }
             kvm::KVM_EXIT_INTR | kvm::KVM_EXIT_SET_TPR | kvm::KVM_EXIT_TPR_ACCESS | kvm::KVM_EXIT_NMI => {
                 Exit::Interrupted
             }
