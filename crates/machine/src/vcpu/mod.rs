@@ -31,7 +31,7 @@ use paravirtual::{SystemClock, hypercall};
 use profile::Profile;
 use registers::Remaining;
 use report::{Doing, Report, Tally};
-use slot::{Slot, question};
+use slot::{Patience, Slot, question};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -87,6 +87,7 @@ pub(crate) struct Runner {
     system_time: Option<u64>,
     wall_clock: u64,
     steal: StealTime,
+    patience: Patience,
     eoi: ParavirtualEoi,
     remaining: Remaining,
     last_exits: std::collections::VecDeque<(u64, String)>,
@@ -109,6 +110,7 @@ impl Runner {
             system_time: None,
             wall_clock: 0,
             steal: StealTime::default(),
+            patience: Patience::default(),
             eoi: ParavirtualEoi::default(),
             remaining: Remaining::default(),
             last_exits: std::collections::VecDeque::new(),
@@ -327,7 +329,8 @@ impl Runner {
         self.common.timers.set(self.index, None);
         let limit = deadline.map(|at| self.common.clock.until(at).unwrap_or(Duration::MAX));
         self.steal.sleeps(&self.common.memory);
-        slot.sleep(limit);
+        slot.sleep(limit, &self.patience);
+        self.patience.learn(began.elapsed());
         if self.steal.wakes(&self.common.memory) {
             self.vcpu.flush_tlb();
             self.tally.flushes = self.tally.flushes.wrapping_add(1);
@@ -407,7 +410,7 @@ impl Runner {
         self.vcpu.request_interrupt_window(false);
         (self.halted, self.window, self.pausable) = (false, false, true);
         (self.system_time, self.wall_clock, self.task_priority) = (None, 0, 0);
-        (self.steal, self.eoi) = Default::default();
+        (self.steal, self.eoi, self.patience) = Default::default();
         self.remaining = Remaining::default();
         slot.take_unhalt();
         self.sync_tsc();
@@ -532,7 +535,7 @@ impl Runner {
             KVM_SYSTEM_TIME_OLD | msr::KVM_SYSTEM_TIME => Some(self.system_time.map_or(0, |at| at | 1)),
             msr::KVM_STEAL_TIME => Some(self.steal.value()),
             msr::KVM_EOI_EN => Some(self.eoi.value()),
-            msr::KVM_POLL_CONTROL => Some(1),
+            msr::KVM_POLL_CONTROL => Some(u64::from(!self.patience.forbidden)),
             _ => self.remaining.read(index),
         }
     }
@@ -575,8 +578,8 @@ impl Runner {
                 self.settle_eoi();
                 self.eoi.set(value)
             }
-            // Whether the host may poll before it sleeps: it does not.
-            msr::KVM_POLL_CONTROL => (value <= 1).then_some(()),
+            // Whether the host may poll before it sleeps.
+            msr::KVM_POLL_CONTROL => (value <= 1).then(|| self.patience.forbidden = value == 0),
             _ => self.remaining.write(index, value),
         }
     }

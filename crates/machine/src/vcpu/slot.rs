@@ -26,6 +26,47 @@ struct Reports {
     last: Option<Report>,
 }
 
+/// How long a vCPU looks for a wake-up before it sleeps: to be woken by the host takes tens of microseconds on both sides, and
+/// CPUs of a guest that talk to each other answer sooner. It grows while that is so and shrinks when it is not.
+#[derive(Debug, Default)]
+pub(crate) struct Patience {
+    time: Duration,
+    /// The guest has patience of its own (MSR_KVM_POLL_CONTROL).
+    pub(crate) forbidden: bool,
+}
+
+impl Patience {
+    const FIRST: Duration = Duration::from_micros(10);
+    const MAX: Duration = Duration::from_micros(200);
+    /// A look takes longer only if the host has other work for its CPU.
+    const LOOK_MAX: Duration = Duration::from_micros(30);
+
+    /// Waits for `come`, until `end` at the latest.
+    fn wait(&self, come: impl Fn() -> bool, end: Option<Instant>) {
+        let began = Instant::now();
+        let mut now = began;
+        while !come() && now - began < self.time && end.is_none_or(|end| now < end) {
+            // Whoever is to wake it may need this CPU.
+            std::thread::yield_now();
+            let before = std::mem::replace(&mut now, Instant::now());
+            if now - before > Self::LOOK_MAX {
+                break;
+            }
+        }
+    }
+
+    /// What came took so long.
+    pub(crate) fn learn(&mut self, took: Duration) {
+        let time = match took {
+            _ if self.forbidden => Duration::ZERO,
+            _ if took > Self::MAX => self.time / 2,
+            _ if took > self.time => (self.time * 2).clamp(Self::FIRST, Self::MAX),
+            _ => self.time,
+        };
+        self.time = if time < Self::FIRST { Duration::ZERO } else { time };
+    }
+}
+
 /// One vCPU as other threads see it.
 #[derive(Default)]
 pub(crate) struct Slot {
@@ -140,9 +181,10 @@ impl Slot {
         self.attention.load(Ordering::Relaxed) && self.attention.swap(false, Ordering::SeqCst)
     }
 
-    /// Sleeps until [`Self::wake`], or for `limit`.
-    pub(crate) fn sleep(&self, limit: Option<Duration>) {
+    /// Sleeps until [`Self::wake`], or for `limit`, after some patience.
+    pub(crate) fn sleep(&self, limit: Option<Duration>, patience: &Patience) {
         let until = limit.and_then(|limit| Instant::now().checked_add(limit));
+        patience.wait(|| self.attention.load(Ordering::Relaxed), until);
         let mut door = self.door.lock().unwrap_or_else(PoisonError::into_inner);
         self.asleep.store(true, Ordering::SeqCst);
         while !self.attention.load(Ordering::SeqCst) {
@@ -178,12 +220,31 @@ mod test {
             }
         });
         for _ in 0..2000 {
-            slot.sleep(None);
+            slot.sleep(None, &Patience::default());
             assert!(slot.take_attention());
         }
         thread.join().unwrap();
         let before = Instant::now();
-        slot.sleep(Some(Duration::from_millis(5)));
+        slot.sleep(Some(Duration::from_millis(5)), &Patience::default());
         assert!(before.elapsed() >= Duration::from_millis(5) && !slot.take_attention());
+    }
+
+    #[test]
+    fn patience_follows_what_comes() {
+        let mut patience = Patience::default();
+        patience.learn(Duration::from_millis(4));
+        assert_eq!(patience.time, Duration::ZERO);
+        for _ in 0..9 {
+            patience.learn(Duration::from_micros(150));
+        }
+        assert_eq!(patience.time, Duration::from_micros(160));
+        let began = Instant::now();
+        patience.wait(|| false, Some(began + Duration::from_micros(20)));
+        patience.wait(|| true, None);
+        assert!(began.elapsed() >= Duration::from_micros(20));
+        for _ in 0..5 {
+            patience.learn(Duration::from_millis(4));
+        }
+        assert_eq!(patience.time, Duration::ZERO);
     }
 }
