@@ -15,6 +15,7 @@ use crate::peers::{Flag, Peers, Requests, Watch, kick};
 use crate::signal;
 use crate::state::seg;
 use crate::step::step;
+use crate::translate::visit::Visit;
 use crate::translate::{Config, Outcome, Translator};
 use crate::verify::Verifier;
 use cpu::{Error, Exit, Kick, Registers, Vcpu, VcpuConfig};
@@ -108,14 +109,20 @@ impl SoftVcpu {
 
     /// Runs user code on the host's CPU, if that is worth it.
     fn run_direct(&mut self) -> Result<Next, Error> {
-        let Some(direct) = &mut self.direct else { return Ok(Next::Translate) };
+        let (Some(direct), Some(translator)) = (&mut self.direct, &mut self.translator) else {
+            return Ok(Next::Translate);
+        };
         if !direct.wants(&self.core.state) {
+            translator.visit = None;
             return Ok(Next::Translate);
         }
-        if let Some(translator) = &mut self.translator {
-            translator.drain_writes(&mut self.core);
+        if translator.visit.as_ref().is_some_and(|visit| !visit.over(&self.core.state)) {
+            return Ok(Next::Translate);
         }
-        direct.run(&mut self.core)
+        translator.drain_writes(&mut self.core);
+        let next = direct.run(&mut self.core)?;
+        translator.visit = (next == Next::Translate).then(|| Visit::new(&self.core.state));
+        Ok(next)
     }
 
     fn translate(&mut self) -> Result<Outcome, Error> {

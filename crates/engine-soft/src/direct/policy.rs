@@ -15,8 +15,8 @@ const STEPS: u32 = 64;
 const PERIOD: f64 = 0.05;
 /// What a stop costs inside the host's kernel, in seconds: it looks like time of the guest's code.
 const STOP: f64 = 4e-6;
-/// Share of the time that must be spent in the guest's code.
-const SHARE_MIN: f64 = 0.5;
+/// Share of the time that must be spent in the guest's code: the translator's code takes not much longer than that.
+const SHARE_MIN: f64 = 0.7;
 /// Seconds that a process waits after it failed for the first time, and at most.
 const WAIT: (f64, f64) = (0.03, 20.0);
 /// Processes that are remembered.

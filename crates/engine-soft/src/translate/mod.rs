@@ -23,6 +23,7 @@ mod store;
 mod system;
 mod template;
 mod thunk;
+pub(crate) mod visit;
 
 use crate::access::room_in_page;
 use crate::cpu_core::{Core, attention};
@@ -43,6 +44,7 @@ use template::Templates;
 pub(crate) use block::{INSTRUCTIONS_MAX, passed};
 pub(crate) use template::must_align;
 use thunk::{Thunks, reason};
+use visit::Visit;
 
 /// Why [`Translator::run`] came back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -131,6 +133,8 @@ pub struct Translator {
     identity: u64,
     /// Leave after every block.
     single: bool,
+    /// Somebody wants to know when the page is left that runs now.
+    pub(crate) visit: Option<Visit>,
     single_cpu: bool,
     statistics: Statistics,
 }
@@ -164,6 +168,7 @@ impl Translator {
             secret: crate::host::random(),
             identity: IDENTITY.fetch_add(1, Ordering::Relaxed),
             single: false,
+            visit: None,
             single_cpu: config.single_cpu,
             statistics: Statistics::default(),
         })
@@ -324,11 +329,13 @@ impl Translator {
         }
     }
 
-    /// Lets indirect jumps find their targets again after a kick; `false` if there is one now.
-    fn open(&self, state: &CpuState, class: usize) -> bool {
+    /// Lets indirect jumps find their targets again after a kick, unless a visit looks where they lead; `false` if there is a
+    /// kick now.
+    fn open(&mut self, state: &CpuState, class: usize) -> bool {
         let (Some(&salt), Some(gate)) = (self.salts.get(class), state.doorbell.gates.get(class)) else {
             return false;
         };
+        let salt = if self.visit.as_mut().is_some_and(Visit::looks) { 0 } else { salt };
         if gate.load(Ordering::Relaxed) != salt {
             gate.store(salt, Ordering::SeqCst);
         }
@@ -341,6 +348,9 @@ impl Translator {
         // The block that a link or a bridge was just made to.
         let mut next = None;
         loop {
+            if self.visit.as_ref().is_some_and(|visit| visit.over(&core.state)) {
+                return Outcome::Kicked;
+            }
             if !self.open(&core.state, class) {
                 return Outcome::Kicked;
             }

@@ -32,20 +32,26 @@ fn pin(cpu: usize) {
     }
 }
 
-/// Integer work over a table of 16 KiB.
-fn work(seed: u64) -> u64 {
-    let mut numbers = Numbers(seed);
-    let mut table = [0u64; 2048];
-    for _ in 0..20_000 {
-        let number = numbers.draw();
-        table[number as usize % 2048] ^= number.rotate_left(7);
+/// Integer work over a table of 16 KiB, so many times. The same code for one thread and for two: where code is decides how fast
+/// it is.
+#[inline(never)]
+fn work(seed: u64, times: u64) -> u64 {
+    let mut sum = 0;
+    for _ in 0..times {
+        let mut numbers = Numbers(seed);
+        let mut table = [0u64; 2048];
+        for _ in 0..20_000 {
+            let number = numbers.draw();
+            table[number as usize % 2048] ^= number.rotate_left(7);
+        }
+        sum = black_box(&table).iter().fold(0, |sum: u64, &word| sum.wrapping_mul(31) ^ word);
     }
-    black_box(&table).iter().fold(0, |sum, &word| sum.wrapping_mul(31) ^ word)
+    sum
 }
 
 /// Two pieces of work, one after the other.
 fn one_thread(units: u64) -> u64 {
-    (0..units).fold(0, |_, _| work(1) ^ work(2))
+    work(1, units) ^ work(2, units)
 }
 
 /// Two pieces of work beside each other.
@@ -53,7 +59,7 @@ fn two_threads(units: u64) -> u64 {
     let pieces = [1, 2].map(|seed| {
         thread::spawn(move || {
             pin(seed as usize - 1);
-            (0..units).fold(0, |_, _| work(seed))
+            work(seed, units)
         })
     });
     pieces.into_iter().fold(0, |sum, piece| sum ^ piece.join().unwrap_or_default())
@@ -167,7 +173,7 @@ fn shootdown(units: u64) -> u64 {
         scope.spawn(|| {
             pin(1);
             while over.load(Ordering::Relaxed) == 0 {
-                black_box(work(3));
+                black_box(work(3, 1));
             }
         });
         let changes = scope.spawn(|| {
