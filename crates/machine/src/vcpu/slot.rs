@@ -45,11 +45,11 @@ impl Patience {
     fn wait(&self, come: impl Fn() -> bool, end: Option<Instant>) {
         let began = Instant::now();
         let mut now = began;
-        while !come() && now - began < self.time && end.is_none_or(|end| now < end) {
+        while !come() && now.duration_since(began) < self.time && end.is_none_or(|end| now < end) {
             // Whoever is to wake it may need this CPU.
             std::thread::yield_now();
             let before = std::mem::replace(&mut now, Instant::now());
-            if now - before > Self::LOOK_MAX {
+            if now.duration_since(before) > Self::LOOK_MAX {
                 break;
             }
         }
@@ -57,10 +57,11 @@ impl Patience {
 
     /// What came took so long.
     pub(crate) fn learn(&mut self, took: Duration) {
+        let twice = |time: Duration| time.saturating_add(time).clamp(Self::FIRST, Self::MAX);
         let time = match took {
             _ if self.forbidden => Duration::ZERO,
-            _ if took > Self::MAX => self.time / 2,
-            _ if took > self.time => (self.time * 2).clamp(Self::FIRST, Self::MAX),
+            _ if took > Self::MAX => self.time.div_f32(2.0),
+            _ if took > self.time => twice(self.time),
             _ => self.time,
         };
         self.time = if time < Self::FIRST { Duration::ZERO } else { time };
