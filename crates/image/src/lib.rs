@@ -1,7 +1,7 @@
 //! Disk images: what a guest's disk is made of, usable alone. Knows no VM and no guest memory.
 //!
 //! * [`Disk`] is what every format is, seen from above: bytes at offsets, flush, discard.
-//! * [`format`](mod@format) has the formats: raw, qcow2, QED and VHD.
+//! * [`format`](mod@format) has the formats: raw, qcow2, QED and VHD; VHDX and VMDK to read.
 //! * [`Image`] opens files, with the chain of images that they build on.
 //! * [`job`] works on whole images: convert, compare, commit, rebase.
 //! * [`nbd`] serves disks to clients of the NBD protocol.

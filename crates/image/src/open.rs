@@ -8,6 +8,8 @@ use crate::disk::{Disk, Error};
 use crate::format::qcow2::{self, CreateOptions, Parts, Qcow2};
 use crate::format::qed::{self, Qed};
 use crate::format::vhd::{self, Vhd};
+use crate::format::vhdx::{self, Vhdx};
+use crate::format::vmdk::{self, Vmdk};
 use crate::format::{Container, Format, Raw, probe};
 use crate::storage::{Storage, StorageFile};
 use std::path::{Path, PathBuf};
@@ -129,6 +131,8 @@ enum Header {
     Qcow2(Box<qcow2::Header>),
     Qed(qed::Header),
     Vhd(Box<vhd::Header>),
+    Vhdx(vhdx::Header),
+    Vmdk(vmdk::Header),
 }
 
 impl Header {
@@ -138,18 +142,21 @@ impl Header {
             Format::Qcow2 => Self::Qcow2(Box::new(Qcow2::read_header(path, storage)?)),
             Format::Qed => Self::Qed(Qed::read_header(path, storage)?),
             Format::Vhd => Self::Vhd(Box::new(Vhd::read_header(path, storage)?)),
+            Format::Vhdx => Self::Vhdx(Vhdx::read_header(path, storage)?),
+            Format::Vmdk => Self::Vmdk(Vmdk::read_header(path, storage)?),
         })
     }
 
     /// The image that it builds on, and its format if that is said.
     fn backing(&self) -> Option<(&str, Option<&str>)> {
         match self {
-            Self::Raw => None,
+            Self::Raw | Self::Vhdx(_) => None,
             Self::Qcow2(header) => Some((header.backing.as_deref()?, header.backing_format.as_deref())),
             Self::Qed(header) => {
                 Some((header.backing.as_deref()?, header.backing_is_raw().then_some(Format::Raw.name())))
             }
             Self::Vhd(header) => Some((&header.parent()?.name, Some(Format::Vhd.name()))),
+            Self::Vmdk(header) => Some((header.parent.as_deref()?, Some(Format::Vmdk.name()))),
         }
     }
 
@@ -200,6 +207,12 @@ impl Layer {
             Some(format) => format,
             None => probe(storage.as_ref()).map_err(|source| Error::io(path, source))?,
         };
+        if !options.read_only && !format.is_writable() {
+            let what = format!(
+                "{format} images are only read: convert it (yado image convert -O qcow2), or add `readonly`"
+            );
+            return Err(Error::Unsupported { path: path.to_path_buf(), what });
+        }
         let header = Header::read(format, path, storage.as_ref())?;
         let trusted = options.format.is_some();
         let mut layer = Self { path: path.to_path_buf(), format, storage, header, data: None, trusted };
@@ -259,6 +272,8 @@ impl Layer {
                 let open = if repair { Qed::open_for_repair } else { Qed::open };
                 Opened::Other(Arc::new(open(path, storage, header, below)?))
             }
+            Header::Vhdx(header) => Opened::Other(Arc::new(Vhdx::open(path, storage, header))),
+            Header::Vmdk(header) => Opened::Other(Arc::new(Vmdk::open(path, storage, header, below))),
             Header::Vhd(header) => Opened::Other(Arc::new(Vhd::open(path, storage, *header, below)?)),
         };
         Ok(Image::of(self, opened, backing))

@@ -311,3 +311,28 @@ fn vhds_differ_from_others() {
     place.yado(0, "commit -q -f vhd third.vhd");
     place.yado(0, "compare -q -f vhd -F raw third.vhd a.raw");
 }
+
+#[test]
+fn vhdx_and_vmdk_are_converted() {
+    let place = Place::new();
+    place.raw("a.raw");
+    for (number, (format, options)) in [
+        ("vhdx", "subformat=dynamic"),
+        ("vmdk", "subformat=monolithicSparse"),
+        ("vmdk", "subformat=streamOptimized"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        place.qemu(&format!("convert -f raw -O {format} -o {options} a.raw b{number}"));
+        place.yado(0, &format!("convert -q -f {format} -O qcow2 b{number} c{number}.qcow2"));
+        place.qemu(&format!("compare -f raw -F qcow2 a.raw c{number}.qcow2"));
+        let theirs: Value =
+            serde_json::from_str(&place.qemu(&format!("info -f {format} --output json b{number}"))).unwrap();
+        let ours: Value = serde_json::from_str(&place.yado(0, &format!("info --json b{number}"))).unwrap();
+        agree(&ours, &theirs, &["actual-size", "children", "format-specific"]);
+        assert!(place.yado(0, &format!("check b{number}")).contains("No errors"));
+        assert!(place.yado(125, &format!("resize b{number} +1M")).contains("convert"));
+        place.yado(2, &format!("create -f {format} d 1M"));
+    }
+}

@@ -8,6 +8,8 @@ pub mod qcow2;
 pub mod qed;
 mod raw;
 pub mod vhd;
+pub mod vhdx;
+pub mod vmdk;
 
 pub use container::{Container, Fact, Facts};
 pub use findings::{Findings, Repair};
@@ -31,11 +33,15 @@ pub enum Format {
     Qed,
     /// Microsoft's virtual hard disk, the first version.
     Vhd,
+    /// Microsoft's virtual hard disk, the second version; read only.
+    Vhdx,
+    /// VMware's disk in one file; read only.
+    Vmdk,
 }
 
 impl Format {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Raw, Self::Qcow2, Self::Qed, Self::Vhd];
+    pub const ALL: [Self; 6] = [Self::Raw, Self::Qcow2, Self::Qed, Self::Vhd, Self::Vhdx, Self::Vmdk];
 
     /// Its name.
     pub fn name(self) -> &'static str {
@@ -45,15 +51,22 @@ impl Format {
             Self::Qed => "qed",
             // As QEMU calls it; its users call it "vhd", which is understood too.
             Self::Vhd => "vpc",
+            Self::Vhdx => "vhdx",
+            Self::Vmdk => "vmdk",
         }
     }
 }
 
 impl Format {
+    /// Whether images of this format can be made and written.
+    pub fn is_writable(self) -> bool {
+        !matches!(self, Self::Vhdx | Self::Vmdk)
+    }
+
     /// Whether images of this format can build on one of another, and say so; `None` is a format that is not said.
     pub fn can_build_on(self, below: Option<Self>) -> bool {
         match self {
-            Self::Raw => false,
+            Self::Raw | Self::Vhdx | Self::Vmdk => false,
             Self::Qcow2 | Self::Qed => below.is_some(),
             Self::Vhd => below == Some(Self::Vhd),
         }
@@ -79,25 +92,19 @@ impl FromStr for Format {
     }
 }
 
-/// What a file looks like. Only for files whose format nobody has said, and whose names then are not followed. Formats
-/// that are known by sight but cannot be opened are errors.
+/// What a file looks like. Only for files whose format nobody has said, and whose names then are not followed.
 pub fn probe(storage: &dyn Storage) -> io::Result<Format> {
     let mut start = [0; 512];
     storage.read_bytes(0, &mut start)?;
     let mut end = [0; 512];
     storage.read_bytes(storage.len().saturating_sub(512), &mut end)?;
-    let unsupported = |name: &str| {
-        let text = format!("it looks like a {name} image, which cannot be opened; say -f raw if it is none");
-        Err(io::Error::new(io::ErrorKind::Unsupported, text))
-    };
-    match &start {
-        _ if be32(&start, 0) == qcow2::header::MAGIC => Ok(Format::Qcow2),
-        start if start.starts_with(qed::MAGIC) => Ok(Format::Qed),
-        start if start.starts_with(b"vhdxfile") => unsupported("VHDX"),
-        start if start.starts_with(b"KDMV") || start.starts_with(b"# Disk DescriptorFile") => {
-            unsupported("VMDK")
-        }
-        start if start.starts_with(vhd::COOKIE) || end.starts_with(vhd::COOKIE) => Ok(Format::Vhd),
-        _ => Ok(Format::Raw),
-    }
+    let begins = |magic: &[u8]| start.starts_with(magic);
+    Ok(match () {
+        () if be32(&start, 0) == qcow2::header::MAGIC => Format::Qcow2,
+        () if begins(qed::MAGIC) => Format::Qed,
+        () if begins(vhdx::MAGIC) => Format::Vhdx,
+        () if begins(vmdk::MAGIC) || begins(vmdk::TEXT_MAGIC) => Format::Vmdk,
+        () if begins(vhd::COOKIE) || end.starts_with(vhd::COOKIE) => Format::Vhd,
+        () => Format::Raw,
+    })
 }

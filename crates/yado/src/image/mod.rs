@@ -102,6 +102,7 @@ fn make(file: &Path, new: &New) -> Result<()> {
             let parent = new.backing.as_ref().map(|(name, _)| name.as_str());
             image::create_vhd(file, &new.vhd(), parent)?.close()?;
         }
+        Format::Vhdx | Format::Vmdk => return Err(usage(format!("{} images are only read", new.format))),
     }
     Ok(())
 }
@@ -281,6 +282,7 @@ fn measure(arguments: &Measure) -> Result<()> {
         Format::Qcow2 => image::job::measure(source, &new.qcow2())?,
         Format::Qed => image::job::measure_qed(source, &new.qed()?)?,
         Format::Vhd => image::job::measure_vhd(source, &new.vhd())?,
+        Format::Vhdx | Format::Vmdk => return Err(usage(format!("{format} images are only read"))),
     };
     let required = if new.preallocation == Preallocation::Off { required } else { full };
     if arguments.shown.as_json() {

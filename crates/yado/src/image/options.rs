@@ -53,6 +53,11 @@ fn log2(name: &str, number: u64) -> Result<u32> {
 impl New {
     /// Reads the options of a format; the size is left open.
     pub fn parse(format: Format, lists: &[String]) -> Result<Self> {
+        if !format.is_writable() {
+            return Err(usage(format!(
+                "{format} images are only read: choose another format, such as qcow2"
+            )));
+        }
         let mut new = Self {
             format,
             size: 0,
@@ -203,6 +208,7 @@ pub fn help(format: Format) -> String {
             ("block_size", "4K to 1G (2M)"),
             ("subformat", "dynamic or fixed"),
         ],
+        Format::Vhdx | Format::Vmdk => &[],
     };
     let lines: Vec<String> = options.iter().map(|(name, what)| format!("  {name:<18} {what}")).collect();
     format!("options of {format} images:\n{}", lines.join("\n"))

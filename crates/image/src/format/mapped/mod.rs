@@ -92,34 +92,102 @@ pub trait Layout: Send + Sync + 'static {
     fn grain(&self) -> u64;
     /// Where the byte at `offset` lies, and how many of at most `len` (not zero) lie so and behind each other.
     fn locate(&self, sectors: &Sectors, offset: u64, len: u64) -> io::Result<(Place, u64)>;
-    /// Room for the byte at `offset`, whose grain is not there. Under the block's lock.
-    fn room(&self, sectors: &Sectors, offset: u64) -> io::Result<Room>;
-    /// Takes back room that was made for a block and is not used. Under the block's lock.
-    fn give_back(&self, sectors: &Sectors, new: u64);
-    /// The grains that a range touches, all in one block, are in the room of its first byte now. Under the block's lock.
-    fn store(&self, sectors: &Sectors, offset: u64, len: u64, room: Room) -> io::Result<()>;
-    /// Notes that whole grains which are not there read as zeroes, if the format can say so; answers whether it can.
-    /// Under the block's lock.
-    fn set_zero(&self, sectors: &Sectors, offset: u64, len: u64) -> io::Result<bool>;
-    /// The image is about to be written for the first time.
-    fn begin(&self, storage: &dyn Storage) -> io::Result<()>;
-    /// A flush ends: what is last in the file.
-    fn seal(&self, storage: &dyn Storage) -> io::Result<()>;
     /// What the header says.
     fn facts(&self) -> Facts;
+    /// Looks at all of the file, with nothing dirty and the gate closed; with `repair`, mends it. Changes the file itself:
+    /// the sectors are forgotten afterwards.
+    fn check(&self, sectors: &Sectors, repair: Repair) -> io::Result<Findings>;
+
+    // What follows is for formats that are written.
+
+    /// Images are only read.
+    fn is_read_only(&self) -> bool {
+        false
+    }
+    /// Room for the byte at `offset`, whose grain is not there. Under the block's lock.
+    fn room(&self, _sectors: &Sectors, _offset: u64) -> io::Result<Room> {
+        Err(read_only_error())
+    }
+    /// Takes back room that was made for a block and is not used. Under the block's lock.
+    fn give_back(&self, _sectors: &Sectors, _new: u64) {}
+    /// The grains that a range touches, all in one block, are in the room of its first byte now. Under the block's lock.
+    fn store(&self, _sectors: &Sectors, _offset: u64, _len: u64, _room: Room) -> io::Result<()> {
+        Err(read_only_error())
+    }
+    /// Notes that whole grains which are not there read as zeroes, if the format can say so; answers whether it can.
+    /// Under the block's lock.
+    fn set_zero(&self, _sectors: &Sectors, _offset: u64, _len: u64) -> io::Result<bool> {
+        Ok(false)
+    }
+    /// The image is about to be written for the first time.
+    fn begin(&self, _storage: &dyn Storage) -> io::Result<()> {
+        Ok(())
+    }
+    /// A flush ends: what is last in the file.
+    fn seal(&self, _storage: &dyn Storage) -> io::Result<()> {
+        Ok(())
+    }
 
     // For these the gate is closed, and nothing is dirty.
 
     /// Whether the disk can have another size; if not, why not.
-    fn can_resize(&self, capacity: u64) -> Result<(), String>;
+    fn can_resize(&self, _capacity: u64) -> Result<(), String> {
+        Err("images of this format keep their size".into())
+    }
     /// Gives the disk another size. What is cut off reads as zeroes already.
-    fn resize(&self, sectors: &Sectors, capacity: u64) -> io::Result<()>;
-    /// Looks at all of the file; with `repair`, mends it. Changes the file itself: the sectors are forgotten afterwards.
-    fn check(&self, storage: &dyn Storage, repair: Repair) -> io::Result<Findings>;
+    fn resize(&self, _sectors: &Sectors, _capacity: u64) -> io::Result<()> {
+        Err(read_only_error())
+    }
     /// Names another image to build on.
-    fn set_backing(&self, sectors: &Sectors, backing: Option<(&str, Format)>) -> io::Result<()>;
+    fn set_backing(&self, _sectors: &Sectors, _backing: Option<(&str, Format)>) -> io::Result<()> {
+        Err(read_only_error())
+    }
     /// Makes the tables empty and cuts the file. As for a check, the sectors are forgotten afterwards.
-    fn empty(&self, storage: &dyn Storage) -> io::Result<()>;
+    fn empty(&self, _storage: &dyn Storage) -> io::Result<()> {
+        Err(read_only_error())
+    }
+}
+
+/// The check of a format that is only read: all entries are looked up.
+pub fn look_up_all(layout: &dyn Layout, sectors: &Sectors) -> Findings {
+    let (block, capacity) = (layout.block().max(1), layout.capacity());
+    let mut found = Findings { total_clusters: capacity.div_ceil(block), ..Findings::default() };
+    let (mut at, mut next) = (0u64, 0u64);
+    while at < capacity {
+        let end = |run: u64| at.saturating_add(run.max(1));
+        let (place, run) = match layout.locate(sectors, at, capacity.saturating_sub(at)) {
+            Ok(found) => found,
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                found.corrupt(|| error.to_string());
+                (Place::Zero, block)
+            }
+            Err(error) => {
+                found.errors = found.errors.saturating_add(1);
+                found.say(|| error.to_string());
+                (Place::Zero, block)
+            }
+        };
+        let blocks = run.div_ceil(block);
+        let begins = match place {
+            Place::At(offset) => Some((offset, run)),
+            Place::Packed(packed) => {
+                found.compressed_clusters = found.compressed_clusters.saturating_add(blocks);
+                Some((packed.offset, packed.len))
+            }
+            Place::Below | Place::Zero => None,
+        };
+        if let Some((offset, len)) = begins {
+            found.allocated_clusters = found.allocated_clusters.saturating_add(blocks);
+            let gap = if matches!(place, Place::At(_)) { 0 } else { SECTOR.saturating_mul(2) };
+            if next != 0 && !(next..=next.saturating_add(gap)).contains(&offset) {
+                found.fragmented_clusters = found.fragmented_clusters.saturating_add(1);
+            }
+            next = offset.saturating_add(len);
+            found.image_end_offset = found.image_end_offset.max(next);
+        }
+        at = end(run);
+    }
+    found
 }
 
 /// Locks for blocks that get a place.
@@ -176,8 +244,8 @@ impl<L: Layout> Mapped<L> {
     pub fn new(path: &Path, layout: L, storage: Arc<dyn Storage>, backing: Option<Arc<dyn Disk>>) -> Self {
         Self {
             path: path.to_path_buf(),
+            read_only: storage.read_only() || layout.is_read_only(),
             layout,
-            read_only: storage.read_only(),
             sectors: Sectors::new(storage.clone()),
             storage,
             backing,
@@ -252,9 +320,10 @@ impl<L: Layout> Mapped<L> {
         self.storage.read_bytes(packed.offset, &mut from)?;
         let mut bytes = vec![0; size(packed.whole)];
         let mut inflater = flate2::Decompress::new(true);
-        inflater
-            .decompress(&from, &mut bytes, flate2::FlushDecompress::Finish)
-            .map_err(|_| damaged("a compressed grain cannot be inflated"))?;
+        let done = inflater.decompress(&from, &mut bytes, flate2::FlushDecompress::Finish);
+        if !matches!(done, Ok(flate2::Status::StreamEnd)) {
+            return Err(damaged("a compressed grain cannot be inflated"));
+        }
         let bytes = Arc::new(bytes);
         *lock(&self.inflated) = Some((packed.offset, bytes.clone()));
         Ok(bytes)
@@ -454,7 +523,7 @@ impl<L: Layout> Container for Mapped<L> {
             return Err(failed(read_only_error()));
         }
         let _quiet = self.quiesce().map_err(failed)?;
-        let found = self.layout.check(self.storage.as_ref(), repair).map_err(failed)?;
+        let found = self.layout.check(&self.sectors, repair).map_err(failed)?;
         self.sectors.forget();
         if repair == Repair::All && found.corruptions == 0 && found.errors == 0 {
             self.damaged.store(false, Ordering::Release);

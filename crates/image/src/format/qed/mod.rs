@@ -361,10 +361,6 @@ impl Layout for Layer {
         }
     }
 
-    fn seal(&self, _storage: &dyn Storage) -> io::Result<()> {
-        Ok(())
-    }
-
     fn facts(&self) -> Facts {
         let header = lock(&self.header);
         let format = header.backing_is_raw().then(|| Format::Raw.to_string());
@@ -389,8 +385,8 @@ impl Layout for Layer {
         Ok(())
     }
 
-    fn check(&self, storage: &dyn Storage, repair: Repair) -> io::Result<Findings> {
-        check::check(self, storage, repair)
+    fn check(&self, sectors: &Sectors, repair: Repair) -> io::Result<Findings> {
+        check::check(self, sectors.storage(), repair)
     }
 
     fn set_backing(&self, sectors: &Sectors, backing: Option<(&str, Format)>) -> io::Result<()> {

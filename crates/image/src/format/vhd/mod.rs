@@ -421,14 +421,6 @@ impl Layout for Layer {
         Ok(())
     }
 
-    fn set_zero(&self, _sectors: &Sectors, _offset: u64, _len: u64) -> io::Result<bool> {
-        Ok(false)
-    }
-
-    fn begin(&self, _storage: &dyn Storage) -> io::Result<()> {
-        Ok(())
-    }
-
     fn seal(&self, storage: &dyn Storage) -> io::Result<()> {
         if self.kind == Kind::Fixed {
             return Ok(());
@@ -484,8 +476,8 @@ impl Layout for Layer {
         self.switch(storage, header)
     }
 
-    fn check(&self, storage: &dyn Storage, repair: Repair) -> io::Result<Findings> {
-        check::check(self, storage, repair)
+    fn check(&self, sectors: &Sectors, repair: Repair) -> io::Result<Findings> {
+        check::check(self, sectors.storage(), repair)
     }
 
     fn set_backing(&self, sectors: &Sectors, backing: Option<(&str, Format)>) -> io::Result<()> {
