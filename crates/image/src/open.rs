@@ -11,7 +11,7 @@ use crate::format::vhd::{self, Vhd};
 use crate::format::vhdx::{self, Vhdx};
 use crate::format::vmdk::{self, Vmdk};
 use crate::format::{Container, Format, Raw, probe};
-use crate::storage::{Storage, StorageFile};
+use crate::storage::{self, Storage, StorageFile};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -198,11 +198,7 @@ struct Layer {
 
 impl Layer {
     fn find(path: &Path, options: OpenOptions) -> Result<Self, Error> {
-        let storage: Arc<dyn Storage> = if options.shared {
-            Arc::new(StorageFile::open_shared(path, options.read_only)?)
-        } else {
-            Arc::new(StorageFile::open(path, options.read_only)?)
-        };
+        let storage = storage::open(path, options.read_only, options.shared)?;
         let format = match options.format {
             Some(format) => format,
             None => probe(storage.as_ref()).map_err(|source| Error::io(path, source))?,

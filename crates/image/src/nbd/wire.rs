@@ -3,9 +3,6 @@
 //! Source: the NBD protocol, doc/proto.md of the reference implementation; names are those of that document without
 //! their `NBD_`. Everything is big-endian.
 
-// What one end sends the other one reads; until there is a client of our own some are read in tests only.
-#![allow(dead_code)]
-
 use crate::endian::{be16, be32, be64};
 use std::io;
 
@@ -109,7 +106,6 @@ pub mod command {
     pub const FLAG_NO_HOLE: u16 = 1 << 1;
     pub const FLAG_DF: u16 = 1 << 2;
     pub const FLAG_REQ_ONE: u16 = 1 << 3;
-    pub const FLAG_FAST_ZERO: u16 = 1 << 4;
     pub const FLAG_PAYLOAD_LEN: u16 = 1 << 5;
 }
 
@@ -124,7 +120,6 @@ pub mod chunk {
     pub const BLOCK_STATUS_EXT: u16 = 6;
     pub const ERROR_BIT: u16 = 1 << 15;
     pub const ERROR: u16 = ERROR_BIT | 1;
-    pub const ERROR_OFFSET: u16 = ERROR_BIT | 2;
 }
 
 /// Error values.

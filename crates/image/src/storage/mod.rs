@@ -6,8 +6,25 @@ pub(crate) mod power;
 
 pub use file::StorageFile;
 
+use crate::Error;
 use crate::buffers::{Buffers, ReadInto, WriteFrom};
+use crate::nbd::{NbdStorage, Uri};
 use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+/// Opens what a name means: an NBD export where it is a URI of one, else a file or block device of the host. With
+/// `shared` others may use the file meanwhile.
+pub fn open(name: &Path, read_only: bool, shared: bool) -> Result<Arc<dyn Storage>, Error> {
+    match name.to_str().filter(|text| Uri::looks_like(text)) {
+        Some(text) => {
+            let uri = text.parse::<Uri>().map_err(|error| Error::Options(error.to_string()))?;
+            Ok(Arc::new(NbdStorage::connect(&uri, read_only)?))
+        }
+        None if shared => Ok(Arc::new(StorageFile::open_shared(name, read_only)?)),
+        None => Ok(Arc::new(StorageFile::open(name, read_only)?)),
+    }
+}
 
 /// What a range of storage is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -9,6 +9,7 @@ use crate::signals;
 use anyhow::{Context, Result};
 use image::format::Format;
 use image::job::{self, ConvertOptions, Progress, Target};
+use image::nbd::Uri;
 use image::{Disk, Image, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -73,6 +74,9 @@ pub fn convert(arguments: &Convert) -> Result<()> {
     let job = Job { arguments, disk, new };
     if arguments.no_create {
         return job.fill(&arguments.target, arguments.target_is_zero);
+    }
+    if arguments.target.to_str().is_some_and(Uri::looks_like) {
+        return Err(usage("an NBD export is there already: say -n to write into it"));
     }
     if same_file(&arguments.source, &arguments.target) {
         return Err(usage("source and target are the same file"));

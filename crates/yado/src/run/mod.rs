@@ -12,7 +12,6 @@ use crate::{client, engine, guests, signals, terminal};
 use anyhow::Context;
 use guest::Poweroff;
 use image::format::Format;
-use image::storage::StorageFile;
 use machine::agent::Agent;
 use machine::console::Console;
 use machine::control::Server;
@@ -345,8 +344,8 @@ fn format_of(disk: &arguments::Disk) -> anyhow::Result<Format> {
     if let Some(format) = disk.format {
         return Ok(format);
     }
-    let storage = StorageFile::open_shared(&disk.file, true)?;
-    match image::format::probe(&storage) {
+    let storage = image::storage::open(&disk.file, true, true)?;
+    match image::format::probe(storage.as_ref()) {
         Ok(Format::Raw) => Ok(Format::Raw),
         Ok(other) => Err(with_code(
             2,

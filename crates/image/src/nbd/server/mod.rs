@@ -21,7 +21,7 @@ mod perform;
 mod poll;
 mod reply;
 #[cfg(test)]
-mod test;
+pub(in crate::nbd) mod test;
 mod tls;
 mod transmit;
 

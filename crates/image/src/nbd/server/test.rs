@@ -257,7 +257,7 @@ fn wrong_requests_are_refused_and_the_connection_goes_on() {
         assert_eq!(client.error(command::WRITE, write, SIZE - 5, 6, b"abcdef"), error::ENOSPC);
         assert_eq!(client.error(command::WRITE, write | 0x4000, 0, 6, b"abcdef"), error::EINVAL);
         assert_eq!(client.error(command::WRITE_ZEROES, 0, SIZE, 1, &[]), error::ENOSPC);
-        assert_eq!(client.error(command::WRITE_ZEROES, command::FLAG_FAST_ZERO, 0, 1, &[]), error::EINVAL);
+        assert_eq!(client.error(command::WRITE_ZEROES, 1 << 4, 0, 1, &[]), error::EINVAL);
         assert_eq!(client.error(command::TRIM, 0, SIZE, 1, &[]), error::EINVAL);
         assert_eq!(client.error(99, 0, 0, 0, &[]), error::EINVAL);
         assert_eq!(client.error(command::BLOCK_STATUS, 0, 0, 0, &[]), error::EINVAL);

@@ -1,0 +1,287 @@
+//! The client against our own server, against other people's, and against servers that lie.
+
+use super::*;
+use crate::buffers::{ReadInto, WriteFrom};
+use crate::disk::{Content, Disk};
+use crate::format::Raw;
+use crate::job::{ConvertOptions, Progress, Target, convert};
+use crate::nbd::server::test::{Serving, export};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+fn connect(uri: &str) -> NbdStorage {
+    NbdStorage::connect(&uri.parse().unwrap(), false).unwrap()
+}
+
+/// One of other people's servers; gone with the value.
+struct Foreign {
+    child: Child,
+    directory: tempfile::TempDir,
+}
+
+impl Foreign {
+    fn start(program: &str, arguments: impl FnOnce(&Path) -> Vec<String>) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let arguments = arguments(directory.path());
+        let child = Command::new(program).args(&arguments).stdin(Stdio::null()).stderr(Stdio::null()).spawn();
+        let child = child.unwrap_or_else(|_| panic!("{program}, which `cargo xtask setup` installs"));
+        let until = Instant::now() + Duration::from_secs(20);
+        while !directory.path().join("socket").exists() {
+            assert!(Instant::now() < until, "{program} {arguments:?} does not serve");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Self { child, directory }
+    }
+
+    fn nbdkit(rest: &[&str]) -> Self {
+        Self::start("nbdkit", |directory| {
+            let socket = directory.join("socket").display().to_string();
+            let first = ["-f".to_owned(), "-U".to_owned(), socket];
+            first.into_iter().chain(rest.iter().map(|word| (*word).to_owned())).collect()
+        })
+    }
+
+    fn uri(&self, more: &str) -> String {
+        format!("nbd+unix:///?socket={}{more}", self.directory.path().join("socket").display())
+    }
+}
+
+impl Drop for Foreign {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Writes, zeroes and reads in odd places, beside a model.
+fn exercise(storage: Arc<dyn Storage>, len: usize) {
+    let mut model = vec![0u8; len];
+    storage.read_bytes(0, &mut model).unwrap();
+    let disk = Raw::new(storage);
+    let mut random = 7u64;
+    for step in 0..120u64 {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(step);
+        let at = (random >> 33) as usize % len;
+        let count = ((random >> 20) as usize % 70_000).min(len - at);
+        let value = step as u8 | 1;
+        match step % 8 {
+            0 => {
+                disk.write_zeroes(at as u64, count as u64, step & 8 == 0).unwrap();
+                model[at..at + count].fill(0);
+            }
+            1..=4 => {
+                disk.write(at as u64, &WriteFrom(&vec![value; count])).unwrap();
+                model[at..at + count].fill(value);
+            }
+            5 => disk.flush().unwrap(),
+            _ => {
+                let mut bytes = vec![0xee; count];
+                disk.read(at as u64, &ReadInto::new(&mut bytes)).unwrap();
+                assert!(bytes == model[at..at + count], "{count} bytes at {at}");
+            }
+        }
+        let status = disk.block_status(at as u64, (len - at) as u64).unwrap();
+        let told = &model[at..at + status.len as usize];
+        assert!(
+            status.content == Content::Data || told.iter().all(|byte| *byte == 0),
+            "a hole with data at {at}"
+        );
+    }
+    let mut bytes = vec![0xee; len];
+    disk.read(0, &ReadInto::new(&mut bytes)).unwrap();
+    assert!(bytes == model);
+}
+
+#[test]
+fn our_server_and_our_client_understand_each_other() {
+    let serving = Serving::raw(false);
+    let storage = connect(&serving.uri(""));
+    assert_eq!(storage.terms.mode, Mode::Extended);
+    assert!(storage.extent(0, 9 << 20).unwrap().hole);
+    exercise(Arc::new(storage), 4 << 20);
+}
+
+#[test]
+fn qemus_server_is_understood() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(4 << 20).unwrap();
+    let foreign = Foreign::start("qemu-nbd", |directory| {
+        let socket = directory.join("socket").display().to_string();
+        ["-t", "-e", "4", "-f", "raw", "-k", &socket, file.path().to_str().unwrap()]
+            .map(str::to_owned)
+            .to_vec()
+    });
+    exercise(Arc::new(connect(&foreign.uri(""))), 4 << 20);
+}
+
+#[test]
+fn servers_of_all_kinds_are_understood() {
+    let plain = Foreign::nbdkit(&["memory", "4M"]);
+    exercise(Arc::new(connect(&plain.uri(""))), 4 << 20);
+    let slow = Foreign::nbdkit(&["memory", "2M", "--filter=delay", "rdelay=1ms", "wdelay=1ms"]);
+    exercise(Arc::new(connect(&slow.uri(""))), 2 << 20);
+    let old = Foreign::nbdkit(&["--no-sr", "memory", "2M", "--filter=nozero"]);
+    exercise(Arc::new(connect(&old.uri(""))), 2 << 20);
+    // Whole blocks only, and small requests: a shorter last block cannot be.
+    let blocks = Foreign::nbdkit(&[
+        "memory",
+        "4M",
+        "--filter=blocksize-policy",
+        "blocksize-minimum=4096",
+        "blocksize-preferred=4096",
+        "blocksize-maximum=64K",
+        "blocksize-error-policy=error",
+    ]);
+    exercise(Arc::new(connect(&blocks.uri(""))), 4 << 20);
+}
+
+#[test]
+fn errors_of_a_server_are_told_and_no_more() {
+    let foreign =
+        Foreign::nbdkit(&["memory", "1M", "--filter=error", "error-pwrite=ENOSPC", "error-pwrite-rate=100%"]);
+    let storage = connect(&foreign.uri(""));
+    assert_eq!(storage.write_bytes(0, &[1; 512]).unwrap_err().kind(), io::ErrorKind::StorageFull);
+    storage.read_bytes(0, &mut [0; 512]).unwrap();
+    let unknown =
+        NbdStorage::connect(&"nbd+unix:///?socket=/nonexistent".parse().unwrap(), true).err().unwrap();
+    assert!(unknown.to_string().contains("nonexistent"), "{unknown}");
+    let serving = Serving::raw(true);
+    let refused = NbdStorage::connect(&serving.uri("").parse().unwrap(), false).err().unwrap();
+    assert!(refused.to_string().contains("read-only"), "{refused}");
+    let none = NbdStorage::connect(&serving.uri("none").parse().unwrap(), true);
+    // A single export is the default one only.
+    assert!(none.err().unwrap().to_string().contains("none"));
+}
+
+#[test]
+fn many_threads_share_connections() {
+    let serving = Serving::raw(false);
+    let storage = connect(&serving.uri(""));
+    std::thread::scope(|scope| {
+        for number in 0..8u64 {
+            let storage = &storage;
+            scope.spawn(move || {
+                for step in 0..100u64 {
+                    let at = (number * 64 + step % 64) * 8192;
+                    storage.write_bytes(at, &[step as u8 + 1; 8192]).unwrap();
+                    let mut bytes = [0; 8192];
+                    storage.read_bytes(at, &mut bytes).unwrap();
+                    assert!(bytes == [step as u8 + 1; 8192]);
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn whole_images_go_through() {
+    let serving = Serving::disks(|image| {
+        let base = Arc::new(Raw::open(image, false).unwrap());
+        let options = crate::format::qcow2::CreateOptions::new(4 << 20);
+        let qcow2 = crate::create_qcow2(&image.with_file_name("q"), &options).unwrap();
+        vec![export("raw", base), export("qcow2", qcow2.disk)]
+    });
+    let bytes: Vec<u8> =
+        (0..4usize << 20).map(|at| if at & (1 << 19) == 0 { (at % 251) as u8 } else { 0 }).collect();
+    let raw = Raw::new(Arc::new(connect(&serving.uri("raw"))));
+    raw.write(0, &WriteFrom(&bytes)).unwrap();
+    let qcow2 = Raw::new(Arc::new(connect(&serving.uri("qcow2"))));
+    let options = ConvertOptions { threads: 3, sparse: 4096, target_is_zero: false };
+    convert(&raw, Target::Plain(&qcow2), options, &Progress::default()).unwrap();
+    let mut back = vec![0; 4 << 20];
+    qcow2.read(0, &ReadInto::new(&mut back)).unwrap();
+    assert!(back == bytes);
+    assert_eq!(qcow2.block_status(1 << 19, 1 << 20).unwrap().content, Content::Zero);
+}
+
+/// A server that is killed and comes back is not noticed but for the time; one that does not come back is an error.
+#[test]
+fn a_lost_server_is_found_again() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(1 << 20).unwrap();
+    let path = file.path().to_str().unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("socket");
+    let start = || {
+        let mut command = Command::new("nbdkit");
+        command.args(["-f", "-U"]).arg(&socket).args(["file", path]).stderr(Stdio::null());
+        command.spawn().unwrap()
+    };
+    let mut first = start();
+    while !socket.exists() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let storage = connect(&format!("nbd+unix:///?socket={}&reconnect=20", socket.display()));
+    storage.write_bytes(0, &[5; 4096]).unwrap();
+    first.kill().unwrap();
+    first.wait().unwrap();
+    std::fs::remove_file(&socket).unwrap();
+    let mut second = None;
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            let mut bytes = [0; 4096];
+            storage.read_bytes(0, &mut bytes).map(|()| bytes)
+        });
+        std::thread::sleep(Duration::from_millis(100));
+        second = Some(start());
+        assert_eq!(reader.join().unwrap().unwrap(), [5; 4096]);
+    });
+    let mut second = second.unwrap();
+    let impatient = connect(&format!("nbd+unix:///?socket={}&reconnect=0", socket.display()));
+    second.kill().unwrap();
+    second.wait().unwrap();
+    let error = impatient.read_bytes(0, &mut [0; 512]).unwrap_err();
+    assert!(error.to_string().contains("nbd+unix"), "{error}");
+}
+
+/// Answers whatever it is asked with given bytes.
+fn liar(answer: Vec<u8>) -> (tempfile::TempDir, String) {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("socket");
+    let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let uri = format!("nbd+unix:///?socket={}&timeout=1&reconnect=0", socket.display());
+    std::thread::spawn(move || {
+        use std::io::Write;
+        while let Ok((mut stream, _)) = listener.accept() {
+            let _ = stream.write_all(&answer);
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    });
+    (directory, uri)
+}
+
+mod lies {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn read(uri: &str) {
+        if let Ok(storage) = NbdStorage::connect(&uri.parse().unwrap(), true) {
+            assert!(storage.read_bytes(0, &mut [0; 512]).is_err() || storage.len() < 512);
+            let _ = storage.extent(0, 512);
+        }
+    }
+
+    /// A handshake without options, then whatever.
+    fn oldest(rest: &[u8]) -> Vec<u8> {
+        let export = [&(1u64 << 20).to_be_bytes()[..], &1u16.to_be_bytes(), &[0; 124]].concat();
+        [&b"NBDMAGICIHAVEOPT\0\0"[..], &export, rest].concat()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+        #[test]
+        fn any_bytes_are_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..200), whole: bool) {
+            let bytes = if whole { oldest(&bytes) } else { bytes };
+            let (_directory, uri) = liar(bytes);
+            read(&uri);
+        }
+    }
+
+    #[test]
+    fn a_server_that_says_nothing_is_given_up() {
+        let (_directory, uri) = liar(oldest(&[]));
+        let began = Instant::now();
+        read(&uri);
+        assert!(began.elapsed() < Duration::from_secs(20));
+    }
+}
