@@ -13,6 +13,7 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("nbdcopy", "libnbd-bin"),
     ("nbdkit", "nbdkit"),
     ("nbdsh", "python3-libnbd"),
+    ("openssl", "openssl"),
     ("qemu-img", "qemu-utils"),
     ("vhdiinfo", "libvhdi-utils"),
     ("qemu-system-x86_64", "qemu-system-x86"),

@@ -11,10 +11,14 @@ mod client;
 mod input;
 mod server;
 mod stream;
+mod tls;
+#[cfg(test)]
+mod tls_test;
 mod uri;
 mod wire;
 
 pub use client::NbdStorage;
-pub use server::{Export, Limits, Listener, Server, Statistics, Tls};
+pub use server::{Export, Limits, Listener, Server, Statistics};
 pub use stream::Stream;
+pub use tls::{Policy, Tls};
 pub use uri::{Place, Uri, UriError};

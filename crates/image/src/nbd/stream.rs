@@ -3,7 +3,7 @@
 //! Any thread may send, one at a time ([`Stream::send`] takes a lock for as long as the bytes take); one thread receives.
 //! Under TLS both go through the session's lock, which is not held while a receiver waits for the peer.
 //!
-//! Lock order: `sending`, then the TLS session.
+//! Lock order: `sending` or `records`, then the TLS session.
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -25,6 +25,8 @@ pub struct Stream {
     socket: OwnedFd,
     sending: Mutex<()>,
     tls: Option<Mutex<rustls::Connection>>,
+    /// Records that were taken from the socket, for the one who receives.
+    records: Mutex<Records>,
 }
 
 /// What may be waited for, and how long.
@@ -72,7 +74,7 @@ impl Stream {
         if sockopt::set_socket_send_buffer_size_force(&socket, SOCKET_BYTES).is_err() {
             let _ = sockopt::set_socket_send_buffer_size(&socket, SOCKET_BYTES);
         }
-        Self { socket, sending: Mutex::default(), tls: None }
+        Self { socket, sending: Mutex::default(), tls: None, records: Mutex::default() }
     }
 
     /// Whether bytes are encrypted.
@@ -82,24 +84,25 @@ impl Stream {
 
     /// Does the TLS handshake; everything goes through `session` from then on.
     pub fn start_tls(self, mut session: rustls::Connection, deadline: Deadline) -> io::Result<Self> {
-        let mut records = vec![0; RECORDS];
+        let mut records = Records::default();
         while session.is_handshaking() || session.wants_write() {
             while session.wants_write() {
                 session.write_tls(&mut Raw(&self, deadline))?;
             }
             if session.is_handshaking() {
-                let count = self.receive_raw(&mut records, deadline)?;
-                if count == 0 {
+                let came = !records.have().is_empty()
+                    || records.fill(|bytes| self.receive_raw(bytes, deadline))? > 0;
+                if !came {
                     return Err(io::ErrorKind::UnexpectedEof.into());
                 }
-                if let Err(error) = take_records(&mut session, records.get(..count).unwrap_or_default()) {
+                if let Err(error) = records.give(&mut session) {
                     // The alert tells the peer why.
                     let _ = session.write_tls(&mut Raw(&self, deadline));
                     return Err(error);
                 }
             }
         }
-        Ok(Self { tls: Some(Mutex::new(session)), ..self })
+        Ok(Self { tls: Some(Mutex::new(session)), records: Mutex::new(records), ..self })
     }
 
     /// Takes what has come, at least one byte unless the peer has ended the connection; waits until `deadline`.
@@ -107,16 +110,14 @@ impl Stream {
         match &self.tls {
             None => self.receive_raw(into, deadline),
             Some(session) => {
-                let mut records = vec![0; RECORDS];
+                let mut records = lock(&self.records);
                 loop {
-                    if let Some(count) = plain(session, into)? {
+                    if let Some(count) = self.decrypt(session, &mut records, into)? {
                         return Ok(count);
                     }
-                    let count = self.receive_raw(&mut records, deadline)?;
-                    if count == 0 {
+                    if records.fill(|bytes| self.receive_raw(bytes, deadline))? == 0 {
                         return Ok(0);
                     }
-                    self.decrypt(session, records.get(..count).unwrap_or_default())?;
                 }
             }
         }
@@ -127,29 +128,48 @@ impl Stream {
         match &self.tls {
             None => self.receive_raw_now(into),
             Some(session) => {
-                if let Some(count) = plain(session, into)? {
+                let mut records = lock(&self.records);
+                if let Some(count) = self.decrypt(session, &mut records, into)? {
                     return Ok(Some(count));
                 }
-                let mut records = vec![0; RECORDS];
-                match self.receive_raw_now(&mut records)? {
-                    None => Ok(None),
-                    Some(0) => Ok(Some(0)),
-                    Some(count) => {
-                        self.decrypt(session, records.get(..count).unwrap_or_default())?;
-                        plain(session, into)
-                    }
+                let mut nothing = false;
+                let count = records.fill(|bytes| {
+                    let count = self.receive_raw_now(bytes)?;
+                    nothing = count.is_none();
+                    Ok(count.unwrap_or(0))
+                })?;
+                match count {
+                    0 => Ok(if nothing { None } else { Some(0) }),
+                    _ => self.decrypt(session, &mut records, into),
                 }
             }
         }
     }
 
-    fn decrypt(&self, session: &Mutex<rustls::Connection>, records: &[u8]) -> io::Result<()> {
+    /// Decrypts what has come, no more than the session has room for at a time; `None` if it is no whole record, zero at
+    /// the session's end.
+    fn decrypt(
+        &self,
+        session: &Mutex<rustls::Connection>,
+        records: &mut Records,
+        into: &mut [u8],
+    ) -> io::Result<Option<usize>> {
         let mut session = lock(session);
-        let taken = take_records(&mut session, records);
-        while session.wants_write() {
-            session.write_tls(&mut Raw(self, None))?;
+        loop {
+            match session.reader().read(into) {
+                Ok(count) => return Ok(Some(count)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
+            }
+            if records.have().is_empty() {
+                return Ok(None);
+            }
+            let taken = records.give(&mut session);
+            while session.wants_write() {
+                session.write_tls(&mut Raw(self, None))?;
+            }
+            taken?;
         }
-        taken
     }
 
     fn receive_raw_now(&self, into: &mut [u8]) -> io::Result<Option<usize>> {
@@ -272,23 +292,35 @@ impl Stream {
     }
 }
 
-/// Decrypted bytes: `None` if more records must come first, zero bytes at the session's end.
-fn plain(session: &Mutex<rustls::Connection>, into: &mut [u8]) -> io::Result<Option<usize>> {
-    match lock(session).reader().read(into) {
-        Ok(count) => Ok(Some(count)),
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
-        Err(error) => Err(error),
-    }
+/// TLS records on their way from the socket to the session.
+#[derive(Default)]
+struct Records {
+    bytes: Vec<u8>,
+    start: usize,
+    end: usize,
 }
 
-fn take_records(session: &mut rustls::Connection, mut records: &[u8]) -> io::Result<()> {
-    while !records.is_empty() {
-        if session.read_tls(&mut records)? == 0 {
-            return Ok(());
-        }
-        session.process_new_packets().map_err(tls_error)?;
+impl Records {
+    fn have(&self) -> &[u8] {
+        self.bytes.get(self.start..self.end).unwrap_or_default()
     }
-    Ok(())
+
+    /// Takes more, once all that was there is given on.
+    fn fill(&mut self, receive: impl FnOnce(&mut [u8]) -> io::Result<usize>) -> io::Result<usize> {
+        self.bytes.resize(RECORDS, 0);
+        (self.start, self.end) = (0, 0);
+        self.end = receive(&mut self.bytes)?;
+        Ok(self.end)
+    }
+
+    /// Gives as much to the session as it takes at once.
+    fn give(&mut self, session: &mut rustls::Connection) -> io::Result<()> {
+        let mut bytes = self.have();
+        let count = session.read_tls(&mut bytes)?;
+        self.start = if count == 0 { self.end } else { self.start.saturating_add(count) };
+        session.process_new_packets().map_err(tls_error)?;
+        Ok(())
+    }
 }
 
 /// For system calls.

@@ -4,9 +4,9 @@ use super::{open, options, print_json};
 use crate::signals;
 use crate::size::Size;
 use anyhow::{Context, Result};
-use clap::Args;
 use clap::builder::ValueHint;
-use image::nbd::{Export, Limits, Listener, Place, Server, Statistics, Tls, Uri};
+use clap::{Args, ValueEnum};
+use image::nbd::{Export, Limits, Listener, Place, Policy, Server, Statistics, Tls, Uri};
 use image::{Disk, Image, OpenOptions};
 use indicatif::{ProgressBar, ProgressStyle};
 use options::usage;
@@ -49,6 +49,15 @@ pub struct Serve {
     /// Serve though somebody else may write the images; read-only
     #[arg(short = 'U', long, requires = "read_only")]
     pub force_share: bool,
+    /// Encrypt: a directory with server-cert.pem and server-key.pem
+    #[arg(long, value_name = "DIRECTORY", value_hint = ValueHint::DirPath)]
+    pub tls_certificates: Option<PathBuf>,
+    /// What clients must do where there are certificates
+    #[arg(long, value_enum, value_name = "WHAT", default_value = "required", requires = "tls_certificates")]
+    pub tls: TlsPolicy,
+    /// Clients must show a certificate of the authority in ca-cert.pem
+    #[arg(long, requires = "tls_certificates")]
+    pub tls_verify_clients: bool,
     /// Clients at a time; more wait
     #[arg(short = 'e', long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub clients: u32,
@@ -64,6 +73,15 @@ pub struct Serve {
     /// [NAME=]FILE[,format=FORMAT][,snapshot=NAME][,readonly]: an image, and the name of its export where there are several
     #[arg(required = true, value_name = "IMAGE")]
     pub images: Vec<Served>,
+}
+
+/// What clients must do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TlsPolicy {
+    /// Encrypt if they want to
+    Allowed,
+    /// Encrypt before anything else
+    Required,
 }
 
 /// An image on the command line. What is before `=` is a name only without a slash: `./a=b.img` is a file.
@@ -123,7 +141,7 @@ pub fn serve(arguments: &Serve) -> Result<()> {
     let rows: Vec<Row> =
         exports.iter().zip(&arguments.images).map(|(export, served)| Row::of(export, served)).collect();
     let limits = Limits { connections_max: arguments.clients as usize, ..Limits::default() };
-    let server = Server::new(exports, limits, Tls::Off)?;
+    let server = Server::new(exports, limits, tls(arguments)?)?;
     let (listeners, places) = listen(arguments)?;
     tell(arguments, &rows, &places)?;
     std::thread::scope(|scope| -> Result<()> {
@@ -142,6 +160,15 @@ pub fn serve(arguments: &Serve) -> Result<()> {
         image.close()?;
     }
     summary(arguments, &server.statistics())
+}
+
+fn tls(arguments: &Serve) -> Result<Tls> {
+    let Some(directory) = &arguments.tls_certificates else { return Ok(Tls::Off) };
+    let policy = match arguments.tls {
+        TlsPolicy::Allowed => Policy::Allowed,
+        TlsPolicy::Required => Policy::Required,
+    };
+    Ok(Tls::load(directory, policy, arguments.tls_verify_clients)?)
 }
 
 fn open_served(arguments: &Serve, served: &Served) -> Result<(Image, Arc<dyn Disk>)> {
@@ -218,7 +245,7 @@ fn tell(arguments: &Serve, rows: &[Row], places: &[Place]) -> Result<()> {
         let uri = |place: &Place| Uri {
             place: place.clone(),
             export: row.name.clone(),
-            tls: false,
+            tls: arguments.tls_certificates.is_some() && arguments.tls == TlsPolicy::Required,
             parameters: Vec::new(),
         };
         places.iter().map(|place| uri(place).to_string()).collect()

@@ -15,9 +15,10 @@
 mod pipe;
 mod session;
 #[cfg(test)]
-mod test;
+pub(in crate::nbd) mod test;
 
 use super::stream::Stream;
+use super::tls::ClientTls;
 use super::uri::{Place, Uri};
 use super::wire::{Mode, Request, allocation, command, flag};
 use crate::Error;
@@ -30,7 +31,7 @@ use std::cell::Cell;
 use std::io;
 use std::net::{TcpStream, ToSocketAddrs};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
@@ -47,6 +48,9 @@ const SHORT_MAX: u64 = 1 << 30;
 const PAUSE_MIN: Duration = Duration::from_millis(20);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 
+/// Parameters of URIs that are known.
+const PARAMETERS: [&str; 4] = ["timeout", "reconnect", "tls-certificates", "tls-hostname"];
+
 static NEXT: AtomicUsize = AtomicUsize::new(0);
 
 thread_local! {
@@ -56,7 +60,7 @@ thread_local! {
 /// An export of somebody else's server.
 pub struct NbdStorage {
     /// Where to look for a lost server.
-    uri: Option<Uri>,
+    target: Option<Target>,
     terms: Terms,
     read_only: bool,
     timeout: Duration,
@@ -80,19 +84,15 @@ fn seconds(uri: &Uri, name: &str, usual: u64) -> Result<Duration, Error> {
 impl NbdStorage {
     /// Connects to an export. Parameters of the URI beside those of the standard: `timeout` and `reconnect`, in seconds.
     pub fn connect(uri: &Uri, read_only: bool) -> Result<Self, Error> {
-        if let Some((name, _)) =
-            uri.parameters.iter().find(|(name, _)| !["timeout", "reconnect"].contains(&name.as_str()))
+        if let Some((name, _)) = uri.parameters.iter().find(|(name, _)| !PARAMETERS.contains(&name.as_str()))
         {
             return Err(Error::Options(format!("{uri}: the parameter {name:?} is not known")));
         }
-        if uri.tls {
-            let what = "TLS is not there yet for clients; write nbd:// or nbd+unix://".to_owned();
-            return Err(Error::Unsupported { path: PathBuf::from(uri.to_string()), what });
-        }
+        let target = Target { uri: uri.clone(), tls: tls_of(uri)? };
         let timeout = seconds(uri, "timeout", TIMEOUT_SECONDS)?;
         let reconnect = seconds(uri, "reconnect", RECONNECT_SECONDS)?;
         let fail = |source| Error::Open { path: PathBuf::from(uri.to_string()), source };
-        let first = open(uri, timeout).map_err(fail)?;
+        let first = target.open(timeout).map_err(fail)?;
         let terms = first.terms;
         if !read_only && terms.flags & flag::READ_ONLY != 0 {
             return Err(fail(io::Error::new(io::ErrorKind::ReadOnlyFilesystem, "the export is read-only")));
@@ -103,8 +103,8 @@ impl NbdStorage {
         if let Some(place) = places.get_mut(mine) {
             *place = Mutex::new(Some(Arc::new(first)));
         }
-        let uri = Some(uri.clone());
-        Ok(Self { uri, terms, read_only, timeout, reconnect, places, edges: RwLock::default() })
+        let target = Some(target);
+        Ok(Self { target, terms, read_only, timeout, reconnect, places, edges: RwLock::default() })
     }
 
     /// An export over a connection that there is already; when it is lost, all fails.
@@ -113,7 +113,7 @@ impl NbdStorage {
         let session = session::open(stream, export, None, Instant::now().checked_add(timeout))?;
         let pipe = Pipe::new(session, timeout);
         Ok(Self {
-            uri: None,
+            target: None,
             terms: pipe.terms,
             read_only: read_only || pipe.terms.flags & flag::READ_ONLY != 0,
             timeout,
@@ -131,8 +131,8 @@ impl NbdStorage {
         if let Some(pipe) = place.as_ref().filter(|pipe| lost.is_none_or(|lost| !Arc::ptr_eq(lost, pipe))) {
             return Ok(pipe.clone());
         }
-        let uri = self.uri.as_ref().ok_or(io::ErrorKind::NotConnected)?;
-        let pipe = open(uri, self.timeout)?;
+        let target = self.target.as_ref().ok_or(io::ErrorKind::NotConnected)?;
+        let pipe = target.open(self.timeout)?;
         let (new, old) = (pipe.terms, self.terms);
         // The numbers of contexts are a connection's own.
         if new.allocation.is_some() != old.allocation.is_some()
@@ -170,7 +170,8 @@ impl NbdStorage {
                 Err(error) => error,
             };
             if since.get_or_insert_with(Instant::now).elapsed() >= self.reconnect {
-                let name = self.uri.as_ref().map_or_else(|| "NBD".to_owned(), Uri::to_string);
+                let name =
+                    self.target.as_ref().map_or_else(|| "NBD".to_owned(), |target| target.uri.to_string());
                 return Err(io::Error::new(why.kind(), format!("{name}: {why}")));
             }
             std::thread::sleep(pause);
@@ -263,16 +264,39 @@ fn request(kind: u16, flags: u16, offset: u64, len: u64) -> Request {
     Request { flags, kind, cookie: 0, offset, len }
 }
 
-fn open(uri: &Uri, timeout: Duration) -> io::Result<Pipe> {
-    let stream: Stream = match &uri.place {
-        Place::Unix(path) => unix(path)?.into(),
-        Place::Tcp { host, port } => tcp(host, *port, timeout)?.into(),
-    };
-    let deadline = Instant::now().checked_add(timeout);
-    Ok(Pipe::new(session::open(stream, &uri.export, None, deadline)?, timeout))
+/// Where a server is, and how it is talked with.
+struct Target {
+    uri: Uri,
+    tls: Option<ClientTls>,
 }
 
-fn unix(path: &std::path::Path) -> io::Result<UnixStream> {
+/// TLS where the URI wants it.
+fn tls_of(uri: &Uri) -> Result<Option<ClientTls>, Error> {
+    let host = match &uri.place {
+        Place::Tcp { host, .. } => host,
+        Place::Unix(_) => "localhost",
+    };
+    let name = uri.parameter("tls-hostname").unwrap_or(host);
+    let directory = uri.parameter("tls-certificates").map(Path::new);
+    if !uri.tls && (directory.is_some() || uri.parameter("tls-hostname").is_some()) {
+        return Err(Error::Options(format!("{uri}: TLS is wanted with nbds:// or nbds+unix://")));
+    }
+    uri.tls.then(|| ClientTls::load(directory, name)).transpose()
+}
+
+impl Target {
+    fn open(&self, timeout: Duration) -> io::Result<Pipe> {
+        let stream: Stream = match &self.uri.place {
+            Place::Unix(path) => unix(path)?.into(),
+            Place::Tcp { host, port } => tcp(host, *port, timeout)?.into(),
+        };
+        let deadline = Instant::now().checked_add(timeout);
+        let session = self.tls.as_ref().map(ClientTls::session).transpose()?;
+        Ok(Pipe::new(session::open(stream, &self.uri.export, session, deadline)?, timeout))
+    }
+}
+
+fn unix(path: &Path) -> io::Result<UnixStream> {
     use std::os::linux::net::SocketAddrExt;
     use std::os::unix::ffi::OsStrExt;
     match path.as_os_str().as_bytes().strip_prefix(b"\0") {

@@ -14,7 +14,7 @@ fn connect(uri: &str) -> NbdStorage {
 }
 
 /// One of other people's servers; gone with the value.
-struct Foreign {
+pub struct Foreign {
     child: Child,
     directory: tempfile::TempDir,
 }
@@ -33,7 +33,7 @@ impl Foreign {
         Self { child, directory }
     }
 
-    fn nbdkit(rest: &[&str]) -> Self {
+    pub fn nbdkit(rest: &[&str]) -> Self {
         Self::start("nbdkit", |directory| {
             let socket = directory.join("socket").display().to_string();
             let first = ["-f".to_owned(), "-U".to_owned(), socket];
@@ -41,7 +41,7 @@ impl Foreign {
         })
     }
 
-    fn uri(&self, more: &str) -> String {
+    pub fn uri(&self, more: &str) -> String {
         format!("nbd+unix:///?socket={}{more}", self.directory.path().join("socket").display())
     }
 }

@@ -22,14 +22,13 @@ mod poll;
 mod reply;
 #[cfg(test)]
 pub(in crate::nbd) mod test;
-mod tls;
 mod transmit;
 
 pub use export::Export;
-pub use tls::Tls;
 
 use super::input::Input;
 use super::stream::Stream;
+use super::tls::Tls;
 use super::wire;
 use crate::disk::Error;
 use link::{Counters, Link};

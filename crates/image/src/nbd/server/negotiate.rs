@@ -5,11 +5,12 @@
 //!                                   |-> STARTTLS: the bytes of both sides are encrypted, all that was agreed is forgotten
 //! ```
 
+use super::Shared;
 use super::export::{Context, Contexts, Export};
-use super::{Shared, tls::Policy};
 use crate::endian::{be32, be64, size};
 use crate::nbd::input::Input;
 use crate::nbd::stream::{Deadline, Stream};
+use crate::nbd::tls::Policy;
 use crate::nbd::wire::{self, Fields, Mode, handshake, info, option, reply};
 use std::io;
 use std::sync::Arc;

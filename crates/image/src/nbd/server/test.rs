@@ -23,10 +23,14 @@ pub struct Serving {
 
 impl Serving {
     pub fn disks(make: impl FnOnce(&Path) -> Vec<Export>) -> Self {
+        Self::with_tls(make, Tls::Off)
+    }
+
+    pub fn with_tls(make: impl FnOnce(&Path) -> Vec<Export>, tls: Tls) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let image = directory.path().join("image");
         std::fs::File::create(&image).unwrap().set_len(SIZE).unwrap();
-        let server = Server::new(make(&image), Limits::default(), Tls::Off).unwrap();
+        let server = Server::new(make(&image), Limits::default(), tls).unwrap();
         let socket = directory.path().join("socket");
         let listener = Listener::unix(&socket).unwrap();
         let thread = {
@@ -76,7 +80,7 @@ fn run(program: &str, arguments: &[&str]) -> (String, bool) {
     (text, output.status.success())
 }
 
-fn succeeds(program: &str, arguments: &[&str]) -> String {
+pub fn succeeds(program: &str, arguments: &[&str]) -> String {
     let (text, good) = run(program, arguments);
     assert!(good, "{program} {arguments:?}: {text}");
     text
