@@ -66,8 +66,10 @@ pub struct Link {
     pub contexts: Contexts,
     pub counters: Counters,
     jobs: Mutex<Jobs>,
-    /// Work has come, or is over.
-    changed: Condvar,
+    /// Work has come, or no more will: for the threads.
+    work_came: Condvar,
+    /// Work is done, or a thread gone: for the one that receives.
+    work_done: Condvar,
     slow: AtomicBool,
     quick: AtomicU32,
 }
@@ -81,7 +83,8 @@ impl Link {
             contexts,
             counters: Counters::default(),
             jobs: Mutex::default(),
-            changed: Condvar::new(),
+            work_came: Condvar::new(),
+            work_done: Condvar::new(),
             slow: AtomicBool::new(false),
             quick: AtomicU32::new(0),
         }
@@ -118,7 +121,7 @@ impl Link {
             let full = jobs.requests >= THREADS_MAX || jobs.bytes.saturating_add(bytes) > BYTES_MAX;
             full && jobs.requests > 0
         };
-        jobs = self.changed.wait_while(jobs, |jobs| crowded(jobs)).unwrap_or_else(PoisonError::into_inner);
+        jobs = self.work_done.wait_while(jobs, |jobs| crowded(jobs)).unwrap_or_else(PoisonError::into_inner);
         jobs.requests = jobs.requests.saturating_add(1);
         jobs.bytes = jobs.bytes.saturating_add(bytes);
         jobs.waiting.push_back(Job { request, payload });
@@ -135,7 +138,7 @@ impl Link {
                 }
             }
         }
-        self.changed.notify_all();
+        self.work_came.notify_one();
         Ok(())
     }
 
@@ -144,12 +147,12 @@ impl Link {
         jobs.idle = jobs.idle.saturating_add(1);
         let nothing = |jobs: &mut Jobs| jobs.waiting.is_empty() && !jobs.over;
         let (mut jobs, _) =
-            self.changed.wait_timeout_while(jobs, IDLE, nothing).unwrap_or_else(PoisonError::into_inner);
+            self.work_came.wait_timeout_while(jobs, IDLE, nothing).unwrap_or_else(PoisonError::into_inner);
         jobs.idle = jobs.idle.saturating_sub(1);
         let job = jobs.waiting.pop_front();
         if job.is_none() {
             jobs.threads = jobs.threads.saturating_sub(1);
-            self.changed.notify_all();
+            self.work_done.notify_all();
         }
         job
     }
@@ -160,7 +163,7 @@ impl Link {
             let mut output = Output::new(&self.stream, self.mode, ROOM, buffer);
             let began = Instant::now();
             let performed = self.subject().perform(&job.request, &job.payload, &mut output);
-            self.note_worked(&job.request, began.elapsed());
+            self.note_worked(&job.request, began.elapsed().saturating_sub(output.take_sending()));
             if performed.and_then(|()| output.send()).is_err() {
                 // Nobody hears answers any more: nothing further is asked.
                 self.stream.end_receiving();
@@ -171,7 +174,7 @@ impl Link {
             let mut jobs = self.jobs();
             jobs.requests = jobs.requests.saturating_sub(1);
             jobs.bytes = jobs.bytes.saturating_sub(bytes);
-            self.changed.notify_all();
+            self.work_done.notify_all();
         }
     }
 
@@ -190,9 +193,9 @@ impl Link {
     pub fn finish(&self) {
         let mut jobs = self.jobs();
         jobs.over = true;
-        self.changed.notify_all();
+        self.work_came.notify_all();
         while jobs.threads > 0 {
-            jobs = self.changed.wait(jobs).unwrap_or_else(PoisonError::into_inner);
+            jobs = self.work_done.wait(jobs).unwrap_or_else(PoisonError::into_inner);
         }
     }
 }

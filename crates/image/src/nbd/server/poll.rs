@@ -59,12 +59,16 @@ impl Poll {
     pub fn sleep<T>(&mut self, wait: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         let began = Instant::now();
         let result = wait();
-        self.window = if began.elapsed() <= LONGEST {
+        self.learn(began.elapsed());
+        result
+    }
+
+    fn learn(&mut self, slept: Duration) {
+        self.window = if slept <= LONGEST {
             self.window.saturating_mul(2).clamp(SHORTEST, LONGEST)
         } else {
             Duration::ZERO
         };
-        result
     }
 }
 
@@ -75,9 +79,9 @@ mod test {
     #[test]
     fn looks_grow_where_answers_come_soon_and_end_where_they_do_not() {
         let mut poll = Poll::default();
-        poll.sleep(|| Ok(())).unwrap();
+        poll.learn(Duration::from_micros(3));
         assert_eq!(poll.window, SHORTEST);
-        poll.sleep(|| Ok(())).unwrap();
+        poll.learn(Duration::from_micros(60));
         assert_eq!(poll.window, SHORTEST * 2);
         poll.sleep(|| {
             std::thread::sleep(LONGEST * 3);

@@ -4,6 +4,7 @@ use crate::buffers::ReadInto;
 use crate::nbd::stream::Stream;
 use crate::nbd::wire::{self, Mode, chunk};
 use std::io;
+use std::time::{Duration, Instant};
 
 /// Longest explanation of an error, in bytes.
 const MESSAGE_MAX: usize = 256;
@@ -16,13 +17,15 @@ pub struct Output<'a> {
     mode: Mode,
     bytes: Vec<u8>,
     used: usize,
+    /// Time that the client took to take replies.
+    sending: Duration,
 }
 
 impl<'a> Output<'a> {
     /// Room for `room` bytes, more for replies that must be longer. `bytes` is a buffer to use again, or an empty one.
     pub fn new(stream: &'a Stream, mode: Mode, room: usize, mut bytes: Vec<u8>) -> Self {
         bytes.resize(room.max(bytes.len()), 0);
-        Self { stream, mode, bytes, used: 0 }
+        Self { stream, mode, bytes, used: 0, sending: Duration::ZERO }
     }
 
     /// The buffer, for the next one.
@@ -41,12 +44,19 @@ impl<'a> Output<'a> {
             return Ok(());
         }
         let used = std::mem::take(&mut self.used);
+        let began = Instant::now();
         self.stream.send(&[self.bytes.get(..used).unwrap_or_default()], None)?;
+        self.sending = self.sending.saturating_add(began.elapsed());
         if self.bytes.len() > KEPT_MAX {
             self.bytes.truncate(KEPT_MAX);
             self.bytes.shrink_to_fit();
         }
         Ok(())
+    }
+
+    /// How long sending took since this was last asked: no time of the disk's.
+    pub fn take_sending(&mut self) -> Duration {
+        std::mem::take(&mut self.sending)
     }
 
     /// Makes sure that `len` bytes have room.

@@ -63,7 +63,7 @@ impl Receiver<'_> {
     fn serve(&mut self) -> io::Result<()> {
         let head = self.link.mode.request_len();
         loop {
-            self.batch = Batch::begin();
+            self.begin();
             while self.input.have().len() >= head {
                 let request = Request::parse(self.link.mode, self.input.have());
                 let broken = || io::Error::new(io::ErrorKind::InvalidData, "a request does not begin as one");
@@ -76,7 +76,7 @@ impl Receiver<'_> {
                 if self.output.waiting() >= SEND_AT {
                     self.note();
                     self.output.send()?;
-                    self.batch = Batch::begin();
+                    self.begin();
                 }
             }
             self.note();
@@ -99,9 +99,16 @@ impl Receiver<'_> {
 
     /// Tells how the disk did.
     fn note(&mut self) {
+        let took = self.batch.began.elapsed().saturating_sub(self.output.take_sending());
         if self.batch.requests > 0 {
-            self.link.note(self.batch.began.elapsed(), self.batch.requests, self.batch.bytes);
+            self.link.note(took, self.batch.requests, self.batch.bytes);
         }
+    }
+
+    /// The clock for what follows.
+    fn begin(&mut self) {
+        self.output.take_sending();
+        self.batch = Batch::begin();
     }
 
     fn take(&mut self, request: &Request) -> io::Result<()> {
@@ -125,7 +132,7 @@ impl Receiver<'_> {
             }
             self.input.read_exact(&self.link.stream, &mut bytes, None)?;
             self.link.hand_over(*request, bytes)?;
-            self.batch = Batch::begin();
+            self.begin();
             return Ok(());
         }
         self.batch.requests = self.batch.requests.saturating_add(1);
@@ -166,7 +173,7 @@ impl Receiver<'_> {
             self.output.send()?;
             self.input.need(&self.link.stream, size(count), None)?;
             // The time that the client took is not the disk's.
-            self.batch = Batch::begin();
+            self.begin();
         }
         Ok(())
     }
