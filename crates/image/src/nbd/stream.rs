@@ -186,7 +186,11 @@ impl Stream {
     fn receive_raw(&self, into: &mut [u8], deadline: Deadline) -> io::Result<usize> {
         loop {
             if deadline.is_some() {
+                if let Some(count) = self.receive_raw_now(into)? {
+                    return Ok(count);
+                }
                 self.wait(PollFlags::IN, deadline)?;
+                continue;
             }
             match recv(&self.socket, &mut *into, RecvFlags::empty()) {
                 Ok((_, count)) => return Ok(count),
@@ -246,14 +250,14 @@ impl Stream {
 
     fn send_raw(&self, parts: &[&[u8]], deadline: Deadline) -> io::Result<()> {
         let mut sent = 0;
-        if parts.len() > 1 && deadline.is_none() {
+        if parts.len() > 1 {
             let slices: Vec<IoSlice<'_>> = parts.iter().map(|part| IoSlice::new(part)).collect();
-            sent = loop {
-                match sendmsg(&self.socket, &slices, &mut SendAncillaryBuffer::default(), SendFlags::NOSIGNAL)
-                {
-                    Err(Errno::INTR) => {}
-                    other => break other?,
-                }
+            let wait = if deadline.is_some() { SendFlags::DONTWAIT } else { SendFlags::empty() };
+            let how = SendFlags::NOSIGNAL | wait;
+            sent = match sendmsg(&self.socket, &slices, &mut SendAncillaryBuffer::default(), how) {
+                // Below they go one by one, with patience.
+                Err(Errno::INTR | Errno::AGAIN) => 0,
+                other => other?,
             };
         }
         for part in parts {

@@ -89,7 +89,7 @@ impl NbdStorage {
             return Err(Error::Options(format!("{uri}: the parameter {name:?} is not known")));
         }
         let target = Target { uri: uri.clone(), tls: tls_of(uri)? };
-        let timeout = seconds(uri, "timeout", TIMEOUT_SECONDS)?;
+        let timeout = seconds(uri, "timeout", TIMEOUT_SECONDS)?.max(Duration::from_secs(1));
         let reconnect = seconds(uri, "reconnect", RECONNECT_SECONDS)?;
         let fail = |source| Error::Open { path: PathBuf::from(uri.to_string()), source };
         let first = target.open(timeout).map_err(fail)?;

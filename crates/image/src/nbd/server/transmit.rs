@@ -126,10 +126,9 @@ impl Receiver<'_> {
         };
         if self.link.takes_long(request) {
             self.note();
+            // This thread may have to wait; what is done already has not.
+            self.output.send()?;
             let mut bytes = vec![0; size(payload)];
-            if self.input.have().len() < bytes.len() {
-                self.output.send()?;
-            }
             self.input.read_exact(&self.link.stream, &mut bytes, None)?;
             self.link.hand_over(*request, bytes)?;
             self.begin();
