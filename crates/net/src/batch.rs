@@ -75,6 +75,11 @@ impl Batch {
         self.frames.iter().filter_map(|(offload, range)| Some((*offload, self.bytes.get(range.clone())?)))
     }
 
+    /// The bytes of the frame that is so many behind the first.
+    pub fn get(&self, index: usize) -> Option<&[u8]> {
+        self.bytes.get(self.frames.get(index)?.1.clone())
+    }
+
     /// Forgets the first frame.
     pub fn pop(&mut self) {
         self.frames.pop_front();

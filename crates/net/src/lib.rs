@@ -23,8 +23,10 @@ mod card;
 pub mod gateway;
 pub mod offload;
 pub mod segment;
+pub mod switch;
 mod sys;
 pub mod tap;
+pub mod vhost;
 mod wire;
 
 pub use batch::{Batch, FRAME_MAX, FRAME_MIN};

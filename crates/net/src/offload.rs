@@ -92,12 +92,17 @@ pub enum Lie {
 impl Offload {
     /// Reads the encoding and checks it against the frame that it is about.
     pub fn checked(header: [u8; HEADER_LEN], frame: &[u8]) -> Result<Self, Lie> {
+        Self::checked_start(header, frame, frame.len())
+    }
+
+    /// The same for a frame of `len` bytes of which only the first are at hand: what they do not show is not believed.
+    pub fn checked_start(header: [u8; HEADER_LEN], frame: &[u8], len: usize) -> Result<Self, Lie> {
         let [flags, gso, _, _, size_low, size_high, start_low, start_high, offset_low, offset_high] = header;
         let start = u16::from_le_bytes([start_low, start_high]);
         let offset = u16::from_le_bytes([offset_low, offset_high]);
         let checksum = if flags & NEEDS_CSUM != 0 {
             let field = usize::from(start).saturating_add(offset.into());
-            if field.saturating_add(2) > frame.len() || start < 14 {
+            if field.saturating_add(2) > len || start < 14 {
                 return Err(Lie::Checksum);
             }
             Checksum::Partial { start, offset }
@@ -115,7 +120,7 @@ impl Offload {
             GSO_UDP_L4 => SegmentKind::Udp4,
             _ => return Err(Lie::Kind),
         };
-        let layers = layers::parse(frame, false).ok_or(Lie::Mismatch)?;
+        let layers = layers::parse_start(frame, len, false).ok_or(Lie::Mismatch)?;
         let udp6 = kind == SegmentKind::Udp4 && layers.source.is_ipv6();
         let kind = if udp6 { SegmentKind::Udp6 } else { kind };
         let headers = kind.headers(&layers, frame).ok_or(Lie::Mismatch)?;
@@ -134,6 +139,22 @@ impl Offload {
         // One segment is none.
         let segments = (payload > usize::from(size)).then_some(segments);
         Ok(Self { checksum, segments })
+    }
+
+    /// For the same frame with so many bytes more (or fewer) in front of its network header.
+    #[must_use]
+    pub fn moved(self, bytes: i16) -> Self {
+        let checksum = match self.checksum {
+            Checksum::Partial { start, offset } => {
+                Checksum::Partial { start: start.saturating_add_signed(bytes), offset }
+            }
+            other => other,
+        };
+        let moved = |segments: Segments| Segments {
+            headers: segments.headers.saturating_add_signed(bytes),
+            ..segments
+        };
+        Self { checksum, segments: self.segments.map(moved) }
     }
 
     /// The encoding.

@@ -91,6 +91,11 @@ impl Tap {
         Ok(Self { file })
     }
 
+    /// The file that is readable when there are frames.
+    pub(crate) fn file(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
     /// Reads one frame into a batch that has room; answers whether there was one.
     fn read(&self, batch: &mut Batch) -> Result<bool, Errno> {
         let mut header = [0; HEADER_LEN];
@@ -111,8 +116,8 @@ impl Tap {
         }
     }
 
-    /// Writes one frame; answers whether the tap took it, or never will.
-    fn write(&self, offload: &Offload, frame: &[u8]) -> bool {
+    /// Sends one frame; answers whether the tap took it, or never will.
+    pub(crate) fn send(&self, offload: &Offload, frame: &[u8]) -> bool {
         let header = offload.encode();
         let parts = [IoSlice::new(&header), IoSlice::new(frame)];
         // A frame that the kernel refuses, or that comes while the interface is down, is lost.
@@ -132,7 +137,7 @@ impl Tap {
                 more = card.take(&mut up);
             }
             while let Some((offload, frame)) = up.first() {
-                if !self.write(&offload, frame) {
+                if !self.send(&offload, frame) {
                     break;
                 }
                 up.pop();
@@ -170,7 +175,7 @@ impl Card for Tap {
 
     fn give(&self, batch: &mut Batch) {
         while let Some((offload, frame)) = batch.first() {
-            if !self.write(&offload, frame) {
+            if !self.send(&offload, frame) {
                 return;
             }
             batch.pop();

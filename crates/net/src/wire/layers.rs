@@ -52,22 +52,28 @@ pub fn ether_type(frame: &[u8]) -> Option<(u16, usize)> {
 /// length field disagrees with the frame is broken; without, the frame is the packet's length (large segments may be
 /// longer than the field can say).
 pub fn parse(frame: &[u8], whole: bool) -> Option<Layers> {
+    parse_start(frame, frame.len(), whole)
+}
+
+/// The same for a frame of `frame_len` bytes of which only the first are at hand.
+pub fn parse_start(frame: &[u8], frame_len: usize, whole: bool) -> Option<Layers> {
     let (kind, network) = ether_type(frame)?;
     let packet = frame.get(network..)?;
+    let has = frame_len.checked_sub(network)?;
     match kind {
-        ether::IPV4 => ipv4(packet, network, whole),
-        ether::IPV6 => ipv6(packet, network, whole),
+        ether::IPV4 => ipv4(packet, has, network, whole),
+        ether::IPV6 => ipv6(packet, has, network, whole),
         _ => None,
     }
 }
 
-fn end_of(packet: &[u8], network: usize, len: usize, least: usize, whole: bool) -> Option<usize> {
-    let fits = len >= least && len <= packet.len();
-    let len = if fits { len } else { (!whole).then_some(packet.len())? };
+fn end_of(has: usize, network: usize, len: usize, least: usize, whole: bool) -> Option<usize> {
+    let fits = len >= least && len <= has;
+    let len = if fits { len } else { (!whole).then_some(has)? };
     network.checked_add(len)
 }
 
-fn ipv4(packet: &[u8], network: usize, whole: bool) -> Option<Layers> {
+fn ipv4(packet: &[u8], has: usize, network: usize, whole: bool) -> Option<Layers> {
     let first = *packet.first()?;
     let header = usize::from(first & 15).saturating_mul(4);
     if first >> 4 != 4 || header < 20 || header > packet.len() {
@@ -76,7 +82,7 @@ fn ipv4(packet: &[u8], network: usize, whole: bool) -> Option<Layers> {
     Some(Layers {
         network,
         transport: network.saturating_add(header),
-        end: end_of(packet, network, be16(packet, 2)?.into(), header, whole)?,
+        end: end_of(has, network, be16(packet, 2)?.into(), header, whole)?,
         protocol: *packet.get(9)?,
         fragment: be16(packet, 6)? & 0x3fff != 0,
         source: IpAddr::V4(Ipv4Addr::from(array::<4>(packet, 12)?)),
@@ -85,7 +91,7 @@ fn ipv4(packet: &[u8], network: usize, whole: bool) -> Option<Layers> {
     })
 }
 
-fn ipv6(packet: &[u8], network: usize, whole: bool) -> Option<Layers> {
+fn ipv6(packet: &[u8], has: usize, network: usize, whole: bool) -> Option<Layers> {
     if *packet.first()? >> 4 != 6 {
         return None;
     }
@@ -108,7 +114,7 @@ fn ipv6(packet: &[u8], network: usize, whole: bool) -> Option<Layers> {
         next = *packet.get(at)?;
         at = at.saturating_add(size);
     }
-    let end = end_of(packet, network, len, at, whole)?;
+    let end = end_of(has, network, len, at, whole)?;
     let transport = network.checked_add(at).filter(|&at| at <= end)?;
     Some(Layers {
         network,
@@ -125,7 +131,7 @@ fn ipv6(packet: &[u8], network: usize, whole: bool) -> Option<Layers> {
 impl Layers {
     /// The length of the transport header, if it is TCP's or UDP's and whole.
     pub fn transport_header(&self, frame: &[u8]) -> Option<usize> {
-        let body = frame.get(self.transport..self.end)?;
+        let body = frame.get(self.transport..self.end.min(frame.len()))?;
         let len = match self.protocol {
             protocol::TCP => usize::from(body.get(12)? >> 4).saturating_mul(4),
             protocol::UDP => 8,

@@ -1,0 +1,631 @@
+//! The forwarding core: from a port's frames to other ports' buffers.
+//!
+//! ```text
+//! ring --burst--> [admit: port open? whole? VLAN, address, guards, storm] --> [up limit] --> [find: table, or flood]
+//!                                                                                                 |
+//!                 ring <-- one copy <-- [down limit, fair queue, bad line: only if there is one, or no buffer]
+//! ```
+//!
+//! Single-threaded: no locks. A port whose frames are worked on is taken out of the list, so that it cannot be its own receiver.
+
+use super::capture::{Capture, Direction};
+use super::fill::Filler;
+use super::guard::{self, Claims};
+use super::packet::{Burst, Origin, Packet};
+use super::port::{Link, Port, PortSpec};
+use super::reason::Reason;
+use super::table::{self, Key, Learnt, PortNumber, Table};
+use super::vlan::Vlans;
+use super::wait;
+use crate::vhost::RingError;
+use crate::{Batch, Card};
+use std::sync::Arc;
+
+/// The most ports.
+pub const PORTS_MAX: usize = 1024;
+/// Frames that a tap brings at a time.
+const TAP_FRAMES: usize = super::packet::BURST;
+
+/// Addresses that bridges keep to themselves (802.1Q, table 8-1): 01-80-C2-00-00-0x.
+const RESERVED: [u8; 5] = [0x01, 0x80, 0xc2, 0x00, 0x00];
+
+/// Where a frame goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    To(PortNumber),
+    Flood,
+}
+
+/// What works on bursts, used again and again.
+#[derive(Debug)]
+pub(super) struct Workspace {
+    pub(super) burst: Burst,
+    /// For each port, which frames of the burst are for it.
+    pub(super) out: Vec<Vec<u16>>,
+    /// The ports among them that have any.
+    pub(super) touched: Vec<PortNumber>,
+    pub(super) filler: Filler,
+    pub(super) batch: Batch,
+    pub(super) lost: Vec<PortNumber>,
+    pub(super) bytes: Vec<u8>,
+    pub(super) scratch: Vec<u8>,
+}
+
+/// A switch.
+#[derive(Debug)]
+pub struct Switch {
+    pub(super) ports: Vec<Option<Box<Port>>>,
+    /// Which of them are open.
+    pub(super) table: Table,
+    pub(super) claims: Claims,
+    pub(super) captures: Vec<Capture>,
+    pub(super) workspace: Option<Box<Workspace>>,
+    /// Nanoseconds since some moment.
+    pub(super) now: u64,
+    pub(super) active: Vec<PortNumber>,
+    pub(super) pending: Vec<PortNumber>,
+    /// Ports that have broken their rings since somebody asked.
+    pub broken: Vec<(PortNumber, RingError)>,
+}
+
+impl Default for Switch {
+    fn default() -> Self {
+        Self::new(table::ADDRESSES_MAX, table::AGEING_SECONDS)
+    }
+}
+
+impl Switch {
+    /// A switch without ports.
+    pub fn new(addresses_max: usize, ageing_seconds: u32) -> Self {
+        let workspace = Workspace {
+            burst: Burst::new(),
+            out: Vec::new(),
+            touched: Vec::new(),
+            filler: Filler::default(),
+            batch: Batch::new(TAP_FRAMES, 256 << 10),
+            lost: Vec::new(),
+            bytes: Vec::new(),
+            scratch: Vec::new(),
+        };
+        Self {
+            ports: Vec::new(),
+            table: Table::new(addresses_max, ageing_seconds),
+            claims: Claims::default(),
+            captures: Vec::new(),
+            workspace: Some(Box::new(workspace)),
+            now: 0,
+            active: Vec::new(),
+            pending: Vec::new(),
+            broken: Vec::new(),
+        }
+    }
+
+    /// Adds a port; `None` if there are too many.
+    pub fn add(&mut self, name: &str, spec: PortSpec) -> Option<PortNumber> {
+        let free = self.ports.iter().position(Option::is_none).unwrap_or(self.ports.len());
+        let number = PortNumber::try_from(free).ok().filter(|_| free < PORTS_MAX)?;
+        let port = Box::new(Port::new(name.to_owned(), number, spec));
+        match self.ports.get_mut(free) {
+            Some(slot) => *slot = Some(port),
+            None => self.ports.push(Some(port)),
+        }
+        if let Some(workspace) = &mut self.workspace {
+            workspace.out.resize_with(self.ports.len(), Vec::new);
+        }
+        self.claim_all(number);
+        Some(number)
+    }
+
+    /// Removes a port with all that is known of it.
+    pub fn remove(&mut self, number: PortNumber) {
+        self.forget(number);
+        if let Some(slot) = self.ports.get_mut(usize::from(number)) {
+            *slot = None;
+        }
+        self.active.retain(|other| *other != number);
+        self.pending.retain(|other| *other != number);
+        self.captures.iter_mut().for_each(|capture| capture.forget(number));
+    }
+
+    /// Forgets who is behind a port.
+    pub fn forget(&mut self, number: PortNumber) {
+        self.claims.forget(number);
+        self.table.retain(|entry| entry.port != number, &mut Vec::new());
+        if let Some(port) = self.port_mut(number) {
+            port.learnt = 0;
+        }
+    }
+
+    /// Changes what a port is allowed.
+    pub fn set(&mut self, number: PortNumber, spec: PortSpec) {
+        let now = self.now;
+        self.forget(number);
+        if let Some(port) = self.port_mut(number) {
+            port.set(spec, now);
+        }
+        self.claim_all(number);
+        self.waken(number);
+    }
+
+    /// What a port's spec gives it for good.
+    fn claim_all(&mut self, number: PortNumber) {
+        let Some(port) = self.ports.get(usize::from(number)).and_then(Option::as_deref) else { return };
+        // On trunks addresses are checked where they come in, and not kept from others: there are too many VLANs.
+        let vlans = match &port.spec.vlans {
+            Vlans::Access(vlan) | Vlans::Tunnel(vlan) => vec![*vlan],
+            Vlans::Trunk { .. } => Vec::new(),
+        };
+        let (macs, addresses) = (port.spec.macs.clone(), port.spec.addresses.clone());
+        let (second, mut lost, mut learnt) = (self.second(), Vec::new(), 0usize);
+        for vlan in vlans {
+            for mac in &macs {
+                let result = self.table.fix(Key::new(mac.0, vlan), number, second, &mut lost);
+                learnt = learnt.saturating_add(usize::from(matches!(result, Learnt::New | Learnt::Moved(_))));
+                if let Learnt::Moved(before) = result {
+                    lost.push(before);
+                }
+            }
+            for address in &addresses {
+                self.claims.fix(vlan, *address, number);
+            }
+        }
+        self.count_lost(&mut lost);
+        if let Some(port) = self.port_mut(number) {
+            port.learnt = learnt;
+        }
+    }
+
+    /// A port.
+    pub fn port(&self, number: PortNumber) -> Option<&Port> {
+        self.ports.get(usize::from(number))?.as_deref()
+    }
+
+    /// A port.
+    pub fn port_mut(&mut self, number: PortNumber) -> Option<&mut Port> {
+        self.ports.get_mut(usize::from(number))?.as_deref_mut()
+    }
+
+    /// All ports.
+    pub fn ports(&self) -> impl Iterator<Item = &Port> {
+        self.ports.iter().filter_map(Option::as_deref)
+    }
+
+    /// What is known of addresses.
+    pub fn addresses(&self) -> impl Iterator<Item = &table::Entry> {
+        self.table.entries(self.second())
+    }
+
+    /// Captures that run.
+    pub fn captures(&mut self) -> &mut Vec<Capture> {
+        &mut self.captures
+    }
+
+    /// Notes which ports are captured.
+    pub fn mark_captured(&mut self) {
+        for port in self.ports.iter_mut().flatten() {
+            port.watched = self.captures.iter().any(|capture| capture.wants(port.number));
+        }
+    }
+
+    fn second(&self) -> u32 {
+        (self.now / 1_000_000_000) as u32
+    }
+
+    /// A port may have frames, or room for them.
+    pub fn waken(&mut self, number: PortNumber) {
+        let now = self.now;
+        let Some(port) = self.port_mut(number) else { return };
+        port.idle_since = now;
+        if !std::mem::replace(&mut port.active, true) {
+            self.active.push(number);
+        }
+    }
+
+    /// Whether some port is looked at in turn.
+    pub fn busy(&self) -> bool {
+        !self.active.is_empty()
+    }
+
+    /// Works on all ports that may have something to do, once. `now` is in nanoseconds and never goes back. Ports that were idle for
+    /// longer than `spin` nanoseconds are asked to say when they have frames again.
+    pub fn turn(&mut self, now: u64, spin: u64) {
+        self.now = now;
+        let mut index = 0;
+        while let Some(number) = self.active.get(index).copied() {
+            if self.receive(number) {
+                index = index.saturating_add(1);
+                if let Some(port) = self.port_mut(number) {
+                    port.idle_since = now;
+                }
+                continue;
+            }
+            let idle = self.port(number).is_none_or(|port| now.saturating_sub(port.idle_since) >= spin);
+            if idle && !self.listen(number) {
+                self.active.swap_remove(index);
+                if let Some(port) = self.port_mut(number) {
+                    port.active = false;
+                }
+            } else {
+                index = index.saturating_add(1);
+            }
+        }
+        self.drain_all();
+    }
+
+    /// Asks a port's driver to say when there are frames, or (where frames wait) buffers; answers whether there are already.
+    fn listen(&mut self, number: PortNumber) -> bool {
+        let Some(port) = self.port_mut(number) else { return false };
+        let starved = !port.down.is_empty();
+        let Link::Guest(backend) = &mut port.link else { return false };
+        let (_, queues) = backend.parts();
+        let mut more = false;
+        for (index, queue) in queues.iter_mut().enumerate() {
+            let Some(ring) = queue.ring() else { continue };
+            if index & 1 == 1 {
+                more |= ring.listen(0).unwrap_or(true);
+            } else if starved {
+                // Buffers that are there already were not enough.
+                let seen = ring.available(ring.size()).unwrap_or(0);
+                more |= ring.listen(seen).unwrap_or(true);
+            }
+        }
+        more
+    }
+
+    /// Takes what a port sends; answers whether there was anything.
+    fn receive(&mut self, number: PortNumber) -> bool {
+        let Some(mut workspace) = self.workspace.take() else { return false };
+        let Some(mut port) = self.ports.get_mut(usize::from(number)).and_then(Option::take) else {
+            self.workspace = Some(workspace);
+            return false;
+        };
+        let mut link = std::mem::replace(&mut port.link, Link::Nothing);
+        let worked = match &mut link {
+            Link::Nothing => false,
+            Link::Guest(backend) => {
+                let mut worked = false;
+                let (memory, queues) = backend.parts();
+                let memory = Arc::clone(memory);
+                for queue in queues.iter_mut().skip(1).step_by(2) {
+                    let Some(ring) = queue.ring() else { continue };
+                    match workspace.burst.look(&memory, ring) {
+                        Ok(0) => {}
+                        Ok(_) => {
+                            ring.quiet();
+                            self.forward(&mut port, &mut workspace, Origin::Guest(&memory));
+                            let Some(ring) = queue.ring() else { continue };
+                            if workspace.burst.finish(ring) {
+                                queue.call();
+                            }
+                            worked = true;
+                        }
+                        Err(why) => {
+                            queue.fail(why);
+                            self.broken.push((number, why));
+                        }
+                    }
+                }
+                worked
+            }
+            Link::Tap(tap) => {
+                workspace.batch.clear();
+                tap.take(&mut workspace.batch);
+                let worked = !workspace.batch.is_empty();
+                if worked {
+                    let batch = std::mem::replace(&mut workspace.batch, Batch::new(0, 0));
+                    workspace.burst.copy(&batch);
+                    self.forward(&mut port, &mut workspace, Origin::Batch(&batch));
+                    workspace.batch = batch;
+                }
+                worked
+            }
+        };
+        port.link = link;
+        self.workspace = Some(workspace);
+        let waits = !port.up.is_empty();
+        if let Some(slot) = self.ports.get_mut(usize::from(number)) {
+            *slot = Some(port);
+        }
+        if waits {
+            self.pend(number);
+        }
+        worked
+    }
+
+    /// Sends the frames of a burst on their ways.
+    fn forward(&mut self, port: &mut Port, workspace: &mut Workspace, origin: Origin<'_>) {
+        for index in 0..workspace.burst.len() {
+            let admitted = match workspace.burst.packet(index) {
+                Ok(packet) => {
+                    let bytes = packet.len() as u64;
+                    port.counters.received = port.counters.received.wrapping_add(1);
+                    port.counters.received_bytes = port.counters.received_bytes.wrapping_add(bytes);
+                    self.admit(port, packet, &mut workspace.lost)
+                }
+                Err(reason) => Err(reason),
+            };
+            if port.watched {
+                self.capture(port.number, Direction::In, workspace, index, origin, admitted.err());
+            }
+            match admitted {
+                Err(reason) => port.counters.dropped.count(reason),
+                Ok(()) if port.up.limited() => self.hold(port, workspace, index, origin),
+                Ok(()) => self.route(port, workspace, index),
+            }
+        }
+        self.deliver_all(workspace, origin);
+        if !workspace.lost.is_empty() {
+            self.count_lost_with(port, &mut workspace.lost);
+        }
+    }
+
+    /// Whether a frame may come in; finds its VLAN and learns its sender.
+    #[inline]
+    fn admit(
+        &mut self,
+        port: &mut Port,
+        packet: &mut Packet,
+        lost: &mut Vec<PortNumber>,
+    ) -> Result<(), Reason> {
+        if !port.open() {
+            return Err(Reason::Disabled);
+        }
+        let tag = packet.tag();
+        let ingress = port.spec.vlans.ingress(tag).ok_or(Reason::Vlan)?;
+        packet.vlan = ingress.vlan;
+        packet.priority = tag.map_or(port.spec.priority, |tag| tag.priority);
+        if ingress.strip {
+            packet.strip();
+        }
+        let head = packet.head();
+        let Some(([to, from], _)) = head.split_first_chunk::<12>().map(|(macs, rest)| (split(macs), rest))
+        else {
+            return Err(Reason::Broken);
+        };
+        if from[0] & 1 != 0 || from == [0; 6] {
+            return Err(Reason::Source);
+        }
+        if to.first_chunk::<5>() == Some(&RESERVED) && to[5] < 0x10 {
+            if to[5] == 0 && port.spec.bpdu_guard {
+                port.blocked = Some("turned off: a bridge is behind it");
+            }
+            return Err(Reason::Reserved);
+        }
+        let key = Key::new(from, packet.vlan);
+        let locked = !port.spec.macs.is_empty();
+        if locked && !port.spec.macs.iter().any(|mac| mac.0 == from) {
+            return Err(Reason::Spoofed);
+        }
+        let may_add = port.learnt < port.spec.macs_max();
+        match self.table.learn(key, port.number, self.second(), may_add, lost) {
+            Learnt::Known => {}
+            Learnt::New => port.learnt = port.learnt.saturating_add(1),
+            Learnt::Moved(before) => {
+                port.learnt = port.learnt.saturating_add(1);
+                lost.push(before);
+            }
+            Learnt::Fixed(_) => return Err(Reason::Spoofed),
+            Learnt::Full if !may_add => return Err(Reason::Quota),
+            // The table has no room: frames to it are flooded.
+            Learnt::Full => {}
+        }
+        // What is inside a tunnel is somebody else's.
+        if !matches!(port.spec.vlans, Vlans::Tunnel(_)) {
+            self.check_claim(port, packet)?;
+        }
+        Ok(())
+    }
+
+    #[inline]
+    fn check_claim(&mut self, port: &Port, packet: &Packet) -> Result<(), Reason> {
+        let trusted = port.spec.trusted;
+        let claimed = match guard::claim(packet.head()) {
+            Ok(None) => return Ok(()),
+            Ok(Some(address)) => address,
+            Err(_) if trusted => return Ok(()),
+            Err(reason) => return Err(reason),
+        };
+        let own = &port.spec.addresses;
+        if !own.is_empty() && !trusted && !own.contains(&claimed) && !is_link_local(claimed) {
+            return Err(Reason::ArpSpoofed);
+        }
+        self.claims.claim(packet.vlan, claimed, port.number, trusted, self.second())
+    }
+
+    /// Finds where an admitted frame goes, and notes it.
+    #[inline]
+    pub(super) fn route(&mut self, port: &mut Port, workspace: &mut Workspace, index: usize) {
+        let Ok(packet) = workspace.burst.packet(index) else { return };
+        let vlan = packet.vlan;
+        let Some(to) = packet.head().first_chunk::<6>() else { return };
+        let way = if to[0] & 1 != 0 { Way::Flood } else { self.find(*to, vlan) };
+        let number = u16::try_from(index).unwrap_or(u16::MAX);
+        match way {
+            Way::To(receiver) if receiver == port.number => port.counters.dropped.count(Reason::Returned),
+            Way::To(receiver) => match self.may_go(port, receiver, vlan) {
+                Ok(()) => note(workspace, receiver, number),
+                Err(reason) => port.counters.dropped.count(reason),
+            },
+            Way::Flood => {
+                let now = self.now;
+                if !port.storm.as_mut().is_none_or(|meter| meter.pass(1, now)) {
+                    port.counters.dropped.count(Reason::Storm);
+                    return;
+                }
+                port.counters.flooded = port.counters.flooded.wrapping_add(1);
+                for receiver in 0..self.ports.len() {
+                    let receiver = PortNumber::try_from(receiver).unwrap_or(PortNumber::MAX);
+                    if self.may_go(port, receiver, vlan).is_ok() {
+                        note(workspace, receiver, number);
+                    }
+                }
+            }
+        }
+    }
+
+    #[inline]
+    fn find(&self, to: [u8; 6], vlan: u16) -> Way {
+        self.table.find(Key::new(to, vlan), self.second()).map_or(Way::Flood, Way::To)
+    }
+
+    #[inline]
+    fn may_go(&self, from: &Port, to: PortNumber, vlan: u16) -> Result<(), Reason> {
+        let Some(receiver) = self.port(to) else { return Err(Reason::NoReceiver) };
+        if matches!(receiver.link, Link::Nothing) || !receiver.open() {
+            return Err(Reason::NoReceiver);
+        }
+        if from.spec.private && receiver.spec.private {
+            return Err(Reason::Private);
+        }
+        receiver.spec.vlans.egress(vlan).map(|_| ()).ok_or(Reason::Vlan)
+    }
+
+    /// Delivers all frames that were noted.
+    pub(super) fn deliver_all(&mut self, workspace: &mut Workspace, origin: Origin<'_>) {
+        let touched = std::mem::take(&mut workspace.touched);
+        for number in &touched {
+            let Some(list) = workspace.out.get_mut(usize::from(*number)).map(std::mem::take) else {
+                continue;
+            };
+            let slot = self.ports.get_mut(usize::from(*number));
+            if let Some(mut receiver) = slot.and_then(Option::take) {
+                self.deliver(&mut receiver, workspace, &list, origin);
+                let waits = receiver.buffers() && wait::next_at(&receiver).is_some();
+                if let Some(slot) = self.ports.get_mut(usize::from(*number)) {
+                    *slot = Some(receiver);
+                }
+                if waits {
+                    self.pend(*number);
+                }
+            }
+            if let Some(out) = workspace.out.get_mut(usize::from(*number)) {
+                *out = list;
+                out.clear();
+            }
+        }
+        workspace.touched = touched;
+        workspace.touched.clear();
+    }
+
+    /// Delivers some frames of a burst to a port: into its buffers if nothing is in the way, else they wait.
+    fn deliver(&mut self, receiver: &mut Port, workspace: &mut Workspace, list: &[u16], origin: Origin<'_>) {
+        if receiver.watched {
+            for index in list {
+                self.capture(receiver.number, Direction::Out, workspace, usize::from(*index), origin, None);
+            }
+        }
+        let mut done = 0;
+        if !receiver.buffers() {
+            done = match self.deliver_now(receiver, workspace, list, origin) {
+                Ok(done) => done,
+                Err(why) => {
+                    self.broken.push((receiver.number, why));
+                    list.len()
+                }
+            };
+        }
+        for index in list.get(done..).unwrap_or_default() {
+            self.enqueue(receiver, workspace, usize::from(*index), origin);
+        }
+    }
+
+    /// Answers how many frames were delivered, or dropped, without waiting.
+    pub(super) fn deliver_now(
+        &mut self,
+        receiver: &mut Port,
+        workspace: &mut Workspace,
+        list: &[u16],
+        origin: Origin<'_>,
+    ) -> Result<usize, RingError> {
+        let Port { link, counters, spec, .. } = receiver;
+        let Workspace { burst, filler, bytes, .. } = workspace;
+        match link {
+            Link::Guest(backend) => filler.fill(backend, &spec.vlans, counters, list, burst, origin),
+            Link::Tap(tap) => {
+                for (place, index) in list.iter().enumerate() {
+                    let Some((packet, rest)) = burst.with_rest(usize::from(*index), origin) else { continue };
+                    let tag = spec.vlans.egress(packet.vlan).flatten();
+                    if let Some(kind) = tag {
+                        packet.push(kind);
+                    }
+                    bytes.clear();
+                    bytes.extend_from_slice(packet.head());
+                    rest.append(bytes);
+                    let offload = packet.offload;
+                    if tag.is_some() {
+                        packet.strip();
+                    }
+                    if !tap.send(&offload, bytes) {
+                        return Ok(place);
+                    }
+                    counters.sent = counters.sent.wrapping_add(1);
+                    counters.sent_bytes = counters.sent_bytes.wrapping_add(bytes.len() as u64);
+                }
+                Ok(list.len())
+            }
+            Link::Nothing => Ok(list.len()),
+        }
+    }
+
+    fn count_lost(&mut self, lost: &mut Vec<PortNumber>) {
+        for number in lost.drain(..) {
+            if let Some(port) = self.port_mut(number) {
+                port.learnt = port.learnt.saturating_sub(1);
+            }
+        }
+    }
+
+    fn count_lost_with(&mut self, port: &mut Port, lost: &mut Vec<PortNumber>) {
+        let own = lost.iter().filter(|number| **number == port.number).count();
+        port.learnt = port.learnt.saturating_sub(own);
+        lost.retain(|number| *number != port.number);
+        self.count_lost(lost);
+    }
+
+    #[cold]
+    fn capture(
+        &mut self,
+        number: PortNumber,
+        direction: Direction,
+        workspace: &mut Workspace,
+        index: usize,
+        origin: Origin<'_>,
+        dropped: Option<Reason>,
+    ) {
+        let Some((packet, rest)) = workspace.burst.with_rest(index, origin) else { return };
+        if dropped == Some(Reason::Broken) {
+            return;
+        }
+        let frame = wait::whole(packet, rest, self.now);
+        for capture in self.captures.iter_mut().filter(|capture| capture.wants(number)) {
+            capture.record(number, direction, &frame, dropped);
+        }
+    }
+
+    /// For people.
+    pub fn inspect(&self) -> serde_json::Value {
+        let ports: Vec<_> = self.ports().map(Port::inspect).collect();
+        serde_json::json!({ "ports": ports, "addresses": self.table.count(), "captures": self.captures.len() })
+    }
+}
+
+fn split(macs: &[u8; 12]) -> [[u8; 6]; 2] {
+    let (pair, _) = macs.as_chunks::<6>();
+    match pair {
+        [to, from] => [*to, *from],
+        _ => [[0; 6]; 2],
+    }
+}
+
+fn is_link_local(address: std::net::IpAddr) -> bool {
+    matches!(address, std::net::IpAddr::V6(v6) if v6.is_unicast_link_local())
+}
+
+#[inline]
+fn note(workspace: &mut Workspace, receiver: PortNumber, index: u16) {
+    let Some(list) = workspace.out.get_mut(usize::from(receiver)) else { return };
+    if list.is_empty() {
+        workspace.touched.push(receiver);
+    }
+    list.push(index);
+}

@@ -1,0 +1,317 @@
+//! What a port that is not trusted must not say: that it has somebody else's address, that it is a router, or a DHCP server.
+//!
+//! Only what the first bytes of a frame show is looked at. Those bytes are delivered as they were looked at, whatever the sender does
+//! to its memory meanwhile; a frame that hides what it is behind them is dropped (RFC 7113).
+
+use super::reason::Reason;
+use super::table::PortNumber;
+use crate::wire::{array, be16, ether, protocol};
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+/// Seconds after which an address that nobody claimed belongs to nobody.
+const CLAIM_SECONDS: u32 = 300;
+/// Claims of one port.
+const CLAIMS_PER_PORT: usize = 256;
+/// The most extension headers of IPv6 that are looked through.
+const EXTENSIONS_MAX: usize = 8;
+
+const DHCP_SERVER: u16 = 67;
+const DHCP6_SERVER: u16 = 547;
+const AUTHENTICATION: u8 = 51;
+
+/// Types of ICMPv6 (RFC 4861, 4).
+mod discovery {
+    pub const ROUTER_SOLICITATION: u8 = 133;
+    pub const ROUTER_ADVERTISEMENT: u8 = 134;
+    pub const NEIGHBOUR_SOLICITATION: u8 = 135;
+    pub const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
+    pub const REDIRECT: u8 = 137;
+    /// Options with the sender's, and the target's, link-layer address.
+    pub const SOURCE: u8 = 1;
+    pub const TARGET: u8 = 2;
+}
+
+/// Looks at a frame without tags; answers which address its sender says to have.
+#[inline]
+pub fn claim(head: &[u8]) -> Result<Option<IpAddr>, Reason> {
+    match be16(head, 12) {
+        Some(ether::ARP) => arp(head),
+        Some(ether::IPV4) => ipv4(head).map(|()| None),
+        Some(ether::IPV6) => ipv6(head),
+        _ => Ok(None),
+    }
+}
+
+fn arp(head: &[u8]) -> Result<Option<IpAddr>, Reason> {
+    // RFC 826: Ethernet, IPv4, 6 and 4 bytes.
+    if array::<6>(head, 14) != Some([0, 1, 8, 0, 6, 4]) {
+        return Err(Reason::ArpSpoofed);
+    }
+    let source = array::<6>(head, 6);
+    if array::<6>(head, 22) != source {
+        return Err(Reason::ArpSpoofed);
+    }
+    let address = Ipv4Addr::from(array::<4>(head, 28).ok_or(Reason::ArpSpoofed)?);
+    // Who asks for an address before having it claims nothing (RFC 5227, 2.1.1).
+    Ok((!address.is_unspecified()).then_some(IpAddr::V4(address)))
+}
+
+fn ipv4(head: &[u8]) -> Result<(), Reason> {
+    let first = head.get(14).copied().unwrap_or(0);
+    if head.get(23) != Some(&protocol::UDP) {
+        return Ok(());
+    }
+    let fragment = be16(head, 20).unwrap_or(0);
+    if fragment & 0x1fff != 0 {
+        return Ok(());
+    }
+    let at = usize::from(first & 15).saturating_mul(4).saturating_add(ether::LEN);
+    match be16(head, at) {
+        Some(DHCP_SERVER) => Err(Reason::DhcpServer),
+        Some(_) => Ok(()),
+        None => Err(Reason::Hidden),
+    }
+}
+
+fn ipv6(head: &[u8]) -> Result<Option<IpAddr>, Reason> {
+    let byte = |at: usize| head.get(at).copied().ok_or(Reason::Hidden);
+    let mut next = byte(20)?;
+    let mut at = 54usize;
+    let mut fragmented = false;
+    for _ in 0..EXTENSIONS_MAX {
+        let size = match next {
+            protocol::HOP_BY_HOP | protocol::ROUTING | protocol::DESTINATION => {
+                usize::from(byte(at.saturating_add(1))?).saturating_add(1).saturating_mul(8)
+            }
+            AUTHENTICATION => usize::from(byte(at.saturating_add(1))?).saturating_add(2).saturating_mul(4),
+            protocol::FRAGMENT => {
+                if be16(head, at.saturating_add(2)).ok_or(Reason::Hidden)? & 0xfff8 != 0 {
+                    return Ok(None);
+                }
+                fragmented = true;
+                8
+            }
+            protocol::UDP => {
+                let port = be16(head, at).ok_or(Reason::Hidden)?;
+                return if port == DHCP6_SERVER { Err(Reason::DhcpServer) } else { Ok(None) };
+            }
+            protocol::ICMPV6 => return icmpv6(head, at, fragmented),
+            _ => return Ok(None),
+        };
+        next = byte(at)?;
+        at = at.saturating_add(size);
+    }
+    Err(Reason::Hidden)
+}
+
+fn icmpv6(head: &[u8], at: usize, fragmented: bool) -> Result<Option<IpAddr>, Reason> {
+    let kind = head.get(at).copied().ok_or(Reason::Hidden)?;
+    if !(discovery::ROUTER_SOLICITATION..=discovery::REDIRECT).contains(&kind) {
+        return Ok(None);
+    }
+    // RFC 6980: discovery is never in fragments.
+    if fragmented || matches!(kind, discovery::ROUTER_ADVERTISEMENT | discovery::REDIRECT) {
+        return Err(Reason::Router);
+    }
+    let source = Ipv6Addr::from(array::<16>(head, 22).unwrap_or_default());
+    let target = Ipv6Addr::from(array::<16>(head, at.saturating_add(8)).unwrap_or_default());
+    let (claimed, option, options) = match kind {
+        discovery::NEIGHBOUR_ADVERTISEMENT => (target, discovery::TARGET, at.saturating_add(24)),
+        // Duplicate address detection: who asks wants the address.
+        discovery::NEIGHBOUR_SOLICITATION if source.is_unspecified() => {
+            (target, discovery::SOURCE, at.saturating_add(24))
+        }
+        discovery::NEIGHBOUR_SOLICITATION => (source, discovery::SOURCE, at.saturating_add(24)),
+        _ => (source, discovery::SOURCE, at.saturating_add(8)),
+    };
+    let mut rest = head.get(options..).unwrap_or_default();
+    while let Some((&[kind, len], _)) = rest.split_first_chunk::<2>() {
+        let size = usize::from(len).saturating_mul(8);
+        if size == 0 {
+            return Err(Reason::ArpSpoofed);
+        }
+        if kind == option && array::<6>(rest, 2) != array::<6>(head, 6) {
+            return Err(Reason::ArpSpoofed);
+        }
+        rest = rest.get(size..).unwrap_or_default();
+    }
+    Ok((!claimed.is_unspecified()).then_some(IpAddr::V6(claimed)))
+}
+
+/// Whose an address is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Claim {
+    port: PortNumber,
+    fixed: bool,
+    seen: u32,
+}
+
+/// Who has which address, by who said so first.
+#[derive(Debug, Default)]
+pub struct Claims {
+    list: HashMap<(u16, IpAddr), Claim>,
+    counts: HashMap<PortNumber, usize>,
+}
+
+impl Claims {
+    /// A port says that it has an address; answers whether it may. Trusted ports are always believed.
+    pub fn claim(
+        &mut self,
+        vlan: u16,
+        address: IpAddr,
+        port: PortNumber,
+        trusted: bool,
+        now: u32,
+    ) -> Result<(), Reason> {
+        let fresh = Claim { port, fixed: false, seen: now };
+        let count = self.counts.get(&port).copied().unwrap_or(0);
+        match self.list.get_mut(&(vlan, address)) {
+            Some(claim) if claim.port == port => {
+                claim.seen = now;
+                Ok(())
+            }
+            Some(claim) if claim.fixed && !trusted => Err(Reason::ArpSpoofed),
+            Some(claim) if claim.fixed => Ok(()),
+            Some(claim) if trusted || now.wrapping_sub(claim.seen) > CLAIM_SECONDS => {
+                let before = std::mem::replace(claim, fresh).port;
+                self.count_down(before);
+                self.count_up(port);
+                Ok(())
+            }
+            Some(_) => Err(Reason::ArpSpoofed),
+            // Beyond its quota a port that is not trusted is silent; one that is has no claims to defend.
+            None if count >= CLAIMS_PER_PORT => {
+                if trusted {
+                    Ok(())
+                } else {
+                    Err(Reason::Quota)
+                }
+            }
+            None => {
+                self.list.insert((vlan, address), fresh);
+                self.count_up(port);
+                Ok(())
+            }
+        }
+    }
+
+    /// Gives an address to a port for good.
+    pub fn fix(&mut self, vlan: u16, address: IpAddr, port: PortNumber) {
+        let claim = Claim { port, fixed: true, seen: 0 };
+        if let Some(before) = self.list.insert((vlan, address), claim) {
+            self.count_down(before.port);
+        }
+        self.count_up(port);
+    }
+
+    /// A port is gone.
+    pub fn forget(&mut self, port: PortNumber) {
+        self.list.retain(|_, claim| claim.port != port);
+        self.counts.remove(&port);
+    }
+
+    fn count_up(&mut self, port: PortNumber) {
+        let count = self.counts.entry(port).or_default();
+        *count = count.saturating_add(1);
+    }
+
+    fn count_down(&mut self, port: PortNumber) {
+        if let Some(count) = self.counts.get_mut(&port) {
+            *count = count.saturating_sub(1);
+        }
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use proptest::prelude::*;
+
+    const SOURCE: [u8; 6] = [2, 0, 0, 0, 0, 1];
+
+    fn frame(kind: u16, body: &[u8]) -> Vec<u8> {
+        [&[0xff; 6][..], &SOURCE, &kind.to_be_bytes(), body].concat()
+    }
+
+    fn arp_from(mac: [u8; 6], address: [u8; 4]) -> Vec<u8> {
+        frame(0x0806, &[&[0, 1, 8, 0, 6, 4, 0, 2][..], &mac, &address, &[0; 10]].concat())
+    }
+
+    fn icmp(kind: u8, extensions: &[u8], options: &[u8]) -> Vec<u8> {
+        let first = if extensions.is_empty() { 58 } else { 0 };
+        let mut body = vec![0x60, 0, 0, 0, 0, 0, first, 255];
+        body.extend("fe80::1".parse::<Ipv6Addr>().unwrap().octets());
+        body.extend("ff02::1".parse::<Ipv6Addr>().unwrap().octets());
+        body.extend(extensions);
+        body.extend([kind, 0, 0, 0, 0, 0, 0, 0]);
+        body.extend("fe80::2".parse::<Ipv6Addr>().unwrap().octets());
+        body.extend(options);
+        frame(0x86dd, &body)
+    }
+
+    #[test]
+    fn lies_about_addresses_are_found() {
+        assert_eq!(claim(&arp_from(SOURCE, [10, 0, 0, 1])), Ok(Some("10.0.0.1".parse().unwrap())));
+        assert_eq!(claim(&arp_from([2; 6], [10, 0, 0, 1])), Err(Reason::ArpSpoofed));
+        assert_eq!(claim(&arp_from(SOURCE, [0; 4])), Ok(None));
+        assert_eq!(claim(&icmp(136, &[], &[2, 1, 2, 0, 0, 0, 0, 1])), Ok(Some("fe80::2".parse().unwrap())));
+        assert_eq!(claim(&icmp(136, &[], &[2, 1, 2, 0, 0, 0, 0, 2])), Err(Reason::ArpSpoofed));
+        assert_eq!(claim(&icmp(136, &[], &[9, 0])), Err(Reason::ArpSpoofed), "an option without end");
+        assert_eq!(claim(&icmp(135, &[], &[])), Ok(Some("fe80::1".parse().unwrap())));
+        assert_eq!(claim(&icmp(128, &[], &[])), Ok(None));
+    }
+
+    #[test]
+    fn routers_and_servers_are_found_behind_extensions_too() {
+        assert_eq!(claim(&icmp(134, &[], &[])), Err(Reason::Router));
+        assert_eq!(claim(&icmp(134, &[58, 0, 0, 0, 0, 0, 0, 0], &[])), Err(Reason::Router));
+        // The first fragment, and what is said to be behind more headers than are there.
+        assert_eq!(
+            claim(&icmp(135, &[44, 0, 0, 0, 0, 0, 0, 0, 58, 0, 0, 1, 0, 0, 0, 0], &[])),
+            Err(Reason::Router)
+        );
+        assert_eq!(claim(&icmp(134, &[60, 255, 0, 0, 0, 0, 0, 0], &[])), Err(Reason::Hidden));
+        let udp = |port: u16| {
+            let mut body = vec![0x45, 0, 0, 28, 0, 0, 0, 0, 64, 17, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2];
+            body.extend(port.to_be_bytes());
+            body.extend([0; 6]);
+            frame(0x0800, &body)
+        };
+        assert_eq!((claim(&udp(67)), claim(&udp(68))), (Err(Reason::DhcpServer), Ok(None)));
+        assert_eq!(claim(&udp(67)[..34]), Err(Reason::Hidden));
+    }
+
+    #[test]
+    fn who_came_first_has_the_address_while_it_says_so() {
+        let mut claims = Claims::default();
+        let address: IpAddr = "10.0.0.1".parse().unwrap();
+        assert_eq!(claims.claim(1, address, 1, false, 0), Ok(()));
+        assert_eq!(claims.claim(1, address, 2, false, 300), Err(Reason::ArpSpoofed));
+        assert_eq!(claims.claim(2, address, 2, false, 0), Ok(()), "another VLAN");
+        assert_eq!(claims.claim(1, address, 1, false, 300), Ok(()));
+        assert_eq!(claims.claim(1, address, 2, false, 600), Err(Reason::ArpSpoofed));
+        assert_eq!(claims.claim(1, address, 2, false, 601), Ok(()));
+        assert_eq!(claims.claim(1, address, 3, true, 601), Ok(()), "a trusted port is believed");
+        assert_eq!(claims.claim(1, address, 2, false, 601), Err(Reason::ArpSpoofed));
+        claims.fix(1, address, 4);
+        assert_eq!(claims.claim(1, address, 3, false, 10_000), Err(Reason::ArpSpoofed));
+        claims.forget(4);
+        assert_eq!(claims.claim(1, address, 1, false, 0), Ok(()));
+        for number in 0..CLAIMS_PER_PORT as u32 {
+            let _ = claims.claim(9, IpAddr::V4(number.into()), 9, false, 0);
+        }
+        assert_eq!(claims.claim(9, "1.1.1.1".parse().unwrap(), 9, false, 0), Err(Reason::Quota));
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_break_it(
+            bytes in prop::collection::vec(any::<u8>(), 0..120),
+            kind in prop::sample::select(vec![0x0806u16, 0x0800, 0x86dd]),
+        ) {
+            let _ = claim(&frame(kind, &bytes));
+            let _ = claim(&bytes);
+        }
+    }
+}

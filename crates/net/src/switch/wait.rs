@@ -1,0 +1,241 @@
+//! What cannot go at once: frames that wait for a limit, for a receiver's buffers, or on a bad line.
+
+use super::fill::accepts;
+use super::forward::{Switch, Workspace};
+use super::packet::{BURST, Origin, Packet, Rest};
+use super::port::{Link, Port, Shaper};
+use super::queue::Waiting;
+use super::reason::Reason;
+use super::table::PortNumber;
+use crate::offload::{Checksum, Offload};
+use crate::{FRAME_MAX, segment};
+
+impl Switch {
+    /// A frame that cannot be delivered at once waits for its receiver, in a form that the receiver takes.
+    pub(super) fn enqueue(
+        &mut self,
+        receiver: &mut Port,
+        workspace: &mut Workspace,
+        index: usize,
+        origin: Origin<'_>,
+    ) {
+        let Some((packet, rest)) = workspace.burst.with_rest(index, origin) else { return };
+        let frame = whole(packet, rest, self.now);
+        if let Some(emulator) = &mut receiver.emulator {
+            if !emulator.push(frame, self.now) {
+                receiver.counters.dropped_out.count(Reason::Emulated);
+            }
+            return;
+        }
+        let takes = takes(receiver);
+        prepare(&mut receiver.down, frame, &takes, &mut workspace.scratch);
+    }
+
+    /// A frame waits for the limit of its sender.
+    pub(super) fn hold(
+        &mut self,
+        port: &mut Port,
+        workspace: &mut Workspace,
+        index: usize,
+        origin: Origin<'_>,
+    ) {
+        let Some((packet, rest)) = workspace.burst.with_rest(index, origin) else { return };
+        let frame = whole(packet, rest, self.now);
+        let cuts = port.up.cuts();
+        prepare(
+            &mut port.up,
+            frame,
+            &|offload| !(cuts && offload.segments.is_some()),
+            &mut workspace.scratch,
+        );
+    }
+
+    pub(super) fn pend(&mut self, number: PortNumber) {
+        let Some(port) = self.port_mut(number) else { return };
+        if !std::mem::replace(&mut port.pending, true) {
+            self.pending.push(number);
+        }
+    }
+
+    /// Lets go what waits, as far as it may.
+    pub(super) fn drain_all(&mut self) {
+        let mut index = 0;
+        while let Some(number) = self.pending.get(index).copied() {
+            self.release(number);
+            self.drain(number);
+            let Some(port) = self.port_mut(number) else {
+                self.pending.swap_remove(index);
+                continue;
+            };
+            if port.up.is_empty()
+                && port.down.is_empty()
+                && port.emulator.as_ref().is_none_or(|e| e.next_at().is_none())
+            {
+                port.pending = false;
+                self.pending.swap_remove(index);
+            } else {
+                index = index.saturating_add(1);
+            }
+        }
+    }
+
+    /// What a port sent, and its limit lets go now.
+    fn release(&mut self, number: PortNumber) {
+        for _ in 0..BURST {
+            let now = self.now;
+            let Some(mut port) = self.ports.get_mut(usize::from(number)).and_then(Option::take) else {
+                return;
+            };
+            let ready = !port.up.is_empty() && port.up.ready_at() <= now;
+            let late = port.up.queue.late;
+            let frame = if ready { port.up.queue.pop(now) } else { None };
+            if let Some(frame) = &frame
+                && let Some(mut workspace) = self.workspace.take()
+            {
+                port.up.charge(frame.bytes.len(), segments_of(frame), now);
+                workspace.burst.one(frame.offload, &frame.bytes, frame.vlan, frame.priority);
+                self.route(&mut port, &mut workspace, 0);
+                self.deliver_all(&mut workspace, Origin::Frame(&frame.bytes));
+                self.workspace = Some(workspace);
+            }
+            (late..port.up.queue.late).for_each(|_| port.counters.dropped.count(Reason::Late));
+            if let Some(slot) = self.ports.get_mut(usize::from(number)) {
+                *slot = Some(port);
+            }
+            if frame.is_none() {
+                return;
+            }
+        }
+    }
+
+    /// What waits for a port goes to it, as far as its limit and its buffers let it.
+    fn drain(&mut self, number: PortNumber) {
+        let now = self.now;
+        let Some(mut workspace) = self.workspace.take() else { return };
+        let Some(mut port) = self.ports.get_mut(usize::from(number)).and_then(Option::take) else {
+            self.workspace = Some(workspace);
+            return;
+        };
+        while let Some(frame) = port.emulator.as_mut().and_then(|emulator| emulator.pop(now)) {
+            let takes = takes(&port);
+            let frame = Waiting { since: now, ..frame };
+            prepare(&mut port.down, frame, &takes, &mut workspace.scratch);
+        }
+        let before = (port.down.queue.late, port.down.queue.full);
+        let mut sent = 0;
+        while sent < BURST && port.down.ready_at() <= now {
+            let Some(frame) = port.down.held.take().or_else(|| port.down.queue.pop(now)) else { break };
+            sent = sent.saturating_add(1);
+            workspace.burst.one(frame.offload, &frame.bytes, frame.vlan, frame.priority);
+            match self.deliver_now(&mut port, &mut workspace, &[0], Origin::Frame(&frame.bytes)) {
+                Ok(0) => {
+                    port.down.held = Some(frame);
+                    break;
+                }
+                Ok(_) => port.down.charge(frame.bytes.len(), segments_of(&frame), now),
+                Err(why) => self.broken.push((number, why)),
+            }
+        }
+        // A guest without a driver gets nothing, later either.
+        if matches!(port.link, Link::Nothing) {
+            port.down.queue.clear();
+            port.down.held = None;
+        }
+        let after = (port.down.queue.late, port.down.queue.full);
+        (before.0..after.0).for_each(|_| port.counters.dropped_out.count(Reason::Late));
+        (before.1..after.1).for_each(|_| port.counters.dropped_out.count(Reason::Full));
+        self.workspace = Some(workspace);
+        let starved = port.down.held.is_some();
+        if let Some(slot) = self.ports.get_mut(usize::from(number)) {
+            *slot = Some(port);
+        }
+        if starved && self.listen_for_buffers(number) {
+            self.waken(number);
+        }
+    }
+
+    /// Asks a driver to say when it has buffers; answers whether it has more already.
+    fn listen_for_buffers(&mut self, number: PortNumber) -> bool {
+        let Some(Link::Guest(backend)) = self.port_mut(number).map(|port| &mut port.link) else {
+            return false;
+        };
+        let (_, queues) = backend.parts();
+        let mut more = false;
+        for ring in queues.iter_mut().step_by(2).filter_map(|queue| queue.ring()) {
+            let seen = ring.available(ring.size()).unwrap_or(0);
+            more |= ring.listen(seen).unwrap_or(false);
+        }
+        more
+    }
+
+    /// When something that waits may go on.
+    pub fn next_at(&self) -> Option<u64> {
+        let waiting = self.pending.iter().filter_map(|number| self.port(*number));
+        waiting.filter_map(next_at).min()
+    }
+}
+
+/// When something of a port's may go on: at once where it only waits for buffers, since nobody knows when they come.
+pub(super) fn next_at(port: &Port) -> Option<u64> {
+    let line = port.emulator.as_ref().and_then(super::emulation::Emulator::next_at);
+    let up = (!port.up.is_empty()).then(|| port.up.ready_at());
+    // What is held waits for buffers, of which its driver tells.
+    let down = (!port.down.is_empty() && port.down.held.is_none()).then(|| port.down.ready_at());
+    line.into_iter().chain(up).chain(down).min()
+}
+
+/// A frame with all its bytes.
+pub(super) fn whole(packet: &Packet, rest: Rest<'_>, now: u64) -> Waiting {
+    let mut bytes = Vec::with_capacity(packet.len());
+    bytes.extend_from_slice(packet.head());
+    rest.append(&mut bytes);
+    bytes.truncate(FRAME_MAX);
+    Waiting { offload: packet.offload, bytes, vlan: packet.vlan, priority: packet.priority, since: now }
+}
+
+/// What a port's driver takes unfinished, of what its limit leaves whole.
+fn takes(port: &Port) -> impl Fn(&Offload) -> bool + use<> {
+    let features = match &port.link {
+        Link::Guest(backend) => Some(backend.features()),
+        _ => None,
+    };
+    let cuts = port.down.cuts();
+    move |offload| {
+        let finished = features.is_none_or(|features| accepts(features, offload));
+        finished && !(cuts && offload.segments.is_some())
+    }
+}
+
+fn segments_of(frame: &Waiting) -> u64 {
+    frame
+        .offload
+        .segments
+        .map_or(1, |segments| (frame.bytes.len() as u64).div_ceil(u64::from(segments.size).max(1)).max(1))
+}
+
+/// Puts a frame into a queue, cut and completed if it is not taken as it is.
+fn prepare(shaper: &mut Shaper, frame: Waiting, takes: &dyn Fn(&Offload) -> bool, scratch: &mut Vec<u8>) {
+    let hash = crate::flow_hash(&frame.bytes).rotate_left(7) ^ u32::from(frame.vlan);
+    if takes(&frame.offload) {
+        shaper.queue.push(hash, frame);
+        return;
+    }
+    let finish = |offload: Offload, bytes: &mut [u8]| match offload.checksum {
+        Checksum::Partial { start, offset } if !takes(&offload) => {
+            segment::complete_checksum(bytes, start, offset);
+            Offload::default()
+        }
+        _ => offload,
+    };
+    let Waiting { offload, mut bytes, vlan, priority, since } = frame;
+    match offload.segments {
+        None => {
+            let offload = finish(offload, &mut bytes);
+            shaper.queue.push(hash, Waiting { offload, bytes, vlan, priority, since });
+        }
+        Some(segments) => segment::cut(&bytes, segments, scratch, &mut |offload, piece| {
+            let offload = finish(offload, piece);
+            shaper.queue.push(hash, Waiting { offload, bytes: piece.to_vec(), vlan, priority, since });
+        }),
+    }
+}

@@ -1,0 +1,460 @@
+//! The back end's side of a connection: what the front end has said so far, and the rings that run because of it.
+//!
+//! A ring is *stopped* until it has a size, addresses, a kick and is enabled, and *running* from then until the front end asks for
+//! its base, takes its memory away, or breaks its rules. One that broke them is *broken* until it is set up again.
+
+use super::channel::{Channel, Error, Message};
+use super::feature;
+use super::memory::Memory;
+use super::message::{
+    Body, Header, NO_FILE, PROTOCOL_FEATURES, VringAddresses, flag, protocol_feature, request,
+};
+use super::ring::{self, Places, Ring};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+/// The most rings: 64 queue pairs.
+const RINGS_MAX: usize = 128;
+/// The most regions of memory.
+const REGIONS_MAX: usize = 32;
+/// Messages that are answered before others get a turn.
+const MESSAGES_MAX: usize = 16;
+
+/// Features that are offered to a front end that is a network card.
+pub const FEATURES: u64 = feature::CSUM
+    | feature::GUEST_CSUM
+    | feature::GUEST_TSO4
+    | feature::GUEST_TSO6
+    | feature::GUEST_ECN
+    | feature::HOST_TSO4
+    | feature::HOST_TSO6
+    | feature::HOST_ECN
+    | feature::MRG_RXBUF
+    | feature::MQ
+    | feature::MTU
+    | feature::STATUS
+    | feature::GUEST_ANNOUNCE
+    | feature::INDIRECT_DESC
+    | feature::EVENT_IDX
+    | feature::VERSION_1
+    | feature::IN_ORDER
+    | feature::GUEST_USO4
+    | feature::GUEST_USO6
+    | feature::HOST_USO
+    | PROTOCOL_FEATURES;
+
+const PROTOCOLS: u64 = protocol_feature::MQ
+    | protocol_feature::RARP
+    | protocol_feature::REPLY_ACK
+    | protocol_feature::MTU
+    | protocol_feature::RESET_DEVICE
+    | protocol_feature::CONFIGURE_MEM_SLOTS
+    | protocol_feature::STATUS;
+
+/// One ring, and what was said of it.
+#[derive(Debug, Default)]
+pub struct Queue {
+    size: u16,
+    addresses: Option<VringAddresses>,
+    base: u16,
+    kick: Option<OwnedFd>,
+    /// Counts the events that were ever set.
+    kick_version: u32,
+    call: Option<OwnedFd>,
+    started: bool,
+    enabled: bool,
+    ring: Option<Ring>,
+    broken: Option<ring::Error>,
+}
+
+impl Queue {
+    /// The ring, if it runs.
+    #[inline]
+    pub fn ring(&mut self) -> Option<&mut Ring> {
+        self.ring.as_mut()
+    }
+
+    /// Whether it runs.
+    pub fn runs(&self) -> bool {
+        self.ring.is_some()
+    }
+
+    /// The event that tells of new chains.
+    pub fn kick(&self) -> Option<BorrowedFd<'_>> {
+        self.kick.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Another number for each event that [`Self::kick`] ever was.
+    pub fn kick_version(&self) -> u32 {
+        self.kick_version
+    }
+
+    /// Why it does not run.
+    pub fn broken(&self) -> Option<ring::Error> {
+        self.broken
+    }
+
+    /// The driver broke the rules.
+    pub fn fail(&mut self, why: ring::Error) {
+        self.stop();
+        self.broken = Some(why);
+    }
+
+    /// Tells the driver that chains came back.
+    #[inline]
+    pub fn call(&self) {
+        if let Some(call) = &self.call {
+            // Fails only if the count is at its end, and then it is readable anyway.
+            let _ = rustix::io::write(call, &1u64.to_ne_bytes());
+        }
+    }
+
+    fn stop(&mut self) {
+        if let Some(ring) = self.ring.take() {
+            self.base = ring.base();
+        }
+    }
+}
+
+/// What a message has changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Change {
+    /// Rings have started, stopped, or have other events.
+    pub rings: bool,
+    /// The guest moved here; its address, for others to learn.
+    pub announce: Option<[u8; 6]>,
+}
+
+/// A connection.
+#[derive(Debug)]
+pub struct Backend {
+    channel: Channel,
+    features: u64,
+    protocols: u64,
+    memory: Arc<Memory>,
+    queues: Vec<Queue>,
+    status: u8,
+    mtu: u16,
+}
+
+impl AsFd for Backend {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.channel.as_fd()
+    }
+}
+
+impl Backend {
+    /// Serves a socket that a front end is connected to.
+    pub fn new(socket: UnixStream) -> Self {
+        Self {
+            channel: Channel::new(socket),
+            features: 0,
+            protocols: 0,
+            memory: Arc::default(),
+            queues: Vec::new(),
+            status: 0,
+            mtu: 0,
+        }
+    }
+
+    /// Features that both sides speak.
+    pub fn features(&self) -> u64 {
+        self.features
+    }
+
+    /// The guest's memory.
+    pub fn memory(&self) -> &Arc<Memory> {
+        &self.memory
+    }
+
+    /// All rings that were ever spoken of; even ones take frames to the guest, odd ones bring them (5.1.2).
+    pub fn queues(&self) -> &[Queue] {
+        &self.queues
+    }
+
+    /// The rings, and the memory that their descriptors point to.
+    #[inline]
+    pub fn parts(&mut self) -> (&Arc<Memory>, &mut [Queue]) {
+        (&self.memory, &mut self.queues)
+    }
+
+    /// Serves messages that have come, without waiting.
+    pub fn serve(&mut self) -> Result<Change, Error> {
+        let mut change = Change::default();
+        for _ in 0..MESSAGES_MAX {
+            let Some(message) = self.channel.receive()? else { break };
+            self.answer(message, &mut change)?;
+        }
+        Ok(change)
+    }
+
+    fn answer(&mut self, message: Message, change: &mut Change) -> Result<(), Error> {
+        let Message { header, body, mut files } = message;
+        let mut body = Body(&body);
+        let wrong = Error::Protocol;
+        let short = || wrong("a body that is too short");
+        let mut reply: Option<u64> = None;
+        let result = match header.request {
+            request::GET_FEATURES => {
+                reply = Some(FEATURES);
+                Ok(())
+            }
+            request::GET_PROTOCOL_FEATURES => {
+                reply = Some(PROTOCOLS);
+                Ok(())
+            }
+            request::GET_QUEUE_NUM => {
+                reply = Some((RINGS_MAX / 2) as u64);
+                Ok(())
+            }
+            request::GET_MAX_MEM_SLOTS => {
+                reply = Some(REGIONS_MAX as u64);
+                Ok(())
+            }
+            request::GET_STATUS => {
+                reply = Some(self.status.into());
+                Ok(())
+            }
+            request::SET_FEATURES => self.set_features(body.u64().ok_or_else(short)?, change),
+            request::SET_PROTOCOL_FEATURES => {
+                self.protocols = body.u64().ok_or_else(short)? & PROTOCOLS;
+                Ok(())
+            }
+            request::SET_OWNER => Ok(()),
+            request::SET_STATUS => {
+                self.status = body.u64().ok_or_else(short)? as u8;
+                if self.status == 0 {
+                    self.reset();
+                    change.rings = true;
+                }
+                Ok(())
+            }
+            request::RESET_OWNER | request::RESET_DEVICE => {
+                self.reset();
+                change.rings = true;
+                Ok(())
+            }
+            request::SET_MEM_TABLE => {
+                change.rings = true;
+                self.set_memory(body, files)
+            }
+            request::ADD_MEM_REG => {
+                change.rings = true;
+                let _padding = body.u64().ok_or_else(short)?;
+                let about = body.region().ok_or_else(short)?;
+                let file = files.pop().ok_or(wrong("a region without its file"))?;
+                let mut memory = self.memory.copy();
+                if memory.len() >= REGIONS_MAX {
+                    return Err(wrong("too many regions"));
+                }
+                memory.add(about, file).map_err(|_| wrong("a region that cannot be mapped"))?;
+                self.exchange_memory(memory);
+                Ok(())
+            }
+            request::REM_MEM_REG => {
+                change.rings = true;
+                let _padding = body.u64().ok_or_else(short)?;
+                let about = body.region().ok_or_else(short)?;
+                let mut memory = self.memory.copy();
+                if !memory.remove(about.guest, about.user, about.len) {
+                    return Err(wrong("a region that was never added"));
+                }
+                self.exchange_memory(memory);
+                Ok(())
+            }
+            request::GET_VRING_BASE => {
+                let index = body.u32().ok_or_else(short)?;
+                let queue = self.queue(index)?;
+                queue.stop();
+                queue.started = false;
+                let base = u64::from(queue.base);
+                change.rings = true;
+                reply = Some(u64::from(index) | base << 32);
+                Ok(())
+            }
+            request::SET_VRING_NUM
+            | request::SET_VRING_ADDR
+            | request::SET_VRING_BASE
+            | request::SET_VRING_ENABLE => {
+                change.rings = true;
+                self.set_ring(header.request, body)
+            }
+            request::SET_VRING_KICK | request::SET_VRING_CALL | request::SET_VRING_ERR => {
+                change.rings = true;
+                let about = body.u64().ok_or_else(short)?;
+                self.set_event(header.request, about, files.pop())
+            }
+            request::SEND_RARP => {
+                let bytes = body.u64().ok_or_else(short)?.to_ne_bytes();
+                change.announce = bytes.first_chunk::<6>().copied();
+                Ok(())
+            }
+            request::NET_SET_MTU => {
+                self.mtu = body.u64().ok_or_else(short)? as u16;
+                Ok(())
+            }
+            _ => Err(wrong("a request that was not agreed on")),
+        };
+        result?;
+        let acknowledged = self.protocols & protocol_feature::REPLY_ACK != 0;
+        if reply.is_none() && header.flags & flag::NEED_REPLY != 0 && acknowledged {
+            reply = Some(0);
+        }
+        let Some(value) = reply else { return Ok(()) };
+        let body = value.to_ne_bytes();
+        let header = Header { flags: flag::VERSION | flag::REPLY, size: body.len() as u32, ..header };
+        self.channel.send(header, &body, &[])
+    }
+
+    fn queue(&mut self, index: u32) -> Result<&mut Queue, Error> {
+        let number = usize::try_from(index).unwrap_or(usize::MAX);
+        if number >= RINGS_MAX {
+            return Err(Error::Protocol("a ring beyond the last"));
+        }
+        if self.queues.len() <= number {
+            self.queues.resize_with(number.saturating_add(1), Queue::default);
+        }
+        self.queues.get_mut(number).ok_or(Error::Protocol("a ring beyond the last"))
+    }
+
+    fn set_features(&mut self, features: u64, change: &mut Change) -> Result<(), Error> {
+        if features & !FEATURES != 0 {
+            return Err(Error::Protocol("features that were not offered"));
+        }
+        if self.features != features {
+            self.features = features;
+            change.rings = true;
+            self.start_all();
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        for queue in &mut self.queues {
+            queue.stop();
+            let kick_version = queue.kick_version.wrapping_add(1);
+            *queue = Queue { call: queue.call.take(), kick_version, ..Queue::default() };
+        }
+        self.features = 0;
+    }
+
+    fn set_memory(&mut self, mut body: Body<'_>, files: Vec<OwnedFd>) -> Result<(), Error> {
+        let short = || Error::Protocol("a body that is too short");
+        let (count, _padding) = (body.u32().ok_or_else(short)? as usize, body.u32().ok_or_else(short)?);
+        if count > REGIONS_MAX || count != files.len() {
+            return Err(Error::Protocol("other files than regions"));
+        }
+        let mut memory = Memory::default();
+        for file in files {
+            let about = body.region().ok_or_else(short)?;
+            memory.add(about, file).map_err(|_| Error::Protocol("a region that cannot be mapped"))?;
+        }
+        self.exchange_memory(memory);
+        Ok(())
+    }
+
+    /// Rings find their parts again in the new memory.
+    fn exchange_memory(&mut self, memory: Memory) {
+        self.memory = Arc::new(memory);
+        for queue in &mut self.queues {
+            queue.stop();
+        }
+        self.start_all();
+    }
+
+    fn set_ring(&mut self, what: u32, mut body: Body<'_>) -> Result<(), Error> {
+        let short = || Error::Protocol("a body that is too short");
+        if what == request::SET_VRING_ADDR {
+            let addresses = VringAddresses::decode(body).ok_or_else(short)?;
+            let queue = self.queue(addresses.index)?;
+            queue.stop();
+            queue.addresses = Some(addresses);
+            return self.start(addresses.index);
+        }
+        let (index, value) = (body.u32().ok_or_else(short)?, body.u32().ok_or_else(short)?);
+        let queue = self.queue(index)?;
+        match what {
+            request::SET_VRING_NUM => {
+                queue.size = u16::try_from(value).map_err(|_| Error::Protocol("a ring that is too large"))?;
+            }
+            request::SET_VRING_BASE => queue.base = value as u16,
+            _ if value == 0 => {
+                queue.enabled = false;
+                queue.stop();
+            }
+            _ => queue.enabled = true,
+        }
+        self.start(index)
+    }
+
+    fn set_event(&mut self, what: u32, about: u64, file: Option<OwnedFd>) -> Result<(), Error> {
+        let index = (about & 0xff) as u32;
+        let none = about & NO_FILE != 0;
+        if none != file.is_none() {
+            return Err(Error::Protocol("an event without its file, or a file too many"));
+        }
+        if let Some(file) = &file {
+            make_harmless(file).ok_or(Error::Protocol("a file that is no event counter"))?;
+        }
+        let queue = self.queue(index)?;
+        match what {
+            request::SET_VRING_KICK => {
+                if none {
+                    return Err(Error::Protocol("a ring that is to be polled for ever"));
+                }
+                queue.kick = file;
+                queue.kick_version = queue.kick_version.wrapping_add(1);
+                queue.started = true;
+                queue.broken = None;
+                self.start(index)
+            }
+            request::SET_VRING_CALL => {
+                queue.call = file;
+                // The driver may wait for what came back before.
+                queue.call();
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn start_all(&mut self) {
+        for index in 0..self.queues.len() {
+            // What cannot run is broken, and says so.
+            let _ = self.start(u32::try_from(index).unwrap_or(u32::MAX));
+        }
+    }
+
+    /// Starts a ring if all is said.
+    fn start(&mut self, index: u32) -> Result<(), Error> {
+        let (memory, features) = (self.memory.clone(), self.features);
+        // Without protocol features rings are enabled from the start.
+        let enabled = features & PROTOCOL_FEATURES == 0;
+        let queue = self.queue(index)?;
+        if queue.ring.is_some() || !queue.started || !(queue.enabled || enabled) || queue.broken.is_some() {
+            return Ok(());
+        }
+        let Some(addresses) = queue.addresses else { return Ok(()) };
+        let VringAddresses { descriptors, used, available, .. } = addresses;
+        let places = Places { size: queue.size, descriptors, used, available };
+        match Ring::new(&memory, places, queue.base, features) {
+            Ok(ring) => queue.ring = Some(ring),
+            Err(_) if memory.is_empty() => {}
+            Err(why) => queue.fail(why),
+        }
+        Ok(())
+    }
+}
+
+/// Nobody waits for a front end: its files are event counters, whose reads and writes return at once.
+fn make_harmless(file: &OwnedFd) -> Option<()> {
+    use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl, readlink};
+    use std::os::fd::AsRawFd;
+    let kind = readlink(format!("/proc/self/fd/{}", file.as_raw_fd()), Vec::new()).ok()?;
+    if kind.as_bytes() != b"anon_inode:[eventfd]" {
+        return None;
+    }
+    let flags = fcntl_getfl(file).ok()?;
+    fcntl_setfl(file, flags | OFlags::NONBLOCK).ok()
+}

@@ -1,0 +1,140 @@
+//! The socket of a vhost-user connection: whole messages with their files, one after the other, without ever waiting.
+
+use super::message::{BODY_MAX, FILES_MAX, HEADER_LEN, Header, flag};
+use rustix::io::Errno;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
+};
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+
+/// Why a connection ends.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The other side has left.
+    #[error("the other side has closed the connection")]
+    Closed,
+    /// The socket failed.
+    #[error("the connection failed: {0}")]
+    Io(#[from] io::Error),
+    /// The other side breaks the rules of the protocol.
+    #[error("the other side broke the vhost-user protocol: {0}")]
+    Protocol(&'static str),
+}
+
+impl From<Errno> for Error {
+    fn from(error: Errno) -> Self {
+        Self::Io(error.into())
+    }
+}
+
+/// A message.
+#[derive(Debug)]
+pub struct Message {
+    /// What it says of itself.
+    pub header: Header,
+    /// Its body.
+    pub body: Vec<u8>,
+    /// Files that came with it.
+    pub files: Vec<OwnedFd>,
+}
+
+/// One end of a connection.
+#[derive(Debug)]
+pub struct Channel {
+    socket: UnixStream,
+    bytes: Vec<u8>,
+    files: Vec<OwnedFd>,
+}
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl Channel {
+    /// Takes over a socket.
+    pub fn new(socket: UnixStream) -> Self {
+        Self { socket, bytes: Vec::with_capacity(HEADER_LEN), files: Vec::new() }
+    }
+
+    /// The next message; `None` if it is not all there yet.
+    pub fn receive(&mut self) -> Result<Option<Message>, Error> {
+        loop {
+            let header = self.bytes.first_chunk::<HEADER_LEN>().map(|bytes| Header::decode(*bytes));
+            let whole = match header {
+                None => HEADER_LEN,
+                Some(header) if header.flags & flag::VERSION_MASK != flag::VERSION => {
+                    return Err(Error::Protocol("another version than 1"));
+                }
+                Some(header) if header.size as usize > BODY_MAX => {
+                    return Err(Error::Protocol("a message that is too long"));
+                }
+                Some(header) => HEADER_LEN.saturating_add(header.size as usize),
+            };
+            if let Some(header) = header.filter(|_| self.bytes.len() >= whole) {
+                let body = self.bytes.get(HEADER_LEN..).unwrap_or_default().to_vec();
+                self.bytes.clear();
+                return Ok(Some(Message { header, body, files: std::mem::take(&mut self.files) }));
+            }
+            if !self.read(whole)? {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Reads until there are `until` bytes, or no more for now; answers whether something came.
+    fn read(&mut self, until: usize) -> Result<bool, Error> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES_MAX))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let have = self.bytes.len();
+        let mut room = vec![0; until.saturating_sub(have)];
+        let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+        let result = recvmsg(&self.socket, &mut [IoSliceMut::new(&mut room)], &mut ancillary, flags);
+        let count = match result {
+            Ok(received) => received.bytes,
+            Err(Errno::AGAIN) => return Ok(false),
+            Err(Errno::INTR) => return Ok(true),
+            Err(Errno::CONNRESET) => return Err(Error::Closed),
+            Err(error) => return Err(error.into()),
+        };
+        for message in ancillary.drain() {
+            if let RecvAncillaryMessage::ScmRights(files) = message {
+                self.files.extend(files);
+            }
+        }
+        if self.files.len() > FILES_MAX {
+            return Err(Error::Protocol("too many files"));
+        }
+        if count == 0 {
+            return Err(Error::Closed);
+        }
+        self.bytes.extend(room.into_iter().take(count));
+        Ok(true)
+    }
+
+    /// Sends a message. Messages are short and answers are awaited, so the socket has room; one that has none is closed.
+    pub fn send(&self, header: Header, body: &[u8], files: &[BorrowedFd<'_>]) -> Result<(), Error> {
+        let mut bytes = header.encode().to_vec();
+        bytes.extend_from_slice(body);
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES_MAX))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        if !files.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(files)) {
+            return Err(Error::Protocol("too many files"));
+        }
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        loop {
+            match sendmsg(&self.socket, &[IoSlice::new(&bytes)], &mut ancillary, flags) {
+                Ok(count) if count == bytes.len() => return Ok(()),
+                Ok(_) | Err(Errno::AGAIN) => return Err(Error::Protocol("answers are not read")),
+                Err(Errno::INTR) => {}
+                Err(Errno::PIPE | Errno::CONNRESET) => return Err(Error::Closed),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
