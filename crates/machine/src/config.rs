@@ -44,6 +44,42 @@ pub enum NetworkKind {
     User(net::gateway::Config),
     /// A tap of the host's, by its name.
     Tap(String),
+    /// Another process.
+    BackEnd(BackEnd),
+}
+
+/// Who carries a card's frames in another process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum BackEnd {
+    /// A switch of yado's.
+    Switch {
+        /// Its control socket.
+        control: PathBuf,
+        /// The name of the port.
+        port: String,
+        /// What the port is allowed.
+        spec: Box<net::switch::PortSpec>,
+    },
+    /// Whoever listens at a socket, with vhost-user.
+    Socket(PathBuf),
+}
+
+impl std::fmt::Display for BackEnd {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Switch { control, port, .. } => {
+                write!(f, "port {port} of the switch at {}", control.display())
+            }
+            Self::Socket(path) => write!(f, "{}", path.display()),
+        }
+    }
+}
+
+impl MachineConfig {
+    /// Whether other processes have to reach guest RAM.
+    pub(crate) fn shares_memory(&self) -> bool {
+        self.networks.iter().any(|network| matches!(network.kind, NetworkKind::BackEnd(_)))
+    }
 }
 
 /// One network card.

@@ -52,6 +52,9 @@ pub enum Error {
     /// The tap cannot be used.
     #[error(transparent)]
     Tap(#[from] net::tap::Error),
+    /// Another process cannot carry frames.
+    #[error(transparent)]
+    BackEnd(#[from] crate::lending::Error),
     /// The host has no event counter or thread left.
     #[error("cannot serve a network card: {0}")]
     Card(io::Error),
@@ -66,6 +69,8 @@ pub(crate) struct Workers {
     pub(crate) traffic: Vec<Traffic>,
     /// One for each network card.
     pub(crate) bells: Vec<net::Bell>,
+    /// Cards whose buffers other processes have.
+    pub(crate) lent: Vec<Arc<Mutex<virtio::Net>>>,
     /// What there is to see of networks.
     pub(crate) monitors: Vec<Arc<net::gateway::Monitor>>,
 }

@@ -24,6 +24,7 @@ pub mod console;
 pub mod control;
 mod functions;
 mod kernel;
+mod lending;
 mod lifecycle;
 mod linux;
 mod machine;
@@ -37,7 +38,7 @@ pub mod storage;
 mod timers;
 mod vcpu;
 
-pub use config::{DiskConfig, DiskInterface, EngineKind, MachineConfig, NetworkConfig, NetworkKind};
+pub use config::{BackEnd, DiskConfig, DiskInterface, EngineKind, MachineConfig, NetworkConfig, NetworkKind};
 pub use functions::Error as FunctionError;
 pub use lifecycle::{Crash, Outcome};
 pub use machine::{CPUS_MAX, Error, Machine};

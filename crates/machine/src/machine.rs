@@ -125,7 +125,7 @@ impl Machine {
         if config.cpus == 0 || config.cpus > CPUS_MAX {
             return Err(Error::Cpus(config.cpus));
         }
-        let memory = make_memory(config.memory, backing(config.engine))?;
+        let memory = make_memory(config.memory, backing(&config))?;
         let engine = make_engine(&config, &memory)?;
         Self::with_engine(config, memory, engine)
     }
@@ -178,7 +178,8 @@ impl Machine {
         slots_on_bus.networks(&config.networks, config.cpus, &mut workers)?;
         board.assign_addresses().map_err(Error::Devices)?;
         let kernel = Kernel::open(&config)?;
-        let restart = Restart::new(kernel, board.tables(), workers.traffic.clone(), &memory)?;
+        let restart =
+            Restart::new(kernel, board.tables(), workers.traffic.clone(), workers.lent.clone(), &memory)?;
         let mut vcpus = Vec::with_capacity(cpus);
         for (index, table) in (0u32..).zip(tables) {
             let mut vcpu = engine.create_vcpu(VcpuConfig { index, cpuid: Arc::new(table) })?;
@@ -434,9 +435,10 @@ impl Drop for Machine {
 }
 
 /// The software engine runs user code in processes that share the guest's RAM.
-fn backing(engine: EngineKind) -> Backing {
-    match engine {
+fn backing(config: &MachineConfig) -> Backing {
+    match config.engine {
         EngineKind::Soft => Backing::Shared,
+        EngineKind::Kvm if config.shares_memory() => Backing::Shared,
         EngineKind::Kvm => Backing::Private,
     }
 }

@@ -2,12 +2,14 @@
 //!
 //! One thread per card. Lock order: the card's lock alone, held only while frames are copied into or out of guest RAM.
 
-use crate::config::{NetworkConfig, NetworkKind};
+use crate::config::{BackEnd, NetworkConfig, NetworkKind};
 use crate::functions::{Error, Slots, Workers};
+use crate::lending;
 use crate::notice::Notice;
 use device::Notify;
 use net::gateway::Gateway;
 use net::tap::Tap;
+use net::vhost::{Frontend, feature};
 use net::{Batch, Bell, Card};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -41,15 +43,33 @@ impl Card for GuestCard {
 enum Carrier {
     Gateway(Box<Gateway>),
     Tap(Tap),
+    Lending(Box<lending::Carrier>),
 }
 
 impl Carrier {
-    fn serve(self, card: &GuestCard, bell: &Bell) -> Result<(), String> {
+    /// Serves until the bell is closed. `lost` hears that frames go nowhere, and why.
+    fn serve(self, card: &GuestCard, bell: &Bell, lost: &dyn Fn(String)) {
         match self {
-            Self::Gateway(gateway) => gateway.serve(card, bell).map_err(|error| error.to_string()),
-            Self::Tap(tap) => tap.serve(card, bell).map_err(|error| error.to_string()),
+            Self::Gateway(gateway) => {
+                gateway.serve(card, bell).unwrap_or_else(|error| lost(error.to_string()))
+            }
+            Self::Tap(tap) => tap.serve(card, bell).unwrap_or_else(|error| lost(error.to_string())),
+            Self::Lending(carrier) => carrier.serve(bell, lost),
         }
     }
+}
+
+/// What a card on another process's rings does not do: change at run time what it takes, and what that process does not do.
+fn withheld(front: &Frontend) -> u64 {
+    let needs_card = feature::CTRL_GUEST_OFFLOADS;
+    (feature::OF_BACK_ENDS & !front.offered()) | needs_card
+}
+
+/// How many rings of a back end's there are to use.
+fn count_rings(mut front: Frontend, back_end: &BackEnd) -> Result<(Frontend, u16), lending::Error> {
+    let wrong = |source| lending::Error::BackEnd { place: back_end.to_string(), source };
+    let rings = front.rings_max().map_err(wrong)?;
+    Ok((front, rings.max(2) & !1))
 }
 
 impl Slots<'_> {
@@ -61,6 +81,21 @@ impl Slots<'_> {
         workers: &mut Workers,
     ) -> Result<(), Error> {
         for (number, config) in networks.iter().enumerate() {
+            let bell = Bell::new().map_err(Error::Card)?;
+            let ring = bell.clone();
+            let pairs = u16::try_from(cpus.min(PAIRS_MAX)).unwrap_or(1);
+            let mut about = NetConfig { address: config.address, mtu: config.mtu, pairs, withheld: 0 };
+            let mut front = None;
+            if let NetworkKind::BackEnd(back_end) = &config.kind {
+                let connection = back_end.connect(pairs.saturating_mul(2))?;
+                let (connection, rings) = count_rings(connection, back_end)?;
+                about.pairs = rings / 2;
+                about.withheld = withheld(&connection);
+                front = Some((back_end, connection, rings));
+            }
+            let notify = Notify::new(move || ring.ring());
+            let card = Net::new(self.memory.clone(), self.msi.clone(), notify, about);
+            let card = Arc::new(Mutex::new(card));
             let carrier = match &config.kind {
                 NetworkKind::User(user) => {
                     let gateway = Gateway::new(user.clone())?;
@@ -68,21 +103,20 @@ impl Slots<'_> {
                     Carrier::Gateway(Box::new(gateway))
                 }
                 NetworkKind::Tap(name) => Carrier::Tap(Tap::open(name)?),
+                NetworkKind::BackEnd(_) => {
+                    let Some((back_end, front, rings)) = front else { continue };
+                    let (card, memory) = (card.clone(), self.memory.clone());
+                    workers.lent.push(card.clone());
+                    let carrier = lending::Carrier::new(card, memory, back_end.clone(), front, rings)?;
+                    Carrier::Lending(Box::new(carrier))
+                }
             };
-            let bell = Bell::new().map_err(Error::Card)?;
-            let ring = bell.clone();
-            let pairs = u16::try_from(cpus.min(PAIRS_MAX)).unwrap_or(1);
-            let about = NetConfig { address: config.address, mtu: config.mtu, pairs };
-            let notify = Notify::new(move || ring.ring());
-            let card = Net::new(self.memory.clone(), self.msi.clone(), notify, about);
-            let card = Arc::new(Mutex::new(card));
             self.attach(card.clone())?;
             workers.bells.push(bell.clone());
             let notices = self.notices.clone();
             let serve = move || {
-                if let Err(why) = carrier.serve(&GuestCard(card), &bell) {
-                    notices.tell(Notice::NetworkLost { card: number, why });
-                }
+                let lost = |why| notices.tell(Notice::NetworkLost { card: number, why });
+                carrier.serve(&GuestCard(card), &bell, &lost);
             };
             let thread = thread::Builder::new().name(format!("net{number}")).spawn(serve);
             workers.threads.push(thread.map_err(Error::Card)?);

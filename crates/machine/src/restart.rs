@@ -13,13 +13,16 @@ use crate::vcpu::Common;
 use chipset::acpi::Tables;
 use cpu::Registers;
 use memory::GuestMemory;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 /// All that a restart needs beside what vCPUs share.
 pub(crate) struct Restart {
     kernel: Kernel,
     tables: Tables,
     traffic: Vec<Traffic>,
+    /// Network cards whose buffers other processes have.
+    lent: Vec<Arc<Mutex<virtio::Net>>>,
     /// With which registers the first vCPU starts.
     start: Mutex<Registers>,
 }
@@ -30,10 +33,21 @@ impl Restart {
         kernel: Kernel,
         tables: Tables,
         traffic: Vec<Traffic>,
+        lent: Vec<Arc<Mutex<virtio::Net>>>,
         memory: &GuestMemory,
     ) -> Result<Self, Error> {
         let start = load(&kernel, &tables, memory)?;
-        Ok(Self { kernel, tables, traffic, start: Mutex::new(start) })
+        Ok(Self { kernel, tables, traffic, lent, start: Mutex::new(start) })
+    }
+
+    /// Waits until no other process writes into guest RAM: not for ever, since who does not answer is cut off.
+    fn wait_for_buffers(&self) {
+        let lent = |card: &Arc<Mutex<virtio::Net>>| {
+            card.lock().unwrap_or_else(PoisonError::into_inner).lending().recall
+        };
+        while self.lent.iter().any(lent) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// The registers with which the first vCPU starts.
@@ -46,6 +60,7 @@ impl Restart {
         // Disks finish what they are at, and then touch no RAM until their drivers have set them up again.
         let held: Vec<_> = self.traffic.iter().map(Traffic::hold).collect();
         common.buses.reset();
+        self.wait_for_buffers();
         for index in 0..common.apics.len() {
             if let Some(apic) = common.apics.get(index) {
                 apic.lock().unwrap_or_else(PoisonError::into_inner).reset();

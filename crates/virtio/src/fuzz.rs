@@ -213,7 +213,7 @@ pub fn fuzz_rng(data: &[u8]) {
 
 /// A network card with two queue pairs.
 pub fn fuzz_net(data: &[u8]) {
-    let config = NetConfig { address: [2, 0, 0, 0, 0, 1], mtu: 1500, pairs: 2 };
+    let config = NetConfig { address: [2, 0, 0, 0, 0, 1], mtu: 1500, pairs: 2, withheld: 0 };
     let make = |memory| Net::new(memory, MsiSink::unconnected(), Notify::unconnected(), config);
     let mut batch = Batch::new(8, 0);
     let mut frame = [0x55; 2048];
@@ -321,7 +321,7 @@ mod test {
     #[test]
     fn frames_go_through_a_card_that_bytes_drive() {
         let memory = ram().unwrap();
-        let config = NetConfig { address: [2, 0, 0, 0, 0, 1], mtu: 1500, pairs: 2 };
+        let config = NetConfig { address: [2, 0, 0, 0, 0, 1], mtu: 1500, pairs: 2, withheld: 0 };
         let mut card = Net::new(memory.clone(), MsiSink::unconnected(), Notify::unconnected(), config);
         card.config_mut().write(4, 2, u32::from(command::BUS_MASTER | command::MEMORY));
         card.config_written(4);

@@ -32,7 +32,7 @@ pub mod queue;
 mod rng;
 pub mod transport;
 
-pub use self::net::{Net, NetConfig, NetDevice};
+pub use self::net::{Lending, Loan, Net, NetConfig, NetDevice};
 pub use block::{Block, BlockDevice};
 pub use console::{CONSOLE_PORT, Console, ConsoleDevice};
 #[doc(hidden)]

@@ -48,6 +48,10 @@ pub enum Command {
     Rm(Rm),
     /// Make, inspect, copy and repair disk images
     Image(crate::image::arguments::Image),
+    /// Make, watch and change switches: networks of guests
+    Switch(crate::switch::arguments::Switch),
+    /// Watch what goes through the network
+    Net(crate::switch::arguments::Net),
     /// Show what the cache of downloads and images holds
     Cache(Cache),
     /// Tell what this host offers, what is missing, and what to do about it
@@ -110,7 +114,8 @@ pub struct Run {
     #[arg(long, value_name = "FILE[,OPTION...]", value_hint = ValueHint::FilePath)]
     pub disk: Vec<Disk>,
 
-    /// A network card: none, user[,host-loopback] (the default), or tap=NAME; each with [,mtu=BYTES][,mac=ADDRESS]. With user
+    /// A network card: none, user[,host-loopback] (the default), switch=NAME[,vlan=N|trunk=A-B][,port=NAME][,OPTION...] (see `yado
+    /// help switch set`), tap=NAME, or vhost-user=SOCKET; each with [,mtu=BYTES][,mac=ADDRESS]. With user
     /// the guest reaches what this user reaches, but not what listens on this host's loopback, unless host-loopback lets it, as
     /// host.yado
     #[arg(long, value_name = "KIND[,OPTION...]", help_heading = "Network")]
@@ -268,6 +273,8 @@ pub enum Net {
 pub enum NetKind {
     User { host_loopback: bool },
     Tap(String),
+    Switch { name: String, port: Option<String>, spec: Box<net::switch::PortSpec> },
+    VhostUser(PathBuf),
 }
 
 /// A network card of `--net`.
@@ -295,8 +302,15 @@ impl FromStr for Net {
             ("user", "") => {}
             ("tap", name) if !name.is_empty() => card.kind = NetKind::Tap(name.to_owned()),
             ("tap", _) => return Err("tap: which one? tap=NAME".to_owned()),
+            ("switch", name) if !name.is_empty() => {
+                card.kind = NetKind::Switch { name: name.to_owned(), port: None, spec: Box::default() };
+            }
+            ("switch", _) => return Err("switch: which one? switch=NAME".to_owned()),
+            ("vhost-user", path) if !path.is_empty() => card.kind = NetKind::VhostUser(path.into()),
             (other, _) => {
-                return Err(format!("{other:?} is no kind of network; there are none, user and tap="));
+                return Err(format!(
+                    "{other:?} is no kind of network; there are none, user, switch=, tap= and vhost-user="
+                ));
             }
         }
         for option in options.split(',').filter(|option| !option.is_empty()) {
@@ -306,6 +320,19 @@ impl FromStr for Net {
                     card.mtu = mtu.ok_or_else(|| format!("mtu={value}: a number from 1280 to 65520"))?;
                 }
                 ("mac", value) => card.mac = Some(mac(value)?),
+                (name, value) if matches!(card.kind, NetKind::Switch { .. }) => {
+                    let NetKind::Switch { port, spec, .. } = &mut card.kind else { continue };
+                    match spec.apply(name, value) {
+                        Some(result) => result?,
+                        None if name == "port" && !value.is_empty() => *port = Some(value.to_owned()),
+                        None => {
+                            let all = net::switch::PORT_OPTIONS;
+                            return Err(format!(
+                                "{name:?} is no option of --net switch; there are port=NAME, mtu=, {all}"
+                            ));
+                        }
+                    }
+                }
                 ("host-loopback", value @ ("" | "on" | "off"))
                     if matches!(card.kind, NetKind::User { .. }) =>
                 {

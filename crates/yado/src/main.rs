@@ -15,6 +15,7 @@ mod run;
 mod signals;
 mod size;
 mod stats;
+mod switch;
 mod terminal;
 
 use arguments::{Arguments, Command};
@@ -64,6 +65,8 @@ fn dispatch(command: Command) -> anyhow::Result<u8> {
         Command::Stats(options) => stats::stats(&options)?,
         Command::Rm(options) => guests::rm(&options)?,
         Command::Image(command) => return image::run(command),
+        Command::Switch(options) => switch::switch(options.command)?,
+        Command::Net(options) => switch::net(options.command)?,
         Command::Cache(options) => cache::cache(&options)?,
         Command::Doctor(options) => doctor::doctor(&options)?,
         Command::Completion { shell } => {

@@ -8,6 +8,7 @@ pub mod nbd;
 pub mod page;
 pub mod peer;
 pub mod statistics;
+pub mod switch;
 
 use crate::target_directory;
 use std::path::{Path, PathBuf};
@@ -20,6 +21,8 @@ pub enum Area {
     Boot(boot::Options),
     /// Programs inside a guest against the same programs on the bare host
     Cpu(cpu::Options),
+    /// The switch beside OVS-DPDK, driven by DPDK's testpmd
+    Switch(switch::Options),
     /// The NBD server beside qemu-nbd
     Nbd(nbd::Options),
 }
@@ -29,6 +32,7 @@ pub fn run(area: &Area) -> anyhow::Result<()> {
     match area {
         Area::Boot(options) => boot::run(options),
         Area::Cpu(options) => cpu::run(options),
+        Area::Switch(options) => switch::run(options),
         Area::Nbd(options) => nbd::run(options),
     }
 }

@@ -6,4 +6,5 @@ mod commands;
 mod kernels;
 mod network;
 mod stays;
+mod switch;
 mod watched;

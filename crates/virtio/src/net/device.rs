@@ -7,6 +7,7 @@
 //! where it does not. What a guest says about its frames is checked against the frames ([`net::Offload::checked`]).
 
 use super::filter::Filter;
+use super::lend::Lent;
 use super::receive::{Fate, Spare};
 use super::spec::{self, feature};
 use crate::queue::RingError;
@@ -35,6 +36,8 @@ pub struct NetConfig {
     pub mtu: u16,
     /// Queue pairs, at most 64.
     pub pairs: u16,
+    /// Features that are not offered, because whoever carries the frames cannot do its part.
+    pub withheld: u64,
 }
 
 /// Frames and bytes since the card was made.
@@ -71,7 +74,8 @@ pub struct NetDevice {
     pub(super) scratch: Vec<u8>,
     /// The buffers of one frame: heads and lengths.
     pub(super) parts: Vec<(u16, u32)>,
-    notify: Notify,
+    pub(super) lent: Lent,
+    pub(super) notify: Notify,
 }
 
 impl Pci<NetDevice> {
@@ -91,6 +95,7 @@ impl Pci<NetDevice> {
             counters: Counters::default(),
             scratch: Vec::new(),
             parts: Vec::new(),
+            lent: Lent::default(),
             notify,
         };
         Self::with_device(device, memory, sink)
@@ -198,7 +203,7 @@ impl Device for NetDevice {
             | feature::CTRL_MAC_ADDR;
         let pairs = if self.config.pairs > 1 { feature::MQ } else { 0 };
         let about = feature::MAC | feature::MTU | feature::STATUS | feature::MRG_RXBUF;
-        checksums | segments | control | pairs | about
+        (checksums | segments | control | pairs | about) & !self.config.withheld
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
@@ -220,6 +225,7 @@ impl Device for NetDevice {
         self.features = features;
         self.offloads = features & feature::GUEST_OFFLOADS;
         self.filter = Filter::new(self.agreed(feature::CTRL_VLAN));
+        self.lent.begin();
         self.notify.notify();
     }
 
@@ -242,6 +248,14 @@ impl Device for NetDevice {
         self.starved = false;
         self.address = self.config.address;
         self.status &= !spec::status::ANNOUNCE;
+        if self.lent.recall() {
+            self.notify.notify();
+        }
+    }
+
+    /// Buffers are with a carrier that may still write to them.
+    fn draining(&self) -> bool {
+        self.lent.count() > 0
     }
 
     fn inspect(&self) -> Value {
@@ -259,7 +273,7 @@ impl Device for NetDevice {
         json!({ "address": address, "mtu": self.config.mtu, "pairs": self.pairs,
             "link_up": self.status & spec::status::LINK_UP != 0, "offloads": format!("{:#x}", self.offloads),
             "filter": self.filter.inspect(), "starved": self.starved,
-            "sent": sent, "sent_bytes": sent_bytes, "received": received, "received_bytes": received_bytes,
+            "lent": self.lent.count(), "sent": sent, "sent_bytes": sent_bytes, "received": received, "received_bytes": received_bytes,
             "sent_broken": sent_broken, "receive_filtered": receive_filtered,
             "receive_too_long": receive_too_long, "receive_lost": receive_lost })
     }

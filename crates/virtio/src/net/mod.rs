@@ -3,9 +3,11 @@
 mod control;
 mod device;
 mod filter;
+mod lend;
 mod receive;
 mod spec;
 #[cfg(test)]
 mod test;
 
 pub use device::{Net, NetConfig, NetDevice};
+pub use lend::{Lending, Loan};

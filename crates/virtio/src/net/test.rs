@@ -30,7 +30,7 @@ impl Bench {
         let notify = Notify::new(move || {
             count.fetch_add(1, Ordering::Relaxed);
         });
-        let config = NetConfig { address: ADDRESS, mtu: 1500, pairs };
+        let config = NetConfig { address: ADDRESS, mtu: 1500, pairs, withheld: 0 };
         let mut driver = Driver::new(|memory, sink| Net::new(memory, sink, notify, config));
         driver.enable_msix();
         driver.start(features);
@@ -287,4 +287,53 @@ fn without_a_driver_frames_are_lost_and_after_a_reset_nothing_is_kept() {
     bench.driver.function.set_link(false);
     bench.driver.function.give(&mut bench.batch);
     assert!(bench.batch.is_empty(), "nothing comes through a cable that is not plugged in");
+}
+
+#[test]
+fn lent_buffers_come_back_with_what_was_written_or_are_recalled() {
+    let mut bench = Bench::new(BASIC | feature::MRG_RXBUF, 1);
+    let mut loans = Vec::new();
+    bench.send([0; 12], &to([9; 6]));
+    bench.send([0; 12], &[]);
+    bench.driver.function.lend(1, 8, &mut loans);
+    let len: u32 = loans[0].segments.iter().map(|segment| segment.len).sum();
+    assert_eq!((loans.len(), len), (2, 76));
+    bench.driver.function.give_back(1, &[(loans[1].token, 0), (loans[0].token, 9), (77, 0)]);
+    assert!(
+        bench.driver.used(1).is_some() && bench.driver.used(1).is_some() && bench.driver.used(1).is_none()
+    );
+    loans.clear();
+    for _ in 0..2 {
+        bench.driver.send(0, &[Buffer::In(40)]);
+    }
+    bench.driver.function.lend(0, 8, &mut loans);
+    assert_eq!(loans.len(), 2);
+    // A frame in two buffers, written by somebody else.
+    let memory = bench.driver.memory.clone();
+    let mut header = [0; 12];
+    header[10] = 2;
+    memory.write(loans[0].segments[0].address, &[&header[..], &[5; 28]].concat()).unwrap();
+    memory.write(loans[1].segments[0].address, &[6; 40]).unwrap();
+    memory.take_modified(loans[0].segments[0].address);
+    // Of another queue: not its own.
+    bench.driver.function.give_back(1, &[(loans[0].token, 40)]);
+    bench.driver.function.give_back(0, &[(loans[0].token, 40), (loans[1].token, 40)]);
+    assert!(memory.take_modified(loans[0].segments[0].address), "it is noted at the gate");
+    let (_, frame) = bench.received().unwrap();
+    assert_eq!(frame, [&[5; 28][..], &[6; 40]].concat());
+    assert_eq!(bench.driver.function.device().counters.received, 1);
+    // A reset is over only when the buffers are given up.
+    loans.clear();
+    bench.driver.send(0, &[Buffer::In(100)]);
+    bench.driver.function.lend(0, 8, &mut loans);
+    let before = bench.driver.function.lending();
+    bench.rings();
+    bench.driver.set_status(0);
+    assert_ne!(bench.driver.status(), 0);
+    assert!(bench.rings() > 0 && bench.driver.function.lending().recall);
+    bench.driver.function.give_back(0, &[(loans[0].token, 40)]);
+    bench.driver.function.recalled();
+    assert_eq!(bench.driver.status(), 0);
+    let after = bench.driver.function.lending();
+    assert!(before.live && !after.live && !after.recall);
 }

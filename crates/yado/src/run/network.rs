@@ -2,8 +2,10 @@
 
 use crate::arguments::{Net, NetCard, NetKind, Run};
 use crate::exit::with_code;
-use machine::{NetworkConfig, NetworkKind};
+use crate::switch;
+use machine::{BackEnd, NetworkConfig, NetworkKind};
 use net::gateway::Config;
+use net::switch::Mac;
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 /// The cards that the options ask for: one to the user-mode gateway if they say nothing. Ports lead to the first such.
@@ -25,6 +27,17 @@ pub fn cards(options: &Run, guest: &str) -> anyhow::Result<Vec<NetworkConfig>> {
         let address = card.mac.unwrap_or_else(|| address_of(guest, number));
         let kind = match &card.kind {
             NetKind::Tap(name) => NetworkKind::Tap(name.clone()),
+            NetKind::VhostUser(path) => NetworkKind::BackEnd(BackEnd::Socket(path.clone())),
+            NetKind::Switch { name, port, spec } => {
+                let mut spec = spec.clone();
+                // A guest has the address of its card and no other, unless more was said.
+                if !spec.trusted && spec.macs_max.is_none() {
+                    spec.macs = vec![Mac(address)];
+                }
+                let own = if number == 0 { guest.to_owned() } else { format!("{guest}.{number}") };
+                let port = port.clone().unwrap_or(own);
+                NetworkKind::BackEnd(BackEnd::Switch { control: switch::running(name)?, port, spec })
+            }
             NetKind::User { host_loopback } => {
                 let mut config = Config::new(address);
                 config.mtu = card.mtu;

@@ -1,0 +1,334 @@
+//! A network card whose frames are carried by another process: a switch of yado's, or any vhost-user back end.
+//!
+//! The card's buffers are lent to the back end, which reads and writes guest RAM itself; this thread only passes on which buffers, and
+//! what came back. So there is one copy between two guests, and still every chain is checked, and every write noted, here.
+//!
+//! The back end is *away*, *connected*, or *running* (it has the rings of the driver's current session). When it goes away it is looked for
+//! twice a second; what it had to send is lost, and what it had to fill waits for the next.
+
+use crate::config::BackEnd;
+use memory::GuestMemory;
+use net::Bell;
+use net::vhost::{Frontend, GuestRegion};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::time::Timespec;
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use virtio::{Lending, Loan, Net};
+
+/// Entries of the rings that the back end sees: more than the card's own, since tables of descriptors are spread out.
+const RING_SIZE: u16 = 4096;
+/// How often a back end that is away is looked for.
+const SEARCH_PERIOD: Duration = Duration::from_millis(500);
+/// Buffers that are passed on before the other direction has its turn.
+const BURST: usize = 256;
+
+/// Why a card has no back end.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The switch says no, or is not there.
+    #[error(transparent)]
+    Switch(#[from] net::switch::control::Error),
+    /// The connection failed.
+    #[error("cannot use the vhost-user back end {place}: {source}")]
+    BackEnd {
+        /// Which.
+        place: String,
+        /// Why.
+        source: net::vhost::Error,
+    },
+    /// Guest RAM is nobody else's.
+    #[error("this guest's RAM cannot be shared with a back end")]
+    Private,
+}
+
+impl BackEnd {
+    /// Connects, for so many rings.
+    pub(crate) fn connect(&self, rings: u16) -> Result<Frontend, Error> {
+        let wrong = |source| Error::BackEnd { place: self.to_string(), source };
+        match self {
+            Self::Switch { control, port, spec } => {
+                let request =
+                    net::switch::control::Request::Attach { name: port.clone(), spec: (**spec).clone() };
+                let (_, stream) = net::switch::control::open(control, &request)?;
+                Frontend::new(stream, rings, RING_SIZE).map_err(wrong)
+            }
+            Self::Socket(path) => Frontend::connect(path, rings, RING_SIZE).map_err(wrong),
+        }
+    }
+}
+
+/// What of a ring is with nobody's ring: buffers that found no room, and those that a back end left behind.
+#[derive(Debug, Default)]
+struct Lane {
+    waiting: VecDeque<Loan>,
+    /// Those with the back end, by token.
+    posted: Vec<Option<Loan>>,
+}
+
+impl Lane {
+    fn keep(&mut self, loan: Loan) {
+        let place = loan.token as usize;
+        if self.posted.len() <= place {
+            self.posted.resize(place.saturating_add(1), None);
+        }
+        if let Some(slot) = self.posted.get_mut(place) {
+            *slot = Some(loan);
+        }
+    }
+}
+
+/// Carries one card's frames.
+pub(crate) struct Carrier {
+    card: Arc<Mutex<Net>>,
+    memory: GuestMemory,
+    back_end: BackEnd,
+    front: Option<Frontend>,
+    /// The session that runs.
+    running: Option<Lending>,
+    lanes: Vec<Lane>,
+    rings: u16,
+    loans: Vec<Loan>,
+    returns: Vec<(u32, u32)>,
+}
+
+impl Carrier {
+    /// Takes over a connection that was made for `rings` rings.
+    pub(crate) fn new(
+        card: Arc<Mutex<Net>>,
+        memory: GuestMemory,
+        back_end: BackEnd,
+        front: Frontend,
+        rings: u16,
+    ) -> Result<Self, Error> {
+        if memory.file().is_none() {
+            return Err(Error::Private);
+        }
+        let lanes = (0..rings).map(|_| Lane::default()).collect();
+        let (loans, returns) = (Vec::new(), Vec::new());
+        Ok(Self { card, memory, back_end, front: Some(front), running: None, lanes, rings, loans, returns })
+    }
+
+    fn card(&self) -> MutexGuard<'_, Net> {
+        self.card.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Serves until the bell is closed. `lost` hears that the back end is away, and why.
+    pub(crate) fn serve(mut self, bell: &Bell, lost: &dyn Fn(String)) {
+        let mut search_at = Instant::now();
+        loop {
+            if bell.closed() {
+                self.leave();
+                return;
+            }
+            bell.answer();
+            let state = self.card().lending();
+            if self
+                .running
+                .is_some_and(|running| state.recall || !state.live || running.session != state.session)
+            {
+                self.stop();
+            }
+            if state.recall {
+                self.forget();
+            } else if let Err(why) = self.work(state) {
+                lost(format!("{}: {why}", self.back_end));
+                self.lose();
+                search_at = Instant::now();
+            }
+            if self.front.is_none() && Instant::now() >= search_at {
+                search_at = Instant::now().checked_add(SEARCH_PERIOD).unwrap_or(search_at);
+                self.front = self.back_end.connect(self.rings).ok();
+                if self.front.is_some() {
+                    continue;
+                }
+            }
+            if self.sleep(bell).is_err() {
+                self.lose();
+            }
+        }
+    }
+
+    /// Starts what is to run, and passes buffers both ways.
+    fn work(&mut self, state: Lending) -> Result<(), net::vhost::Error> {
+        if self.front.is_none() || !state.live {
+            return Ok(());
+        }
+        if self.running.is_none() {
+            self.start(state)?;
+        } else if self.running.is_some_and(|running| running.pairs != state.pairs) {
+            self.running = Some(state);
+            self.enable(state)?;
+        }
+        for ring in 0..state.pairs.saturating_mul(2).min(self.rings) {
+            self.collect(ring)?;
+            self.lend(ring);
+        }
+        Ok(())
+    }
+
+    fn start(&mut self, state: Lending) -> Result<(), net::vhost::Error> {
+        let Some(front) = &mut self.front else { return Ok(()) };
+        let Some(file) = self.memory.file() else { return Ok(()) };
+        let regions: Vec<GuestRegion<'_>> = self
+            .memory
+            .regions()
+            .iter()
+            .filter_map(|region| {
+                let offset = self.memory.file_offset(region.base)?;
+                Some(GuestRegion { guest: region.base, len: region.len, file, offset })
+            })
+            .collect();
+        front.start(state.features, &regions, self.rings)?;
+        self.running = Some(state);
+        // What another back end was to fill, this one may.
+        for lane in &mut self.lanes {
+            let left = lane.posted.iter_mut().filter_map(Option::take);
+            lane.waiting.extend(left);
+        }
+        self.enable(state)
+    }
+
+    fn enable(&mut self, state: Lending) -> Result<(), net::vhost::Error> {
+        let Some(front) = &mut self.front else { return Ok(()) };
+        for ring in 0..self.rings {
+            front.enable(ring, ring < state.pairs.saturating_mul(2))?;
+        }
+        Ok(())
+    }
+
+    /// Passes what the driver has made available to the back end, as far as there is room.
+    fn lend(&mut self, number: u16) {
+        let Some(lane) = self.lanes.get_mut(usize::from(number)) else { return };
+        let Some(ring) = self.front.as_mut().and_then(|front| front.ring(number)) else { return };
+        let mut broken = Vec::new();
+        loop {
+            while let Some(loan) = lane.waiting.pop_front() {
+                if loan.segments.len() >= usize::from(RING_SIZE) {
+                    broken.push((loan.token, 0));
+                } else if ring.post(loan.token, &loan.segments, number & 1 == 0) {
+                    lane.keep(loan);
+                } else {
+                    lane.waiting.push_front(loan);
+                    break;
+                }
+            }
+            if !lane.waiting.is_empty() {
+                break;
+            }
+            self.card.lock().unwrap_or_else(PoisonError::into_inner).lend(number, BURST, &mut self.loans);
+            if self.loans.is_empty() {
+                break;
+            }
+            lane.waiting.extend(self.loans.drain(..));
+        }
+        ring.publish();
+        if !broken.is_empty() {
+            self.card().give_back(number, &broken);
+        }
+    }
+
+    /// Gives what came back to the driver.
+    fn collect(&mut self, number: u16) -> Result<(), net::vhost::Error> {
+        let Some(lane) = self.lanes.get_mut(usize::from(number)) else { return Ok(()) };
+        let Some(ring) = self.front.as_mut().and_then(|front| front.ring(number)) else { return Ok(()) };
+        self.returns.clear();
+        let result = loop {
+            match ring.collect() {
+                Ok(Some((token, written))) => {
+                    if let Some(slot) = lane.posted.get_mut(token as usize) {
+                        *slot = None;
+                    }
+                    self.returns.push((token, written));
+                }
+                Ok(None) => break Ok(()),
+                Err(why) => break Err(why),
+            }
+        };
+        if !self.returns.is_empty() {
+            let returns = std::mem::take(&mut self.returns);
+            self.card().give_back(number, &returns);
+            self.returns = returns;
+        }
+        result
+    }
+
+    /// Waits until there is something to do.
+    fn sleep(&mut self, bell: &Bell) -> Result<(), net::vhost::Error> {
+        let mut more = false;
+        if self.running.is_some()
+            && let Some(front) = &mut self.front
+        {
+            for number in 0..self.rings {
+                more |= front.ring(number).is_some_and(|ring| ring.listen());
+            }
+        }
+        if more || !bell.doze() {
+            return Ok(());
+        }
+        let result = {
+            let mut files = vec![PollFd::new(bell, PollFlags::IN)];
+            if let Some(front) = &self.front {
+                files.push(PollFd::new(front, PollFlags::IN));
+                files.extend(
+                    front.rings().iter().map(|ring| PollFd::from_borrowed_fd(ring.call(), PollFlags::IN)),
+                );
+            }
+            let wait = Timespec { tv_sec: 0, tv_nsec: i64::from(SEARCH_PERIOD.subsec_nanos()) };
+            let wait = self.front.is_none().then_some(&wait);
+            let result = poll(&mut files, wait);
+            let spoke = files.get(1).is_some_and(|file| !file.revents().is_empty());
+            let called: Vec<bool> = files.iter().skip(2).map(|file| !file.revents().is_empty()).collect();
+            result.map(|_| (spoke, called))
+        };
+        bell.wake();
+        let Ok((spoke, called)) = result else { return Ok(()) };
+        let Some(front) = &mut self.front else { return Ok(()) };
+        for (ring, _) in front.rings().iter().zip(called).filter(|(_, called)| *called) {
+            ring.clear_call();
+        }
+        if spoke && !front.alive() {
+            return Err(net::vhost::Error::Closed);
+        }
+        Ok(())
+    }
+
+    /// The driver's session is over: the back end gives everything up.
+    fn stop(&mut self) {
+        self.running = None;
+        let stopped = self.front.as_mut().is_none_or(|front| front.stop().is_ok());
+        if !stopped {
+            self.front = None;
+        }
+        self.forget();
+    }
+
+    /// Nobody has buffers of the session that is over.
+    fn forget(&mut self) {
+        self.lanes.iter_mut().for_each(|lane| *lane = Lane::default());
+        self.card().recalled();
+    }
+
+    /// The back end is gone. What it was to send is lost, what it was to fill waits.
+    fn lose(&mut self) {
+        self.front = None;
+        self.running = None;
+        for number in (1..self.rings).step_by(2) {
+            let Some(lane) = self.lanes.get_mut(usize::from(number)) else { continue };
+            let posted = lane.posted.iter_mut().filter_map(Option::take);
+            let tokens: Vec<(u32, u32)> =
+                posted.chain(lane.waiting.drain(..)).map(|loan| (loan.token, 0)).collect();
+            if !tokens.is_empty() {
+                self.card().give_back(number, &tokens);
+            }
+        }
+    }
+
+    /// The machine ends.
+    fn leave(&mut self) {
+        if self.running.is_some() {
+            self.stop();
+        }
+    }
+}

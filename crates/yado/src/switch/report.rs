@@ -1,0 +1,216 @@
+//! What switches look like, for people and as JSON.
+
+use super::running;
+use anyhow::Result;
+use net::switch::control::{self, Request};
+use serde_json::{Value, json};
+use std::time::Duration;
+
+fn ports_of(tree: &Value) -> &[Value] {
+    tree["ports"].as_array().map(Vec::as_slice).unwrap_or_default()
+}
+
+fn text<'a>(value: &'a Value, field: &str) -> &'a str {
+    value[field].as_str().unwrap_or_default()
+}
+
+fn number(value: &Value, field: &str) -> u64 {
+    value[field].as_u64().unwrap_or(0)
+}
+
+fn width<'a>(names: impl Iterator<Item = &'a str>, least: usize) -> usize {
+    names.map(str::len).max().unwrap_or(0).max(least)
+}
+
+/// `yado switch ls`
+pub fn list(switches: &[(String, Value)], as_json: bool) -> Result<()> {
+    if as_json {
+        let list: Vec<Value> = switches
+            .iter()
+            .map(|(name, tree)| json!({ "name": name, "pid": tree["pid"], "ports": ports_of(tree).len(), "addresses": tree["addresses"] }))
+            .collect();
+        println!("{}", serde_json::to_string_pretty(&list)?);
+        return Ok(());
+    }
+    let width = width(switches.iter().map(|(name, _)| name.as_str()), 4);
+    println!("{:width$}  {:>5}  {:>9}  {:>8}", "NAME", "PORTS", "ADDRESSES", "PROCESS");
+    for (name, tree) in switches {
+        println!(
+            "{name:width$}  {:>5}  {:>9}  {:>8}",
+            ports_of(tree).len(),
+            number(tree, "addresses"),
+            number(tree, "pid")
+        );
+    }
+    Ok(())
+}
+
+/// `yado switch ports`
+pub fn ports(tree: &Value, as_json: bool) -> Result<()> {
+    if as_json {
+        println!("{}", serde_json::to_string_pretty(&tree["ports"])?);
+        return Ok(());
+    }
+    let ports = ports_of(tree);
+    let names = width(ports.iter().map(|port| text(port, "name")), 4);
+    let vlans = width(ports.iter().map(|port| text(port, "vlans")), 4);
+    println!(
+        "{:names$}  {:9}  {:vlans$}  {:>4}  {:>12}  {:>12}  {:>8}  STATE",
+        "NAME", "LINK", "VLAN", "MACS", "FROM IT", "TO IT", "DROPPED"
+    );
+    for port in ports {
+        let sum = |value: &Value| {
+            value.as_object().map_or(0, |drops| drops.values().filter_map(Value::as_u64).sum())
+        };
+        let dropped: u64 = sum(&port["dropped"]) + sum(&port["dropped_out"]);
+        println!(
+            "{:names$}  {:9}  {:vlans$}  {:>4}  {:>12}  {:>12}  {dropped:>8}  {}",
+            text(port, "name"),
+            text(port, "link"),
+            text(port, "vlans"),
+            number(port, "learnt"),
+            number(port, "received"),
+            number(port, "sent"),
+            text(port, "state"),
+        );
+        for why in port["broken"].as_array().into_iter().flatten().filter_map(Value::as_str) {
+            println!("{:names$}  {why}", "");
+        }
+    }
+    Ok(())
+}
+
+/// `yado switch addresses`
+pub fn addresses(list: &Value, as_json: bool) -> Result<()> {
+    if as_json {
+        println!("{}", serde_json::to_string_pretty(list)?);
+        return Ok(());
+    }
+    println!("{:17}  {:>4}  {:5}  PORT", "ADDRESS", "VLAN", "FIXED");
+    for entry in list.as_array().into_iter().flatten() {
+        let fixed = if entry["fixed"] == true { "yes" } else { "" };
+        println!(
+            "{:17}  {:>4}  {fixed:5}  {}",
+            text(entry, "address"),
+            number(entry, "vlan"),
+            text(entry, "port")
+        );
+    }
+    Ok(())
+}
+
+/// What goes through a port each second.
+pub struct Rates {
+    switch: String,
+    port: Value,
+    seconds: f64,
+    before: Value,
+}
+
+impl Rates {
+    fn rate(&self, field: &str) -> f64 {
+        number(&self.port, field).saturating_sub(number(&self.before, field)) as f64 / self.seconds
+    }
+
+    /// Bits each second, both ways.
+    pub fn bits(&self) -> f64 {
+        (self.rate("received_bytes") + self.rate("sent_bytes")) * 8.0
+    }
+}
+
+/// Measures the ports of some switches for a while.
+pub fn rates(names: &[String], interval: Duration) -> Result<Vec<Rates>> {
+    let look = || -> Result<Vec<(String, Value)>> {
+        names
+            .iter()
+            .map(|name| Ok((name.clone(), control::ask(&running(name)?, &Request::Inspect)?)))
+            .collect()
+    };
+    let before = look()?;
+    std::thread::sleep(interval);
+    let mut rates = Vec::new();
+    for ((switch, before), (_, after)) in before.iter().zip(look()?) {
+        let passed = number(&after, "time_ns").saturating_sub(number(before, "time_ns"));
+        for port in ports_of(&after) {
+            let old =
+                ports_of(before).iter().find(|old| old["name"] == port["name"]).cloned().unwrap_or_default();
+            rates.push(Rates {
+                switch: switch.clone(),
+                port: port.clone(),
+                seconds: (passed as f64 / 1e9).max(0.001),
+                before: old,
+            });
+        }
+    }
+    Ok(rates)
+}
+
+/// `10.5M`
+fn scaled(value: f64) -> String {
+    match value {
+        ..1e3 => format!("{value:.0}"),
+        ..1e6 => format!("{:.1}k", value / 1e3),
+        ..1e9 => format!("{:.1}M", value / 1e6),
+        _ => format!("{:.2}G", value / 1e9),
+    }
+}
+
+/// `yado switch stats`, `yado net top`
+pub fn print_rates(rates: &[Rates], as_json: bool) -> Result<()> {
+    if as_json {
+        let list: Vec<Value> = rates
+            .iter()
+            .map(|rates| {
+                json!({ "switch": rates.switch, "port": rates.port["name"], "seconds": rates.seconds,
+                    "received_per_second": rates.rate("received"), "sent_per_second": rates.rate("sent"),
+                    "received_bits_per_second": rates.rate("received_bytes") * 8.0,
+                    "sent_bits_per_second": rates.rate("sent_bytes") * 8.0,
+                    "dropped": rates.port["dropped"], "dropped_out": rates.port["dropped_out"] })
+            })
+            .collect();
+        println!("{}", serde_json::to_string_pretty(&list)?);
+        return Ok(());
+    }
+    let switches = width(rates.iter().map(|rates| rates.switch.as_str()), 6);
+    let names = width(rates.iter().map(|rates| text(&rates.port, "name")), 4);
+    println!(
+        "{:switches$}  {:names$}  {:>8}  {:>8}  {:>8}  {:>8}  DROPPED SO FAR",
+        "SWITCH", "PORT", "FROM b/s", "FRAMES/s", "TO b/s", "FRAMES/s"
+    );
+    for rates in rates {
+        let reasons = |value: &Value, way: &str| -> Vec<String> {
+            let drops = value.as_object().into_iter().flatten();
+            drops.map(|(reason, count)| format!("{way}{reason} {count}")).collect()
+        };
+        let mut drops = reasons(&rates.port["dropped"], "");
+        drops.extend(reasons(&rates.port["dropped_out"], "to it: "));
+        println!(
+            "{:switches$}  {:names$}  {:>8}  {:>8}  {:>8}  {:>8}  {}",
+            rates.switch,
+            text(&rates.port, "name"),
+            scaled(rates.rate("received_bytes") * 8.0),
+            scaled(rates.rate("received")),
+            scaled(rates.rate("sent_bytes") * 8.0),
+            scaled(rates.rate("sent")),
+            drops.join(", ")
+        );
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn rates_are_per_second() {
+        let rates = Rates {
+            switch: "s".to_owned(),
+            port: json!({ "received_bytes": 3000, "sent_bytes": 1000 }),
+            before: json!({ "received_bytes": 1000 }),
+            seconds: 2.0,
+        };
+        assert_eq!(rates.bits(), 12_000.0);
+        assert_eq!([scaled(999.0), scaled(1500.0), scaled(2.5e9)], ["999", "1.5k", "2.50G"]);
+    }
+}
