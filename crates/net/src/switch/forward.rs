@@ -127,8 +127,18 @@ impl Switch {
         self.captures.iter_mut().for_each(|capture| capture.forget(number));
     }
 
+    /// Who was connected to a port is gone: nothing is known of it but what its spec says.
+    pub fn clear(&mut self, number: PortNumber) {
+        self.forget(number);
+        self.claim_all(number);
+        if let Some(port) = self.port_mut(number) {
+            port.up.clear();
+            port.down.clear();
+        }
+    }
+
     /// Forgets who is behind a port.
-    pub fn forget(&mut self, number: PortNumber) {
+    fn forget(&mut self, number: PortNumber) {
         self.claims.forget(number);
         self.table.retain(|entry| entry.port != number, &mut Vec::new());
         if let Some(port) = self.port_mut(number) {

@@ -3,7 +3,7 @@
 use super::emulation::{Emulation, Emulator};
 use super::meter::Meter;
 use super::queue::{FairQueue, Room, Waiting};
-use super::reason::Drops;
+use super::reason::{Drops, Reason};
 use super::table::PortNumber;
 use super::vlan::Vlans;
 use crate::tap::Tap;
@@ -124,11 +124,20 @@ pub struct Shaper {
     pub queue: FairQueue,
     /// Taken from the queue, and not yet gone.
     pub held: Option<Waiting>,
+    /// Losses of the queue that were counted: late ones, and those without room.
+    counted: (u64, u64),
 }
 
 impl Shaper {
     fn new() -> Self {
-        Self { bytes: None, frames: None, cut: false, queue: FairQueue::new(ROOM), held: None }
+        Self {
+            bytes: None,
+            frames: None,
+            cut: false,
+            queue: FairQueue::new(ROOM),
+            held: None,
+            counted: (0, 0),
+        }
     }
 
     /// Changes the limit; what waits goes on waiting.
@@ -156,6 +165,19 @@ impl Shaper {
     /// Whether large segments are to be cut.
     pub fn cuts(&self) -> bool {
         self.cut
+    }
+
+    /// Counts what the queue has lost since it was asked last.
+    pub fn count_losses(&mut self, drops: &mut Drops) {
+        let (late, full) = std::mem::replace(&mut self.counted, (self.queue.late, self.queue.full));
+        (late..self.queue.late).for_each(|_| drops.count(Reason::Late));
+        (full..self.queue.full).for_each(|_| drops.count(Reason::Full));
+    }
+
+    /// What waits is for nobody any more.
+    pub fn clear(&mut self) {
+        self.queue.clear();
+        self.held = None;
     }
 
     /// Nothing waits.

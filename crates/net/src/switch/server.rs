@@ -334,6 +334,7 @@ impl Server {
             Request::Attach { name, spec } => self.attach(connection, &name, spec).map(|()| None),
             Request::SetPort { name, spec } => {
                 let port = self.find(&name)?;
+                self.check_macs(&name, &spec)?;
                 self.switch.set(port, spec);
                 Ok(Some(Value::Null))
             }
@@ -364,6 +365,17 @@ impl Server {
         found.map(|port| port.number).ok_or_else(|| format!("there is no port {name}"))
     }
 
+    /// An address belongs to one port of a VLAN.
+    fn check_macs(&self, name: &str, spec: &PortSpec) -> Result<(), String> {
+        let others = self.switch.ports().filter(|port| port.name != name && port.spec.vlans == spec.vlans);
+        for port in others {
+            if let Some(mac) = spec.macs.iter().find(|mac| port.spec.macs.contains(mac)) {
+                return Err(format!("{mac} is the address of the port {}", port.name));
+            }
+        }
+        Ok(())
+    }
+
     fn new_port(&mut self, name: &str, spec: PortSpec) -> Result<PortNumber, String> {
         let sound = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
         if name.is_empty() || name.len() > NAME_MAX || !name.chars().all(sound) || name.starts_with('.') {
@@ -374,6 +386,7 @@ impl Server {
         if self.find(name).is_ok() {
             return Err(format!("there is a port {name} already"));
         }
+        self.check_macs(name, &spec)?;
         if spec.priority > 7 {
             return Err(format!("priority {}: 0 to 7", spec.priority));
         }
@@ -522,7 +535,7 @@ impl Server {
             if place.temporary {
                 self.remove(number);
             } else {
-                self.switch.forget(number);
+                self.switch.clear(number);
             }
         }
     }

@@ -87,7 +87,6 @@ impl Switch {
                 return;
             };
             let ready = !port.up.is_empty() && port.up.ready_at() <= now;
-            let late = port.up.queue.late;
             let frame = if ready { port.up.queue.pop(now) } else { None };
             if let Some(frame) = &frame
                 && let Some(mut workspace) = self.workspace.take()
@@ -98,7 +97,7 @@ impl Switch {
                 self.deliver_all(&mut workspace, Origin::Frame(&frame.bytes));
                 self.workspace = Some(workspace);
             }
-            (late..port.up.queue.late).for_each(|_| port.counters.dropped.count(Reason::Late));
+            port.up.count_losses(&mut port.counters.dropped);
             if let Some(slot) = self.ports.get_mut(usize::from(number)) {
                 *slot = Some(port);
             }
@@ -121,7 +120,6 @@ impl Switch {
             let frame = Waiting { since: now, ..frame };
             prepare(&mut port.down, frame, &takes, &mut workspace.scratch);
         }
-        let before = (port.down.queue.late, port.down.queue.full);
         let mut sent = 0;
         while sent < BURST && port.down.ready_at() <= now {
             let Some(frame) = port.down.held.take().or_else(|| port.down.queue.pop(now)) else { break };
@@ -138,12 +136,9 @@ impl Switch {
         }
         // A guest without a driver gets nothing, later either.
         if matches!(port.link, Link::Nothing) {
-            port.down.queue.clear();
-            port.down.held = None;
+            port.down.clear();
         }
-        let after = (port.down.queue.late, port.down.queue.full);
-        (before.0..after.0).for_each(|_| port.counters.dropped_out.count(Reason::Late));
-        (before.1..after.1).for_each(|_| port.counters.dropped_out.count(Reason::Full));
+        port.down.count_losses(&mut port.counters.dropped_out);
         self.workspace = Some(workspace);
         let starved = port.down.held.is_some();
         if let Some(slot) = self.ports.get_mut(usize::from(number)) {
