@@ -90,9 +90,10 @@ fn what_is_sent_arrives(home: &Home) {
     let words = ["net", "capture", "friend", "-s", "96", "--seconds", "100", "-w", file.to_str().unwrap()];
     let mut watch = home.command(&words).spawn().unwrap();
     let server = "perl -MIO::Socket::INET -e '$s = IO::Socket::INET->new(LocalPort => 7, Listen => 5) or die; \
-                  $c = $s->accept; print while read($c, $_, 65536)' | sha256sum > /tmp/got & sleep 1";
+                  $c = $s->accept; print while read($c, $_, 65536)' | sha256sum > /tmp/got &";
     home.in_guest("friend", server);
-    let client = "head -c 20000000 /dev/urandom > /tmp/data; cat /tmp/data > /dev/tcp/10.9.0.2/7; sha256sum < /tmp/data";
+    let client = "head -c 20000000 /dev/urandom > /tmp/data; until exec 3<>/dev/tcp/10.9.0.2/7; do sleep 0.5; done 2> /dev/null; \
+                  cat /tmp/data >&3; exec 3>&-; sha256sum < /tmp/data";
     let sent = home.in_guest("victim", &format!("bash -c '{client}'"));
     until("the end of the transfer", Duration::from_secs(60), || {
         home.in_guest("friend", "cat /tmp/got") == sent
