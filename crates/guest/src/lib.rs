@@ -72,7 +72,8 @@ pub const PORT_NAME: &str = "org.yado.agent.0";
 /// either: commands run until systemd's last step.
 ///
 /// `Nice=-1` is for the order of start: of the services that could start, systemd takes the least nice first, else the first
-/// by name. The agent gives it back before it runs a command.
+/// by name. The agent gives it back before it runs a command. A command that is killed for want of memory ends alone
+/// (`OOMPolicy`).
 pub const UNIT: &str = "\
 [Unit]
 Description=yado agent: runs commands for the host
@@ -88,6 +89,7 @@ IgnoreSIGPIPE=no
 Nice=-1
 TasksMax=infinity
 LimitNOFILE=1024:524288
+OOMPolicy=continue
 
 [Install]
 WantedBy=sysinit.target

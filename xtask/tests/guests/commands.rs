@@ -127,3 +127,13 @@ fn ctrl_c_while_the_guest_boots() {
     assert_eq!(finished.code(), 130, "{}", finished.all());
     home.assert_nothing_left();
 }
+
+#[test]
+fn a_process_without_memory_ends_alone() {
+    let home = Home::new();
+    let finished =
+        home.yado(&["run", "-q", "debian", "--", "sh", "-c", "tail /dev/zero; echo $?; sleep 1; echo lives"]);
+    finished.assert_success();
+    assert_eq!(finished.text(), "137\nlives\n", "{}", finished.all());
+    home.assert_nothing_left();
+}

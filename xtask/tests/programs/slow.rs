@@ -104,9 +104,10 @@ fn resident_mib(home: &Home) -> u64 {
 }
 
 fn soak(cpus: usize) {
-    const MEMORY_MIB: u64 = 1536;
+    // Some stressors want 300 MiB for each CPU.
+    let memory_mib = 1024 + 320 * cpus.max(2) as u64;
     let home = Home::new();
-    let (cpus, memory) = (cpus.to_string(), format!("{MEMORY_MIB}M"));
+    let (cpus, memory) = (cpus.to_string(), format!("{memory_mib}M"));
     let line = ["run", "-q", "debian", "--name", "soak", "--package", "stress-ng", "--detach"];
     home.yado(&[&line[..], &["--cpus", &cpus, "--memory", &memory]].concat()).assert_success();
     home.wait_configured("soak");
@@ -125,7 +126,7 @@ fn soak(cpus: usize) {
     let complaints = home.in_guest("soak", "dmesg | grep -E 'BUG|WARNING|lockup|stall|hung' || true");
     assert_eq!(complaints, "", "what the guest's kernel says after all this");
     let resident = resident_mib(&home);
-    assert!(resident < MEMORY_MIB + 64 * 8 + 256, "{resident} MiB for a guest of {MEMORY_MIB}");
+    assert!(resident < memory_mib + 64 * 8 + 256, "{resident} MiB for a guest of {memory_mib}");
     home.yado(&["stop", "soak"]).assert_success();
     home.yado(&["rm", "soak"]).assert_success();
     home.assert_nothing_left();
