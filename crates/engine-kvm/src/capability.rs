@@ -40,8 +40,6 @@ pub(crate) struct Capabilities {
     pub(crate) emulation_bytes: bool,
     /// A triple fault that waits is part of a vCPU's events (6.0).
     pub(crate) triple_fault: bool,
-    /// Exceptions that wait keep CR2 and DR6 apart (4.20).
-    pub(crate) exception_payload: bool,
     /// The local APIC timer has the deadline mode.
     pub(crate) tsc_deadline: bool,
     /// vCPUs that a VM may have.
@@ -77,7 +75,6 @@ impl Capabilities {
             statistics: has(kvm::KVM_CAP_BINARY_STATS_FD),
             emulation_bytes: has(kvm::KVM_CAP_EXIT_ON_EMULATION_FAILURE),
             triple_fault: has(kvm::KVM_CAP_X86_TRIPLE_FAULT_EVENT),
-            exception_payload: has(kvm::KVM_CAP_EXCEPTION_PAYLOAD),
             tsc_deadline: has(kvm::KVM_CAP_TSC_DEADLINE_TIMER),
             // 4 is what the oldest kernels mean by no answer.
             vcpus_max: check(vm, kvm::KVM_CAP_MAX_VCPUS).max(4),

@@ -154,12 +154,13 @@ fn supported(device: &Handle) -> Result<Supported, Error> {
     }
 }
 
-pub(crate) fn enable(vm: &Handle, cap: u32, argument: u64, what: &'static str) -> Result<(), Error> {
+/// Switches a capability of a VM or vCPU on.
+pub(crate) fn enable(of: &Handle, cap: u32, argument: u64, what: &'static str) -> Result<(), Error> {
     let mut asked = kvm_enable_cap { cap, ..kvm_enable_cap::zeroed() };
     if let Some(first) = asked.args.first_mut() {
         *first = argument;
     }
-    vm.set(ioctl::ENABLE_CAP, asked).map_err(host(what)).map(|_| ())
+    of.set(ioctl::ENABLE_CAP, asked).map_err(host(what)).map(|_| ())
 }
 
 /// Everything that must be said before there are vCPUs.

@@ -23,6 +23,8 @@ mod access;
 mod capability;
 mod cpuid;
 mod dirty;
+#[cfg(test)]
+mod double;
 mod engine;
 mod failure;
 mod guest;
@@ -36,6 +38,8 @@ mod routing;
 mod run_page;
 mod state;
 mod statistics;
+#[cfg(test)]
+mod test;
 mod vcpu;
 
 pub use engine::{KvmEngine, Options};

@@ -8,7 +8,7 @@
 //! pausing is not sound ([`Exit::pausable`]) to one at which it is.
 
 use crate::access::Accesses;
-use crate::engine::Vm;
+use crate::engine::{Vm, enable};
 use crate::failure;
 use crate::host::Handle;
 use crate::ioctl;
@@ -67,6 +67,10 @@ impl KvmVcpu {
         vm.dirty.add(&handle).map_err(host("mapping a ring of dirty pages"))?;
         let entries = crate::cpuid::entries(cpuid);
         handle.list(ioctl::SET_CPUID2, &entries).map_err(host("KVM_SET_CPUID2"))?;
+        if vm.capabilities.enforce_pv {
+            let cap = kvm::KVM_CAP_ENFORCE_PV_FEATURE_CPUID;
+            enable(&handle, cap, 1, "KVM_CAP_ENFORCE_PV_FEATURE_CPUID")?;
+        }
         let kicker = Arc::new(Kicker::new(page.clone()));
         let msrs = Msrs::of(&handle, &vm.msr_indices);
         let statistics = vm.capabilities.statistics.then(|| Statistics::of(&handle)).flatten();

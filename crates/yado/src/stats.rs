@@ -69,6 +69,40 @@ fn share(part: u64, whole: u64) -> String {
 
 /// A line for each vCPU: since the guest's start, or since `before`.
 fn table(now: &Value, before: &Value) -> String {
+    if now["engine"] == "kvm" { kvm_table(now, before) } else { soft_table(now, before) }
+}
+
+/// What the kernel counts of a vCPU, beside the exits that came to the machine.
+fn kvm_table(now: &Value, before: &Value) -> String {
+    let mut text = String::from(
+        "CPU  STATE      BUSY     HOST CPU  EXITS   TO YADO  INTERRUPTS  HALTS   EMULATED  PAGE FAULTS  TLB FLUSHES\n",
+    );
+    let cpus = now["vcpus"].as_array().map_or(&[][..], Vec::as_slice);
+    for (index, cpu) in cpus.iter().enumerate() {
+        let old = &before["vcpus"][index];
+        let since = |value: fn(&Value) -> u64| value(cpu).saturating_sub(value(old));
+        let time = since(|cpu| number(&cpu["vm_time_ns"]));
+        let halted = since(|cpu| number(&cpu["engine"]["halt_wait_ns"]));
+        let state = cpu["state"].as_str().unwrap_or("-");
+        let _ = writeln!(
+            text,
+            "{index:<4} {:<10} {:<8} {:<9} {:<7} {:<8} {:<11} {:<7} {:<9} {:<12} {}",
+            state.split(' ').next().unwrap_or("-"),
+            share(time.saturating_sub(halted), time),
+            share(since(|cpu| number(&cpu["host_cpu_time_ns"])), time),
+            short(since(|cpu| number(&cpu["engine"]["exits"]))),
+            short(since(|cpu| sum(&cpu["exits"]))),
+            short(since(|cpu| number(&cpu["engine"]["irq_injections"]))),
+            short(since(|cpu| number(&cpu["engine"]["halt_exits"]))),
+            short(since(|cpu| number(&cpu["engine"]["insn_emulation"]))),
+            short(since(|cpu| number(&cpu["engine"]["pf_taken"]))),
+            short(since(|cpu| number(&cpu["engine"]["tlb_flush"]))),
+        );
+    }
+    text
+}
+
+fn soft_table(now: &Value, before: &Value) -> String {
     let mut text = String::from(
         "CPU  STATE      BUSY     HOST CPU  EXITS   INTERRUPTS  HALTS   BLOCKS  CODE      TLB MISSES  STEPS\n",
     );
@@ -155,6 +189,21 @@ mod test {
             |text: String| text.lines().nth(1).unwrap().split_whitespace().collect::<Vec<_>>().join(" ");
         assert_eq!(line(table(&first, &Value::Null)), "0 waiting 10.0 % 10.0 % 7 2 3 12.3k 1.0MiB 0 5");
         assert_eq!(line(table(&second, &first)), "0 waiting 75.0 % 0.0 % 0 0 0 0 1.0MiB 0 2.0M");
+    }
+
+    #[test]
+    fn kvm_counts_other_things() {
+        let cpu = |exits: u64| {
+            json!({ "engine": "kvm", "vcpus": [{
+                "state": "halted", "vm_time_ns": exits * 10, "host_cpu_time_ns": exits, "exits": { "port_write": 4 },
+                "engine": { "exits": exits, "halt_wait_ns": exits * 5, "irq_injections": 6, "halt_exits": 7,
+                    "insn_emulation": 8, "pf_taken": 9, "tlb_flush": 1 },
+            }] })
+        };
+        let line =
+            |text: String| text.lines().nth(1).unwrap().split_whitespace().collect::<Vec<_>>().join(" ");
+        assert_eq!(line(table(&cpu(100), &Value::Null)), "0 halted 50.0 % 10.0 % 100 4 6 7 8 9 1");
+        assert_eq!(line(table(&cpu(300), &cpu(100))), "0 halted 50.0 % 10.0 % 200 0 0 0 0 0 0");
     }
 
     #[test]

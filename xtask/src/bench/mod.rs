@@ -3,6 +3,7 @@
 pub mod boot;
 pub mod console;
 pub mod cpu;
+pub mod engine;
 pub mod memory;
 pub mod nbd;
 pub mod page;
@@ -25,6 +26,8 @@ pub enum Area {
     Switch(switch::Options),
     /// The NBD server beside qemu-nbd
     Nbd(nbd::Options),
+    /// What exits, kicks and interrupts cost on each engine of this host
+    Engine,
 }
 
 /// Measures, prints, and writes the page if asked.
@@ -33,6 +36,7 @@ pub fn run(area: &Area) -> anyhow::Result<()> {
         Area::Boot(options) => boot::run(options),
         Area::Cpu(options) => cpu::run(options),
         Area::Switch(options) => switch::run(options),
+        Area::Engine => engine::run(),
         Area::Nbd(options) => nbd::run(options),
     }
 }

@@ -128,6 +128,10 @@ impl Runner {
         // A guest's timers are as exact as its clock: the kernel would let it sleep 50 us longer.
         let _ = rustix::thread::set_current_timer_slack(NonZeroU64::new(1));
         loop {
+            // A window that is open already when the vCPU comes back for something else.
+            if self.window && self.apic.is_none() && self.vcpu.interruptible() {
+                slot.note();
+            }
             if slot.take_attention() && !self.attend(slot) {
                 return self.vcpu;
             }
