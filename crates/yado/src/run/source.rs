@@ -4,7 +4,7 @@ use crate::arguments::{Flavour, Run};
 use crate::cache;
 use crate::exit::with_code;
 use crate::progress::Phases;
-use crate::registry::{Boot, Place};
+use crate::registry::{self, Boot, Place};
 use crate::signals;
 use crate::size::Size;
 use anyhow::Context;
@@ -76,8 +76,11 @@ pub fn find(options: &Run, place: &Place, phases: &mut Phases) -> anyhow::Result
         _ => {
             let path = PathBuf::from(guest);
             let found = std::fs::metadata(&path);
-            found.with_context(|| {
-                format!("{guest} is neither `debian`, `debian:SUITE` nor a disk image that can be read")
+            found.with_context(|| match registry::find(guest) {
+                Ok(_) => format!("{guest} is the name of a guest: `yado run --name {guest}` starts it"),
+                Err(_) => {
+                    format!("{guest} is neither `debian`, `debian:SUITE` nor a disk image that can be read")
+                }
             })?;
             anyhow::ensure!(
                 options.kernel.is_some(),
