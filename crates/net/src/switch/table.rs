@@ -218,24 +218,45 @@ impl Table {
 
     fn place(&mut self, entry: Entry, now: u32, lost: &mut Vec<PortNumber>) -> bool {
         let (first, second) = self.places(entry.key);
-        let used =
-            |place: usize| self.buckets.get(place).map_or(WAYS, |b| b.0.iter().filter(|e| e.used).count());
-        let order = if used(first) <= used(second) { [first, second] } else { [second, first] };
-        let ageing = self.ageing;
+        let order = if self.used(first) <= self.used(second) { [first, second] } else { [second, first] };
+        if order.iter().any(|place| self.put(*place, entry, now, lost)) {
+            return true;
+        }
+        // Somebody in the way may have room in his other bucket.
         for place in order {
-            let Some(bucket) = self.buckets.get_mut(place) else { continue };
-            let old = |e: &Entry| e.used && !e.fixed && now.wrapping_sub(e.seen) > ageing;
-            if let Some(slot) = bucket.0.iter_mut().find(|slot| !slot.used || old(slot)) {
-                let before = std::mem::replace(slot, entry);
-                if before.used {
-                    lost.push(before.port);
-                } else {
-                    self.count = self.count.saturating_add(1);
+            let Some(Bucket(entries)) = self.buckets.get(place).copied() else { continue };
+            for (way, other) in entries.into_iter().enumerate() {
+                let (one, two) = self.places(other.key);
+                let elsewhere = if one == place { two } else { one };
+                if elsewhere != place && self.used(elsewhere) < WAYS && self.put(elsewhere, other, now, lost)
+                {
+                    if let Some(slot) = self.entry_mut((place, way)) {
+                        *slot = entry;
+                    }
+                    return true;
                 }
-                return true;
             }
         }
         false
+    }
+
+    fn used(&self, place: usize) -> usize {
+        self.buckets.get(place).map_or(WAYS, |bucket| bucket.0.iter().filter(|entry| entry.used).count())
+    }
+
+    /// Puts an entry into a bucket, if it has one that is free or too old.
+    fn put(&mut self, place: usize, entry: Entry, now: u32, lost: &mut Vec<PortNumber>) -> bool {
+        let ageing = self.ageing;
+        let old = |e: &Entry| e.used && !e.fixed && now.wrapping_sub(e.seen) > ageing;
+        let Some(bucket) = self.buckets.get_mut(place) else { return false };
+        let Some(slot) = bucket.0.iter_mut().find(|slot| !slot.used || old(slot)) else { return false };
+        let before = std::mem::replace(slot, entry);
+        if before.used {
+            lost.push(before.port);
+        } else {
+            self.count = self.count.saturating_add(1);
+        }
+        true
     }
 
     fn grow(&mut self, now: u32, lost: &mut Vec<PortNumber>) {
@@ -300,7 +321,7 @@ mod test {
                 table.learn(key(number), (number % 256) as u16, 1, true, &mut lost) != Learnt::New
             })
             .count();
-        assert!(full + lost.len() < ADDRESSES_MAX / 1000, "{full} found none, {} were lost", lost.len());
+        assert!(full + lost.len() < 10, "{full} found none, {} were lost", lost.len());
         let found =
             (0..ADDRESSES_MAX as u32).filter(|&n| table.find(key(n), 1) == Some((n % 256) as u16)).count();
         assert!(found > ADDRESSES_MAX * 999 / 1000, "{found}");

@@ -82,6 +82,8 @@ pub struct Ring {
     published: u16,
     /// `published` when the driver was last told, or decided not to be.
     told: u16,
+    /// The driver was told that notifications would be wasted.
+    quiet: bool,
 }
 
 fn slot(index: u16, size: u16) -> usize {
@@ -118,6 +120,7 @@ impl Ring {
             next_used,
             published: next_used,
             told: next_used,
+            quiet: false,
         })
     }
 
@@ -275,7 +278,8 @@ impl Ring {
 
     /// The device looks by itself: notifications would be wasted.
     pub fn quiet(&mut self) {
-        if !self.event_index {
+        // Said once: the driver reads the same cache line all the time.
+        if !self.event_index && !std::mem::replace(&mut self.quiet, true) {
             self.used.store(0, NO_NOTIFY);
         }
         // With event indices the driver notifies only at the index that was asked for last, which is passed.
@@ -283,6 +287,7 @@ impl Ring {
 
     /// Asks to be notified of the next chain after the `seen` that are already there; answers whether it came meanwhile.
     pub fn listen(&mut self, seen: u16) -> Result<bool, Error> {
+        self.quiet = false;
         if self.event_index {
             let event = self.next_available.wrapping_add(seen);
             self.used.store(usize::from(self.size).wrapping_mul(8).wrapping_add(4), event);
