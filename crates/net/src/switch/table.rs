@@ -84,14 +84,13 @@ pub struct Table {
     count: usize,
     count_max: usize,
     ageing: u32,
-    random: (u64, u64),
+    random: u64,
 }
 
 impl Table {
     /// An empty table for at most so many addresses.
     pub fn new(count_max: usize, ageing_seconds: u32) -> Self {
-        let state = RandomState::new();
-        let random = (state.hash_one(1u8) | 1, state.hash_one(2u8) | 1);
+        let random = RandomState::new().hash_one(0u8);
         let buckets = vec![Bucket([EMPTY; WAYS]); BUCKETS_MIN];
         Self { buckets, count: 0, count_max: count_max.max(1), ageing: ageing_seconds, random }
     }
@@ -101,14 +100,16 @@ impl Table {
         self.count
     }
 
-    /// The two buckets of a key: multiplication by a random odd number, of which the upper bits are used.
+    /// The two buckets of a key: both ends of a product of products (as in MurmurHash3's last step), with a start that nobody knows.
     #[inline]
     fn places(&self, key: Key) -> (usize, usize) {
-        let shift = self.buckets.len().leading_zeros().wrapping_add(1);
-        let mixed = key.0 ^ (key.0 >> 29);
-        let place =
-            |random: u64| (mixed.wrapping_mul(random).rotate_left(13).wrapping_mul(random) >> shift) as usize;
-        (place(self.random.0), place(self.random.1))
+        let mut mixed = key.0 ^ self.random;
+        mixed = (mixed ^ (mixed >> 33)).wrapping_mul(0xff51_afd7_ed55_8ccd);
+        mixed = (mixed ^ (mixed >> 33)).wrapping_mul(0xc4ce_b9fe_1a85_ec53);
+        mixed ^= mixed >> 33;
+        let bits = self.buckets.len().trailing_zeros();
+        let mask = self.buckets.len().wrapping_sub(1);
+        (mixed as usize & mask, (mixed >> 1).wrapping_shr(63u32.wrapping_sub(bits)) as usize & mask)
     }
 
     #[inline]
