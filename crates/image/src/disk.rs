@@ -1,6 +1,7 @@
 //! What every image is, seen from above.
 
 use crate::buffers::Buffers;
+use crate::storage::Extent;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -98,6 +99,20 @@ pub struct Status {
     pub offset: Option<u64>,
     /// The bytes are stored compressed.
     pub compressed: bool,
+}
+
+impl Status {
+    /// What storage says of a range that lies in it as it is, at the same offset.
+    pub(crate) fn of_extent(extent: Extent, offset: u64) -> Self {
+        Self {
+            len: extent.len,
+            content: if extent.hole { Content::Zero } else { Content::Data },
+            depth: 0,
+            present: true,
+            offset: Some(offset),
+            compressed: false,
+        }
+    }
 }
 
 /// How a range reads.

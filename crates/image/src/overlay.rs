@@ -4,7 +4,7 @@
 //! outlives the process, so flush has nothing to make stable.
 
 use crate::buffers::{Buffers, Part};
-use crate::disk::{Content, Disk, Status, check_range, no_snapshots};
+use crate::disk::{Disk, Status, check_range, no_snapshots};
 use crate::format::Raw;
 use crate::storage::{Storage, StorageFile};
 use std::fs::File;
@@ -193,16 +193,7 @@ impl Disk for Overlay {
             let below = self.bottom.block_status(offset, part)?;
             return Ok(Status { depth: below.depth.saturating_add(1), ..below });
         }
-        let extent = self.top.extent(offset, part)?;
-        let content = if extent.hole { Content::Zero } else { Content::Data };
-        Ok(Status {
-            len: extent.len,
-            content,
-            depth: 0,
-            present: true,
-            offset: Some(offset),
-            compressed: false,
-        })
+        Ok(Status::of_extent(self.top.extent(offset, part)?, offset))
     }
 
     fn resize(&self, _capacity: u64) -> io::Result<()> {

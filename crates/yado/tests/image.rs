@@ -308,6 +308,7 @@ fn vhds_differ_from_others() {
     assert_eq!(chain.as_array().unwrap().len(), 3);
     let text = String::from_utf8_lossy(&place.run("vhdiinfo", &["third.vhd"]).stdout).into_owned();
     assert!(text.contains("top.vhd") && text.contains("Differential"), "{text}");
+    assert!(place.yado(2, "rebase -q -f vhd --backing= third.vhd").contains("qcow2"));
     place.yado(0, "commit -q -f vhd third.vhd");
     place.yado(0, "compare -q -f vhd -F raw third.vhd a.raw");
 }
@@ -335,4 +336,22 @@ fn vhdx_and_vmdk_are_converted() {
         assert!(place.yado(125, &format!("resize b{number} +1M")).contains("convert"));
         place.yado(2, &format!("create -f {format} d 1M"));
     }
+}
+
+#[test]
+fn clones_are_made_at_once() {
+    let place = Place::new();
+    place.raw("a.raw");
+    place.yado(0, "convert -q -f raw -O qed a.raw a.qed");
+    std::fs::create_dir(place.path("d")).unwrap();
+    // By sharing blocks or by building on the original: it reads the same.
+    place.yado(0, "clone -q -f qed a.qed d/b");
+    let format = place.yado(0, "info --json d/b");
+    let format: Value = serde_json::from_str(&format).unwrap();
+    let format = format["format"].as_str().unwrap();
+    place.yado(0, &format!("compare -q -f qed -F {format} a.qed d/b"));
+    place.run("qemu-io", &["-f", format, "-c", "write -P 7 0 1M", "d/b"]);
+    place.yado(1, &format!("compare -q -f qed -F {format} a.qed d/b"));
+    place.yado(0, "compare -q -f qed -F raw a.qed a.raw");
+    assert!(place.yado(2, "clone -q -f qed a.qed d/b").contains("is there already"));
 }

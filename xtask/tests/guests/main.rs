@@ -3,6 +3,7 @@
 
 mod accidents;
 mod commands;
+mod disks;
 mod kernels;
 mod network;
 mod stays;

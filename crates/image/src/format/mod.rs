@@ -63,6 +63,11 @@ impl Format {
         !matches!(self, Self::Vhdx | Self::Vmdk)
     }
 
+    /// Whether an image of this format can be put over another base.
+    pub fn can_change_base(self) -> bool {
+        matches!(self, Self::Qcow2 | Self::Qed)
+    }
+
     /// Whether images of this format can build on one of another, and say so; `None` is a format that is not said.
     pub fn can_build_on(self, below: Option<Self>) -> bool {
         match self {

@@ -2,7 +2,7 @@
 //! cannot be kept: the last, partial sector reads as zeroes beyond the file's end and can only be written up to it.
 
 use crate::buffers::Buffers;
-use crate::disk::{Content, Disk, Error, Status, check_range, no_snapshots, read_only_error};
+use crate::disk::{Disk, Error, Status, check_range, no_snapshots, read_only_error};
 use crate::storage::{Storage, StorageFile};
 use std::io;
 use std::path::Path;
@@ -93,16 +93,7 @@ impl Disk for Raw {
 
     fn block_status(&self, offset: u64, len: u64) -> io::Result<Status> {
         check_range(offset, len, self.capacity())?;
-        let extent = self.storage.extent(offset, len)?;
-        let content = if extent.hole { Content::Zero } else { Content::Data };
-        Ok(Status {
-            len: extent.len,
-            content,
-            depth: 0,
-            present: true,
-            offset: Some(offset),
-            compressed: false,
-        })
+        Ok(Status::of_extent(self.storage.extent(offset, len)?, offset))
     }
 
     fn resize(&self, capacity: u64) -> io::Result<()> {

@@ -35,6 +35,8 @@ pub enum Command {
     Commit(Commit),
     /// Tell how large a new image's file would be
     Measure(Measure),
+    /// Make a copy at once: by shared blocks where the file system can, else a qcow2 image on top of the original
+    Clone(CloneImage),
     /// Serve images to NBD clients until Ctrl-C
     Serve(super::serve::Serve),
 }
@@ -339,4 +341,20 @@ pub struct Measure {
     /// The source
     #[arg(value_hint = ValueHint::FilePath, required_unless_present = "size")]
     pub file: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct CloneImage {
+    /// Format of the original
+    #[arg(short = 'f', long, value_name = "FORMAT")]
+    pub format: String,
+    /// Say nothing
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// The original
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub file: PathBuf,
+    /// The clone
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub clone: PathBuf,
 }

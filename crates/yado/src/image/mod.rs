@@ -39,6 +39,7 @@ pub fn run(command: arguments::Image) -> Result<u8> {
         Command::Rebase(options) => work::rebase(&options)?,
         Command::Commit(options) => work::commit(&options)?,
         Command::Measure(options) => measure(&options)?,
+        Command::Clone(options) => work::clone(&options)?,
         Command::Serve(options) => serve::serve(&options)?,
     }
     Ok(0)

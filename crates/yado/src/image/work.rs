@@ -1,6 +1,6 @@
 //! The commands that take long: with progress, and an end in order when the user wants one.
 
-use super::arguments::{Commit, Convert, Rebase};
+use super::arguments::{CloneImage, Commit, Convert, Rebase};
 use super::options::{self, New, usage};
 use super::{make, open, reading};
 use crate::exit::with_code;
@@ -8,6 +8,7 @@ use crate::progress::Phases;
 use crate::signals;
 use anyhow::{Context, Result};
 use image::format::Format;
+use image::format::qcow2::CreateOptions;
 use image::job::{self, ConvertOptions, Progress, Target};
 use image::nbd::Uri;
 use image::{Disk, Image, OpenOptions};
@@ -148,6 +149,12 @@ pub fn rebase(arguments: &Rebase) -> Result<()> {
     // Without a format an image's own names are not believed; changing the name alone needs none of them.
     let top = open(&arguments.file, arguments.format.as_deref(), how)?;
     let container = top.as_container("backing files")?;
+    if !top.format.can_change_base() {
+        return Err(usage(format!(
+            "{} images keep the base they were made with: convert to qcow2",
+            top.format
+        )));
+    }
     let named = match (arguments.backing.as_str(), &arguments.backing_format) {
         ("", _) => None,
         (name, Some(format)) => Some((name.to_owned(), options::format(format)?)),
@@ -172,9 +179,6 @@ pub fn rebase(arguments: &Rebase) -> Result<()> {
         })?;
     }
     let names = named.as_ref().map(|(name, format)| (name.as_str(), *format));
-    if !top.format.can_build_on(names.map(|(_, format)| format)) && names.is_some() {
-        return Err(usage(format!("{} images cannot build on that", top.format)));
-    }
     container.set_backing(names).with_context(|| format!("cannot change {}", arguments.file.display()))?;
     Ok(top.close()?)
 }
@@ -209,4 +213,34 @@ pub fn commit(arguments: &Commit) -> Result<()> {
         println!("Image committed.");
     }
     Ok(top.close()?)
+}
+
+pub fn clone(arguments: &CloneImage) -> Result<()> {
+    let (file, clone) = (&arguments.file, &arguments.clone);
+    if clone.exists() {
+        return Err(usage(format!("{} is there already", clone.display())));
+    }
+    let source = open(file, Some(&arguments.format), reading(false))?;
+    let say = |text: String| {
+        if !arguments.quiet {
+            println!("{text}");
+        }
+    };
+    let facts = source.container.as_ref().map(|container| container.facts()).unwrap_or_default();
+    // What an image builds on is named from where it is; and data in another file would be the data of both.
+    let same_place = facts.backing.is_none() || file.parent() == clone.parent();
+    let whole = facts.details.iter().all(|(name, _)| *name != "data-file");
+    if whole && same_place && image::share_blocks(file, clone).is_ok() {
+        say(format!("{} shares its blocks with {} ({}).", clone.display(), file.display(), source.format));
+        return Ok(());
+    }
+    let place = std::path::absolute(file).with_context(|| format!("cannot find {}", file.display()))?;
+    let name = place.to_str().with_context(|| format!("the name of {} is no text", file.display()))?;
+    let options = CreateOptions {
+        backing: Some((name.to_owned(), source.format.to_string())),
+        ..CreateOptions::new(source.disk.capacity())
+    };
+    image::create_qcow2(clone, &options)?.close()?;
+    say(format!("{} (qcow2) builds on {}, which must not change any more.", clone.display(), file.display()));
+    Ok(())
 }

@@ -48,11 +48,12 @@ pub fn check(layer: &Layer, storage: &dyn Storage, repair: Repair) -> io::Result
     if repair == Repair::All && found.findings.corruptions > 0 {
         mend(layer, storage, &mut found)?;
     }
+    // A copy that was added has taken the footer's place.
+    let footer = lock(&layer.header).footer;
     if found.findings.leaks > 0 {
-        let footer = lock(&layer.header).footer;
         layer.tail.unseal();
-        layer.tail.seal(storage, &footer)?;
     }
+    layer.seal_with(storage, &footer)?;
     storage.flush()?;
     let last = look(layer, storage)?.findings;
     Ok(last.after_repair_of(&found.findings))

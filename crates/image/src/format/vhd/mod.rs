@@ -422,11 +422,8 @@ impl Layout for Layer {
     }
 
     fn seal(&self, storage: &dyn Storage) -> io::Result<()> {
-        if self.kind == Kind::Fixed {
-            return Ok(());
-        }
         let footer = lock(&self.header).footer;
-        self.tail.seal(storage, &footer)
+        self.seal_with(storage, &footer)
     }
 
     fn facts(&self) -> Facts {
@@ -508,6 +505,11 @@ fn copy_table(storage: &dyn Storage, from: u64, to: u64, entries: u64) -> io::Re
 }
 
 impl Layer {
+    /// Writes the footer behind the last block. A fixed disk has its own where it must be.
+    fn seal_with(&self, storage: &dyn Storage, footer: &[u8]) -> io::Result<()> {
+        if self.kind == Kind::Fixed { Ok(()) } else { self.tail.seal(storage, footer) }
+    }
+
     /// Makes another header the image's, by one write of the footer's copy. Nothing is dirty, and the gate closed.
     fn switch(&self, storage: &dyn Storage, mut header: Header) -> io::Result<()> {
         let at = header.blocks.as_ref().map_or(u64::MAX, |blocks| blocks.at);
