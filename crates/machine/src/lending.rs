@@ -329,6 +329,9 @@ impl Carrier {
     fn leave(&mut self) {
         if self.running.is_some() {
             self.stop();
+        } else {
+            // Whoever waits for a reset to be over does not wait for ever.
+            self.forget();
         }
     }
 }

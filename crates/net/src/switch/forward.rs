@@ -386,6 +386,10 @@ impl Switch {
         packet.priority = tag.map_or(port.spec.priority, |tag| tag.priority);
         if ingress.strip {
             packet.strip();
+            // A second tag behind one that only says a priority would be the first one elsewhere.
+            if packet.tag().is_some() && !matches!(port.spec.vlans, Vlans::Trunk { .. }) {
+                return Err(Reason::Vlan);
+            }
         }
         let head = packet.head();
         let Some(([to, from], _)) = head.split_first_chunk::<12>().map(|(macs, rest)| (split(macs), rest))
@@ -446,13 +450,13 @@ impl Switch {
     #[inline]
     pub(super) fn route(&mut self, port: &mut Port, workspace: &mut Workspace, index: usize) {
         let Ok(packet) = workspace.burst.packet(index) else { return };
-        let vlan = packet.vlan;
+        let (vlan, tagged) = (packet.vlan, packet.tag().is_some());
         let Some(to) = packet.head().first_chunk::<6>() else { return };
         let way = if to[0] & 1 != 0 { Way::Flood } else { self.find(*to, vlan) };
         let number = u16::try_from(index).unwrap_or(u16::MAX);
         match way {
             Way::To(receiver) if receiver == port.number => port.counters.dropped.count(Reason::Returned),
-            Way::To(receiver) => match self.may_go(port, receiver, vlan) {
+            Way::To(receiver) => match self.may_go(port, receiver, vlan, tagged) {
                 Ok(()) => note(workspace, receiver, number),
                 Err(reason) => port.counters.dropped.count(reason),
             },
@@ -465,7 +469,7 @@ impl Switch {
                 port.counters.flooded = port.counters.flooded.wrapping_add(1);
                 for receiver in 0..self.ports.len() {
                     let receiver = PortNumber::try_from(receiver).unwrap_or(PortNumber::MAX);
-                    if self.may_go(port, receiver, vlan).is_ok() {
+                    if self.may_go(port, receiver, vlan, tagged).is_ok() {
                         note(workspace, receiver, number);
                     }
                 }
@@ -479,7 +483,7 @@ impl Switch {
     }
 
     #[inline]
-    fn may_go(&self, from: &Port, to: PortNumber, vlan: u16) -> Result<(), Reason> {
+    fn may_go(&self, from: &Port, to: PortNumber, vlan: u16, tagged: bool) -> Result<(), Reason> {
         let Some(receiver) = self.port(to) else { return Err(Reason::NoReceiver) };
         if matches!(receiver.link, Link::Nothing) || !receiver.open() {
             return Err(Reason::NoReceiver);
@@ -487,7 +491,12 @@ impl Switch {
         if from.spec.private && receiver.spec.private {
             return Err(Reason::Private);
         }
-        receiver.spec.vlans.egress(vlan).map(|_| ()).ok_or(Reason::Vlan)
+        match receiver.spec.vlans.egress(vlan) {
+            // Who is behind a trunk would take the inner tag for the VLAN.
+            Some(None) if tagged && matches!(receiver.spec.vlans, Vlans::Trunk { .. }) => Err(Reason::Vlan),
+            Some(_) => Ok(()),
+            None => Err(Reason::Vlan),
+        }
     }
 
     /// Delivers all frames that were noted.

@@ -313,6 +313,24 @@ fn vlans_are_apart_and_nobody_hops() {
     assert_eq!(five_too.receive(), frame(ALL, MAC_A, b"priority"));
     assert_eq!(up.receive(), tagged(ALL, MAC_A, 3 << 13 | 5, b"priority"));
     assert!(six.silent());
+    // Behind a tag that only says a priority, and behind that of a VLAN that has none on the way out.
+    let mut native = switch.guest("native", trunk("6", Some(5)));
+    let behind = |first: u16| {
+        [&ALL[..], &MAC_A, &[0x81, 0], &first.to_be_bytes(), &[0x81, 0, 0, 6, 0x88, 0xb5], b"hop"].concat()
+    };
+    five.send(&behind(0));
+    assert_eq!(switch.dropped("five", "vlan"), 4);
+    up.send(&behind(5));
+    assert!(native.silent() && six.silent());
+    assert_eq!(
+        five.receive(),
+        tagged(ALL, MAC_A, 6, b"hop"),
+        "what is behind its own tag is a guest's own affair"
+    );
+    assert!(!five_too.silent());
+    five.send(&frame(ALL, MAC_A, b"plain"));
+    assert_eq!(native.receive(), frame(ALL, MAC_A, b"plain"));
+    while !five_too.silent() || !up.silent() {}
     // Without a tag: the native VLAN, in which nobody else is.
     up.send(&frame(ALL, MAC_C, b"native"));
     up.send(&tagged(ALL, MAC_C, 7, b"not mine"));
