@@ -36,8 +36,6 @@ pub(crate) struct Capabilities {
     pub(crate) manual_protect: u32,
     /// Counters by file descriptor (5.14).
     pub(crate) statistics: bool,
-    /// An instruction that cannot be emulated is told with its bytes (5.14).
-    pub(crate) emulation_bytes: bool,
     /// A triple fault that waits is part of a vCPU's events (6.0).
     pub(crate) triple_fault: bool,
     /// The local APIC timer has the deadline mode.
@@ -73,7 +71,6 @@ impl Capabilities {
                 / 16,
             manual_protect: check(vm, kvm::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2),
             statistics: has(kvm::KVM_CAP_BINARY_STATS_FD),
-            emulation_bytes: has(kvm::KVM_CAP_EXIT_ON_EMULATION_FAILURE),
             triple_fault: has(kvm::KVM_CAP_X86_TRIPLE_FAULT_EVENT),
             tsc_deadline: has(kvm::KVM_CAP_TSC_DEADLINE_TIMER),
             // 4 is what the oldest kernels mean by no answer.

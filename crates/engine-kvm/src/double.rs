@@ -69,9 +69,7 @@ const LINUX_6_12: &[(u32, u32)] = &[
     (kvm::KVM_CAP_DIRTY_LOG_RING, 65536 * 16),
     (kvm::KVM_CAP_DIRTY_LOG_RING_ACQ_REL, 65536 * 16),
     (kvm::KVM_CAP_BINARY_STATS_FD, 1),
-    (kvm::KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1),
     (kvm::KVM_CAP_X86_TRIPLE_FAULT_EVENT, 1),
-    (kvm::KVM_CAP_EXCEPTION_PAYLOAD, 1),
 ];
 
 impl Double {
@@ -96,6 +94,11 @@ impl Double {
     /// This request fails with this error from now on.
     pub(crate) fn refuse(&self, name: &'static str, error: i32) {
         self.state().refused.insert(name, error);
+    }
+
+    /// It works again.
+    pub(crate) fn take_back(&self, name: &'static str) {
+        self.state().refused.remove(name);
     }
 
     /// The next KVM_RUN that has nothing else to do.

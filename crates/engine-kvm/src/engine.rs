@@ -32,7 +32,7 @@ const IDENTITY_MAP: u64 = 0xfffb_c000;
 /// vCPU ids are 32 bits wide; a message to number 255 is not one to all.
 const X2APIC_FLAGS: u64 =
     (kvm::KVM_X2APIC_API_USE_32BIT_IDS | kvm::KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK) as u64;
-/// `EXIT_ON_EMULATION_FAILURE` and others take 1 for on.
+/// Capabilities without a choice take 1 for on.
 const ON: u64 = 1;
 
 /// How the engine works.
@@ -174,9 +174,6 @@ fn set_up(vm: &Handle, capabilities: &Capabilities) -> Result<(), Error> {
     let reasons = u64::from(kvm::KVM_MSR_EXIT_REASON_UNKNOWN | kvm::KVM_MSR_EXIT_REASON_FILTER);
     enable(vm, kvm::KVM_CAP_X86_USER_SPACE_MSR, reasons, "KVM_CAP_X86_USER_SPACE_MSR")?;
     filter_msrs(vm)?;
-    if capabilities.emulation_bytes {
-        enable(vm, kvm::KVM_CAP_EXIT_ON_EMULATION_FAILURE, ON, "KVM_CAP_EXIT_ON_EMULATION_FAILURE")?;
-    }
     if capabilities.triple_fault {
         enable(vm, kvm::KVM_CAP_X86_TRIPLE_FAULT_EVENT, ON, "KVM_CAP_X86_TRIPLE_FAULT_EVENT")?;
     }
@@ -309,8 +306,9 @@ impl Engine for KvmEngine {
 
     fn go_on(&self) {
         let mut standing = self.vm.standing();
-        let Some((clock, tsc)) = standing.since.take() else { return };
-        standing.tsc_back = host_tsc().wrapping_sub(tsc);
+        let since = standing.since.take();
+        standing.tsc_back = since.map_or(0, |(_, tsc)| host_tsc().wrapping_sub(tsc));
+        let Some((clock, _)) = since else { return };
         drop(standing);
         // Refused only if the kernel has no clock to set, and then the guest has none to see.
         let _ = self.vm.handle.set(ioctl::SET_CLOCK, kvm_clock_data { clock, ..kvm_clock_data::zeroed() });

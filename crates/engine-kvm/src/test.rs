@@ -214,11 +214,31 @@ fn interrupts_go_in_only_when_the_kernel_is_ready() {
     assert!(vcpu.interruptible());
     vcpu.inject_interrupt(0x50);
     assert!(!vcpu.interruptible(), "one at a time");
-    assert_eq!(double.kept::<kvm::kvm_interrupt>(FIRST_VCPU, "INTERRUPT").unwrap().irq, 0x50);
     double.fails(libc::EINTR);
     assert_eq!(vcpu.run().unwrap(), Exit::Interrupted);
+    let irq = || double.kept::<kvm::kvm_interrupt>(FIRST_VCPU, "INTERRUPT").unwrap().irq;
+    assert_eq!(irq(), 0x50);
+    // That run ended before the guest was entered: the kernel still has it, and the next one waits here.
     double.refuse("INTERRUPT", libc::EEXIST);
+    assert!(vcpu.interruptible());
     vcpu.inject_interrupt(0x51);
+    for _ in 0..2 {
+        double.fails(libc::EINTR);
+        assert_eq!(vcpu.run().unwrap(), Exit::Interrupted);
+        assert!(!vcpu.interruptible());
+    }
+    assert_eq!(vcpu.save().unwrap().events.interrupt, Some(0x51));
+    let asked = std::mem::offset_of!(kvm::kvm_run, request_interrupt_window);
+    double.page(FIRST_VCPU, |page| assert_eq!(page[asked], 1));
+    double.take_back("INTERRUPT");
+    double.fails(libc::EINTR);
+    assert_eq!(vcpu.run().unwrap(), Exit::Interrupted);
+    assert_eq!((irq(), vcpu.interruptible()), (0x51, true));
+    // Any other refusal is an error.
+    double.refuse("INTERRUPT", libc::ENXIO);
+    vcpu.inject_interrupt(0x52);
+    double.fails(libc::EINTR);
+    assert_eq!(vcpu.run().unwrap(), Exit::Interrupted);
     let error = vcpu.run().unwrap_err().to_string();
     assert!(error.starts_with("KVM_INTERRUPT: "), "{error}");
 }

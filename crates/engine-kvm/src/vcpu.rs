@@ -43,8 +43,8 @@ pub struct KvmVcpu {
     kicker: Arc<Kicker>,
     accesses: Accesses,
     awaiting: Awaiting,
-    /// An interrupt was injected since the last exit.
-    injected: bool,
+    /// An interrupt to be injected with the next run.
+    external: Option<u8>,
     failed: Option<Error>,
     msrs: Msrs,
     statistics: Option<Statistics>,
@@ -80,7 +80,7 @@ impl KvmVcpu {
             kicker,
             accesses: Accesses::default(),
             awaiting: Awaiting::Nothing,
-            injected: false,
+            external: None,
             failed: None,
             msrs,
             statistics,
@@ -247,6 +247,19 @@ impl KvmVcpu {
         self.set_groups(&groups)
     }
 
+    /// Gives the kernel the 8259A's vector. A run that a kick ended before the guest was entered leaves the one before it
+    /// in the kernel, where nobody sees it: then this one waits until the guest has taken that.
+    fn inject_external(&mut self) {
+        let Some(vector) = self.external.take() else { return };
+        let done = self.handle.set(ioctl::INTERRUPT, kvm_interrupt { irq: vector.into() });
+        if done.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::EEXIST)) {
+            self.external = Some(vector);
+            self.page.request_interrupt_window(true);
+        } else {
+            self.fail("KVM_INTERRUPT", done);
+        }
+    }
+
     fn set_activity(&self, activity: u32) -> io::Result<u32> {
         self.handle.set(ioctl::SET_MP_STATE, kvm_mp_state { mp_state: activity })
     }
@@ -261,7 +274,7 @@ impl Vcpu for KvmVcpu {
             if let Some(exit) = self.accesses.next() {
                 return Ok(exit);
             }
-            self.injected = false;
+            self.inject_external();
             let (kicker, handle) = (&self.kicker, &self.handle);
             match kicker.inside(|| handle.number(ioctl::RUN, 0)) {
                 Ok(_) => {
@@ -309,9 +322,7 @@ impl Vcpu for KvmVcpu {
     }
 
     fn inject_interrupt(&mut self, vector: u8) {
-        self.injected = true;
-        let done = self.handle.set(ioctl::INTERRUPT, kvm_interrupt { irq: vector.into() });
-        self.fail("KVM_INTERRUPT", done);
+        self.external = Some(vector);
     }
 
     fn inject_nmi(&mut self) {
@@ -320,7 +331,7 @@ impl Vcpu for KvmVcpu {
     }
 
     fn interruptible(&self) -> bool {
-        !self.injected
+        self.external.is_none()
             && self.accesses.is_empty()
             && self.awaiting == Awaiting::Nothing
             && self.page.ready_for_interrupt()
@@ -379,6 +390,7 @@ impl Vcpu for KvmVcpu {
     fn reset(&mut self, init: bool) {
         self.accesses.forget();
         self.awaiting = Awaiting::Nothing;
+        self.external = None;
         self.page.request_interrupt_window(false);
         let Some(state) = self.power_up.clone() else { return };
         let done = if init {
@@ -410,12 +422,15 @@ impl Vcpu for KvmVcpu {
     }
 
     fn save(&self) -> Result<VcpuState, Error> {
-        state::save(self)
+        let mut state = state::save(self)?;
+        state.events.interrupt = state.events.interrupt.or(self.external);
+        Ok(state)
     }
 
     fn restore(&mut self, state: &VcpuState) -> Result<(), Error> {
         self.accesses.forget();
         self.awaiting = Awaiting::Nothing;
+        self.external = None;
         state::restore(self, state)?;
         self.set_activity(state::mp_state(state.activity)).map_err(host("KVM_SET_MP_STATE"))?;
         Ok(())
