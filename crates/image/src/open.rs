@@ -11,7 +11,7 @@ use crate::format::vhd::{self, Vhd};
 use crate::format::vhdx::{self, Vhdx};
 use crate::format::vmdk::{self, Vmdk};
 use crate::format::{Container, Format, Raw, probe};
-use crate::storage::{self, Storage, StorageFile};
+use crate::storage::{self, CacheMode, Storage, StorageFile, WriteThrough};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -29,6 +29,8 @@ pub struct OpenOptions {
     pub alone: bool,
     /// Somebody else may use the file meanwhile.
     pub shared: bool,
+    /// What stands between writes and stable storage.
+    pub cache: CacheMode,
 }
 
 /// An open image with what is below it.
@@ -85,7 +87,11 @@ impl Image {
         while let Some(layer) = layers.pop() {
             image = Some(layer.open(image, repair && layers.is_empty())?);
         }
-        image.ok_or_else(|| Error::Options("there is no image".into()))
+        let mut image: Image = image.ok_or_else(|| Error::Options("there is no image".into()))?;
+        if options.cache.is_write_through() && !image.disk.read_only() {
+            image.disk = Arc::new(WriteThrough(image.disk));
+        }
+        Ok(image)
     }
 
     /// The qcow2 image, or a sentence that says that it is none.
@@ -198,7 +204,7 @@ struct Layer {
 
 impl Layer {
     fn find(path: &Path, options: OpenOptions) -> Result<Self, Error> {
-        let storage = storage::open(path, options.read_only, options.shared)?;
+        let storage = storage::open(path, options.read_only, options.shared, options.cache)?;
         let format = match options.format {
             Some(format) => format,
             None => probe(storage.as_ref()).map_err(|source| Error::io(path, source))?,
@@ -214,7 +220,7 @@ impl Layer {
         let mut layer = Self { path: path.to_path_buf(), format, storage, header, data: None, trusted };
         if let Some(name) = layer.header.data_file() {
             let place = layer.named(name)?;
-            layer.data = Some(Arc::new(StorageFile::open(&place, options.read_only)?));
+            layer.data = Some(storage::open(&place, options.read_only, false, options.cache)?);
         }
         Ok(layer)
     }

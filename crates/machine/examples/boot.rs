@@ -67,6 +67,7 @@ fn options() -> Result<Options, String> {
                         format: image::format::Format::Raw,
                         path: value.into(),
                         read_only: false,
+                        cache: Default::default(),
                         overlay: None,
                         interface: if name == "--disk" { DiskInterface::Nvme } else { DiskInterface::Virtio },
                     }),

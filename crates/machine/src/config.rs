@@ -31,6 +31,8 @@ pub struct DiskConfig {
     pub format: image::format::Format,
     /// The guest cannot write.
     pub read_only: bool,
+    /// What stands between the guest's writes and stable storage.
+    pub cache: image::storage::CacheMode,
     /// Writes go to a file without a name in this directory and are gone with the machine.
     pub overlay: Option<PathBuf>,
     /// Where the guest finds it.

@@ -198,7 +198,12 @@ fn open(config: &DiskConfig) -> Result<Box<dyn Disk>, Error> {
     Ok(match &config.overlay {
         None => {
             let format = Some(config.format);
-            let how = OpenOptions { format, read_only: config.read_only, ..OpenOptions::default() };
+            let how = OpenOptions {
+                format,
+                read_only: config.read_only,
+                cache: config.cache,
+                ..OpenOptions::default()
+            };
             Box::new(Image::open(&config.path, how)?.disk)
         }
         Some(directory) => {

@@ -340,6 +340,7 @@ fn what_cannot_be_made_is_refused_with_the_cure() {
         format: image::format::Format::Raw,
         path: guest.directory.path().join("missing.img"),
         read_only: false,
+        cache: Default::default(),
         overlay: None,
         interface: machine::DiskInterface::Nvme,
     };

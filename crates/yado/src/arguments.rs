@@ -4,6 +4,7 @@ use crate::size::Size;
 use clap::builder::ValueHint;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use image::format::Format;
+use image::storage::CacheMode;
 use net::gateway::{Forward, MTU_DEFAULT, Transport};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -110,7 +111,7 @@ pub struct Run {
     #[arg(long, value_enum, default_value_t = Engine::Auto)]
     pub engine: Engine,
 
-    /// Another disk: FILE[,format=raw|qcow2|qed|vhd][,readonly][,bus=nvme|virtio]
+    /// Another disk: FILE[,format=raw|qcow2|qed|vhd][,readonly][,bus=nvme|virtio][,cache=writeback|none|writethrough|directsync|unsafe]
     #[arg(long, value_name = "FILE[,OPTION...]", value_hint = ValueHint::FilePath)]
     pub disk: Vec<Disk>,
 
@@ -233,6 +234,7 @@ pub struct Disk {
     pub read_only: bool,
     /// Not said: raw, if the file looks like nothing else.
     pub format: Option<Format>,
+    pub cache: CacheMode,
     pub bus: DiskBus,
 }
 
@@ -243,17 +245,26 @@ impl FromStr for Disk {
         let mut parts = text.split(',');
         let file = parts.next().map(|file| file.strip_prefix("file=").unwrap_or(file));
         let file = file.filter(|file| !file.is_empty()).ok_or("a disk begins with a file name")?;
-        let mut disk = Self { file: file.into(), read_only: false, format: None, bus: DiskBus::Virtio };
+        let mut disk = Self {
+            file: file.into(),
+            read_only: false,
+            format: None,
+            cache: CacheMode::default(),
+            bus: DiskBus::Virtio,
+        };
         for option in parts {
             match option.split_once('=').unwrap_or((option, "")) {
                 ("readonly", "" | "on") => disk.read_only = true,
                 ("readonly", "off") => disk.read_only = false,
+                ("cache", name) => disk.cache = name.parse()?,
                 ("bus", "nvme") => disk.bus = DiskBus::Nvme,
                 ("bus", "virtio") => disk.bus = DiskBus::Virtio,
                 ("bus", other) => return Err(format!("bus={other}: nvme or virtio")),
                 ("format", name) => disk.format = Some(name.parse()?),
                 (other, _) => {
-                    return Err(format!("{other:?} is no disk option; there are readonly, bus=, format="));
+                    return Err(format!(
+                        "{other:?} is no disk option; there are readonly, bus=, cache=, format="
+                    ));
                 }
             }
         }
@@ -533,7 +544,19 @@ mod test {
     #[test]
     fn disks_are_read_and_nonsense_refused() {
         let disk: Disk = "a.img,readonly,bus=nvme".parse().unwrap();
-        assert_eq!(disk, Disk { file: "a.img".into(), read_only: true, format: None, bus: DiskBus::Nvme });
+        assert_eq!(
+            disk,
+            Disk {
+                file: "a.img".into(),
+                read_only: true,
+                format: None,
+                cache: CacheMode::default(),
+                bus: DiskBus::Nvme
+            }
+        );
+        let disk: Disk = "a.img,cache=none".parse().unwrap();
+        assert_eq!(disk.cache, CacheMode::None);
+        assert!("a.img,cache=some".parse::<Disk>().is_err());
         let disk: Disk = "file=a.qcow2,format=qcow2".parse().unwrap();
         assert_eq!((disk.file, disk.format), ("a.qcow2".into(), Some(Format::Qcow2)));
         assert!("".parse::<Disk>().is_err());

@@ -110,7 +110,7 @@ impl StorageFile {
     }
 
     /// Notes that the file reaches `end` at least.
-    fn reaches(&self, end: u64) {
+    pub(super) fn reaches(&self, end: u64) {
         if self.len.load(Ordering::Relaxed) < end {
             self.len.fetch_max(end, Ordering::Relaxed);
         }

@@ -1,9 +1,13 @@
 //! What lies below a format: bytes at offsets that can grow.
 
+mod cache;
+mod direct;
 mod file;
 #[cfg(test)]
 pub(crate) mod power;
 
+pub use cache::{CacheMode, WriteThrough};
+pub use direct::DirectFile;
 pub use file::StorageFile;
 
 use crate::Error;
@@ -15,14 +19,27 @@ use std::sync::Arc;
 
 /// Opens what a name means: an NBD export where it is a URI of one, else a file or block device of the host. With
 /// `shared` others may use the file meanwhile.
-pub fn open(name: &Path, read_only: bool, shared: bool) -> Result<Arc<dyn Storage>, Error> {
+pub fn open(name: &Path, read_only: bool, shared: bool, cache: CacheMode) -> Result<Arc<dyn Storage>, Error> {
     match name.to_str().filter(|text| Uri::looks_like(text)) {
+        Some(_) if cache.is_direct() || !cache.flushes() => {
+            let what = format!("cache={cache} is for files of this host; a server has its own");
+            Err(Error::Unsupported { path: name.to_path_buf(), what })
+        }
         Some(text) => {
             let uri = text.parse::<Uri>().map_err(|error| Error::Options(error.to_string()))?;
             Ok(Arc::new(NbdStorage::connect(&uri, read_only)?))
         }
-        None if shared => Ok(Arc::new(StorageFile::open_shared(name, read_only)?)),
-        None => Ok(Arc::new(StorageFile::open(name, read_only)?)),
+        None => {
+            let open = if shared { StorageFile::open_shared } else { StorageFile::open };
+            let file = open(name, read_only)?;
+            Ok(if cache.is_direct() {
+                Arc::new(DirectFile::new(file, name)?)
+            } else if cache.flushes() {
+                Arc::new(file)
+            } else {
+                Arc::new(cache::Careless(file))
+            })
+        }
     }
 }
 

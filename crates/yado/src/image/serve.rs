@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use clap::builder::ValueHint;
 use clap::{Args, ValueEnum};
 use image::nbd::{Export, Limits, Listener, Place, Policy, Server, Statistics, Tls, Uri};
+use image::storage::CacheMode;
 use image::{Disk, Image, OpenOptions};
 use indicatif::{ProgressBar, ProgressStyle};
 use options::usage;
@@ -58,6 +59,9 @@ pub struct Serve {
     /// Clients must show a certificate of the authority in ca-cert.pem
     #[arg(long, requires = "tls_certificates")]
     pub tls_verify_clients: bool,
+    /// What stands between writes and stable storage: writeback, none, writethrough, directsync or unsafe
+    #[arg(long, value_name = "MODE", default_value = "writeback")]
+    pub cache: CacheMode,
     /// Clients at a time; more wait
     #[arg(short = 'e', long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub clients: u32,
@@ -174,7 +178,12 @@ fn tls(arguments: &Serve) -> Result<Tls> {
 fn open_served(arguments: &Serve, served: &Served) -> Result<(Image, Arc<dyn Disk>)> {
     let snapshot = served.snapshot.as_ref().or(arguments.snapshot.as_ref());
     let read_only = arguments.read_only || served.read_only || snapshot.is_some();
-    let how = OpenOptions { read_only, shared: arguments.force_share, ..OpenOptions::default() };
+    let how = OpenOptions {
+        read_only,
+        shared: arguments.force_share,
+        cache: arguments.cache,
+        ..OpenOptions::default()
+    };
     let format = served.format.as_deref().or(arguments.format.as_deref());
     let image = open(&served.file, format, how)?;
     let disk: Arc<dyn Disk> = match snapshot {

@@ -12,6 +12,7 @@ use crate::{client, engine, guests, signals, terminal};
 use anyhow::Context;
 use guest::Poweroff;
 use image::format::Format;
+use image::storage::CacheMode;
 use machine::agent::Agent;
 use machine::console::Console;
 use machine::control::Server;
@@ -344,7 +345,7 @@ fn format_of(disk: &arguments::Disk) -> anyhow::Result<Format> {
     if let Some(format) = disk.format {
         return Ok(format);
     }
-    let storage = image::storage::open(&disk.file, true, true)?;
+    let storage = image::storage::open(&disk.file, true, true, CacheMode::default())?;
     match image::format::probe(storage.as_ref()) {
         Ok(Format::Raw) => Ok(Format::Raw),
         Ok(other) => Err(with_code(
@@ -379,6 +380,7 @@ fn configuration(options: &Run, place: &Place, source: &Source) -> anyhow::Resul
         path: path.to_owned(),
         format: Format::Raw,
         read_only: false,
+        cache: CacheMode::default(),
         interface: DiskInterface::Nvme,
         overlay,
     };
@@ -396,6 +398,7 @@ fn configuration(options: &Run, place: &Place, source: &Source) -> anyhow::Resul
             format: format_of(disk)?,
             path: disk.file.clone(),
             read_only: disk.read_only,
+            cache: disk.cache,
             interface,
             overlay: None,
         });

@@ -2,7 +2,8 @@
 //!
 //! To be woken costs a thread tens of microseconds; a client with one request at a time pays that for each. So who waits
 //! looks first, for as long as lately would have been enough, and at most [`LONGEST`]. After a sleep that took longer,
-//! as every sleep of an idle connection does, nobody looks. No more threads look than the host has CPUs to spare.
+//! as every sleep of an idle connection does, nobody looks; nor for a while after others wanted the CPU meanwhile. No
+//! more threads look than the host has CPUs to spare.
 
 use std::io;
 use std::sync::OnceLock;
@@ -13,6 +14,10 @@ use std::time::{Duration, Instant};
 const LONGEST: Duration = Duration::from_micros(100);
 /// First look that is tried.
 const SHORTEST: Duration = Duration::from_micros(20);
+/// Somebody else has run on this CPU if giving it away took longer.
+const GIVEN_AWAY: Duration = Duration::from_micros(30);
+/// Sleeps without a look after that: on a busy host who sleeps is woken sooner than who looks gets his turn.
+const REST: u32 = 256;
 
 static LOOKING: AtomicUsize = AtomicUsize::new(0);
 
@@ -26,6 +31,8 @@ fn lookers_max() -> usize {
 #[derive(Debug, Default)]
 pub struct Poll {
     window: Duration,
+    /// Sleeps until the next look.
+    rest: u32,
 }
 
 impl Poll {
@@ -45,7 +52,12 @@ impl Poll {
         let began = Instant::now();
         let found = loop {
             // Whoever has something to do on this CPU, the client above all, goes first.
+            let before = Instant::now();
             std::thread::yield_now();
+            if before.elapsed() > GIVEN_AWAY {
+                (self.window, self.rest) = (Duration::ZERO, REST);
+                break attempt();
+            }
             match attempt() {
                 Ok(None) if began.elapsed() < self.window => {}
                 other => break other,
@@ -64,7 +76,8 @@ impl Poll {
     }
 
     fn learn(&mut self, slept: Duration) {
-        self.window = if slept <= LONGEST {
+        self.rest = self.rest.saturating_sub(1);
+        self.window = if slept <= LONGEST && self.rest == 0 {
             self.window.saturating_mul(2).clamp(SHORTEST, LONGEST)
         } else {
             Duration::ZERO
@@ -89,6 +102,12 @@ mod test {
         })
         .unwrap();
         assert_eq!(poll.window, Duration::ZERO);
+        poll.rest = 2;
+        poll.learn(Duration::from_micros(3));
+        assert_eq!(poll.window, Duration::ZERO);
+        poll.learn(Duration::from_micros(3));
+        assert_eq!(poll.window, SHORTEST);
+        poll.window = Duration::ZERO;
         let mut attempts = 0;
         let nothing = poll.look(|| {
             attempts += 1;
