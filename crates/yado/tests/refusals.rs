@@ -111,7 +111,7 @@ fn images_that_cannot_be_used() {
 #[test]
 fn disks_of_formats_that_are_not_here() {
     let home = home();
-    let finished = home.yado(&["run", "-q", "debian", "--disk", "a.vmdk,format=vmdk"]);
+    let finished = home.yado(&["run", "-q", "debian", "--disk", "a.vdi,format=vdi"]);
     assert_eq!(finished.code(), 2, "{}", finished.all());
     assert!(finished.stderr.contains("there are raw, qcow2"), "{}", finished.all());
     home.assert_nothing_left();
