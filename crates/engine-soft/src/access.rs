@@ -174,6 +174,14 @@ impl Core {
         }
         self.code_writes.push((physical, len));
     }
+
+    /// Has all vCPUs drop what they know of a page's code: it is about to be written to for a while.
+    pub(crate) fn drop_code(&mut self, physical: u64) {
+        if let Some(peers) = &self.peers {
+            peers.give_up(physical);
+        }
+        self.notify_code_write(physical & !0xfff, 0x1000);
+    }
 }
 
 /// The widest device access that `len` bytes allow.

@@ -302,6 +302,13 @@ impl Watch {
         own
     }
 
+    /// The next write to the page is the last that anybody is told of.
+    fn give_up(&self, page: u64) {
+        if let Some(code) = self.shard(page).get_mut(&page) {
+            code.writes = WRITES_MAX;
+        }
+    }
+
     /// A vCPU has dropped all its blocks of a page.
     fn dropped(&self, index: usize, page: u64, memory: &GuestMemory) {
         let mut shard = self.shard(page);
@@ -377,6 +384,11 @@ impl Peers {
                 self.own.push(at & !0xfff, at & 0xfff, len, true);
             }
         }
+    }
+
+    /// The next write to a code page makes data of it.
+    pub(crate) fn give_up(&self, address: u64) {
+        self.watch.give_up(address & !0xfff);
     }
 
     /// All of this vCPU's blocks of a page are gone.

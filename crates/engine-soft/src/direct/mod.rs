@@ -413,6 +413,9 @@ impl Direct {
         }
         if !wanted.iter().any(|wanted| wanted.linear == page) {
             // Not RAM, or a write to a page with code.
+            if access == Access::Write && !mirror.rewritten.is_closed(walk.physical) {
+                core.drop_code(walk.physical);
+            }
             return Some(Next::Step);
         }
         self.statistics.pages += wanted.len() as u64;

@@ -60,6 +60,11 @@ impl Rewritten {
         !self.open.is_empty() && self.pages.get(&page) == Some(&Page::Open)
     }
 
+    /// Something in the page asks the host, so that its code is the translator's.
+    pub(super) fn is_closed(&self, page: u64) -> bool {
+        self.pages.get(&page) == Some(&Page::Closed)
+    }
+
     /// Something in the page asks the host.
     pub(super) fn close(&mut self, page: u64) {
         self.pages.insert(page, Page::Closed);
