@@ -43,11 +43,12 @@ fn main() {
     });
     let rate = report.cases as f64 / start.elapsed().as_secs_f64();
     println!(
-        "seed {}: {} cases, {} instructions, {} codes, {} failures, {} deaths of the child, {rate:.0} cases/s",
+        "seed {}: {} cases, {} instructions, {} codes, {} interrupts, {} failures, {} deaths of the child, {rate:.0} cases/s",
         options.seed,
         report.cases,
         report.instructions,
         report.codes,
+        report.interrupts,
         report.failures.len(),
         report.died,
     );

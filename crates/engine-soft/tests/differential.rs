@@ -12,6 +12,7 @@ fn both_tiers_do_what_the_bare_cpu_does() {
     assert!(report.failures.is_empty(), "{}", report.failures.join("\n"));
     assert!(report.codes > 1000, "{report:?}");
     assert!(report.died < report.cases / 1000, "{report:?}");
+    assert!(report.interrupts > report.cases / 2, "{report:?}");
     // #DE, #UD, #GP, #PF and #MF at least have been met.
     for vector in [0, 6, 13, 14, 16] {
         assert!(report.exceptions[vector] > 0, "vector {vector}: {report:?}");

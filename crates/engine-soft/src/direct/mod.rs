@@ -171,7 +171,11 @@ impl Direct {
         let now = self.now();
         let stops = (self.statistics.stops - stops) as u32;
         self.statistics.steps += u64::from(next == Next::Step);
-        self.policy.ran(tables(&core.state), (now - began, inside), stops, next != Next::Kicked, now);
+        let (mirror, seconds) = (self.mirrors.get_mut(space).and_then(Option::as_mut), self.seconds);
+        // A process that cannot say has come to an end: the next run shows it.
+        let cost = || mirror.and_then(|mirror| mirror.process.stop_cost().ok()).unwrap_or(0) as f64 * seconds;
+        let times = (now - began, inside);
+        self.policy.ran(tables(&core.state), times, (stops, next != Next::Kicked), now, cost);
         Ok(next)
     }
 

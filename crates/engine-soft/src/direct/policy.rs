@@ -2,7 +2,7 @@
 //!
 //! A process of the guest is tried when timer interrupts keep finding it in user mode, and left again when too little of the time
 //! is spent in its code: each stop costs what the host needs to switch between two processes, a dozen microseconds. One that
-//! failed has to wait, each time twice as long.
+//! failed has to wait, each time twice as long, or until it does something else: interrupts find it in user mode always.
 
 use std::collections::HashMap;
 
@@ -13,10 +13,12 @@ const HITS_MAX: u8 = 8;
 const STEPS: u32 = 64;
 /// Time after which is judged at the latest.
 const PERIOD: f64 = 0.05;
-/// What a stop costs inside the host's kernel, in seconds: it looks like time of the guest's code.
-const STOP: f64 = 4e-6;
-/// Share of the time that must be spent in the guest's code: the translator's code takes not much longer than that.
-const SHARE_MIN: f64 = 0.7;
+/// Share of the time that must be spent in the guest's code: the translator's takes about twice as long.
+const SHARE_MIN: f64 = 0.5;
+/// Stops so far apart, in seconds, need not be reckoned with.
+const RARE: f64 = 400e-6;
+/// Interrupts that must have found a process in user mode, and none in the kernel, for it to be tried before its time.
+const STREAK: u32 = 16;
 /// Seconds that a process waits after it failed for the first time, and at most.
 const WAIT: (f64, f64) = (0.03, 20.0);
 /// Processes that are remembered.
@@ -25,6 +27,7 @@ const PROCESSES_MAX: usize = 256;
 #[derive(Debug, Default, Clone)]
 struct Record {
     hits: u8,
+    streak: u32,
     active: bool,
     /// Not before this time, and how long the wait was.
     until: f64,
@@ -65,14 +68,22 @@ impl Policy {
         self.last = None;
         let record = self.records.entry(tables).or_default();
         record.hits = if user { (record.hits + 1).min(HITS_MAX) } else { record.hits.saturating_sub(1) };
-        if record.hits >= HITS && now >= record.until {
-            record.active = true;
+        record.streak = if user { record.streak + 1 } else { 0 };
+        if record.hits >= HITS && now >= record.until || record.streak >= STREAK {
+            (record.active, record.streak) = (true, 0);
         }
     }
 
     /// The process has run directly: how long in all and in its code, with how many stops, the last of them for another
-    /// tier or not.
-    pub(super) fn ran(&mut self, tables: u64, (all, inside): (f64, f64), stops: u32, step: bool, now: f64) {
+    /// tier or not. `cost` measures what a stop costs at present: that looks like time in the code.
+    pub(super) fn ran(
+        &mut self,
+        tables: u64,
+        (all, inside): (f64, f64),
+        (stops, step): (u32, bool),
+        now: f64,
+        cost: impl FnOnce() -> f64,
+    ) {
         let Some(record) = self.records.get_mut(&tables) else { return };
         record.all += all;
         record.inside += inside;
@@ -81,10 +92,12 @@ impl Policy {
         if record.steps < STEPS && record.all < PERIOD {
             return;
         }
-        let inside = record.inside - f64::from(record.stops) * STOP;
-        if inside < record.all * SHARE_MIN {
+        let stops = f64::from(record.stops);
+        let cost = if stops * RARE < record.all { 0.0 } else { stops * cost() };
+        if record.inside - cost < record.all * SHARE_MIN {
             record.wait = (record.wait * 2.0).clamp(WAIT.0, WAIT.1);
-            (record.active, record.hits, record.until) = (false, 0, now + record.wait);
+            (record.active, record.hits, record.streak) = (false, 0, 0);
+            record.until = now + record.wait;
             self.last = None;
         } else if record.all >= PERIOD {
             record.wait = 0.0;
@@ -113,7 +126,8 @@ mod test {
     fn what_computes_stays() {
         let mut policy = tried();
         for i in 1..100 {
-            policy.ran(TABLES, (0.004, 0.0039), 1, false, f64::from(i) * 0.004);
+            policy
+                .ran(TABLES, (0.004, 0.0039), (1, false), f64::from(i) * 0.004, || panic!("stops are rare"));
         }
         assert!(policy.active(TABLES));
         assert!(!policy.active(TABLES + 0x1000));
@@ -127,14 +141,17 @@ mod test {
         for _ in 0..3 {
             let mut steps = 0;
             while policy.active(TABLES) {
-                policy.ran(TABLES, (12e-6, 5e-6), 1, true, now);
+                policy.ran(TABLES, (12e-6, 9e-6), (1, true), now, || 8e-6);
                 steps += 1;
                 assert!(steps <= STEPS);
             }
             let left = now;
-            while !policy.active(TABLES) {
-                now += 0.004;
-                policy.sample(TABLES, true, now);
+            for i in 0.. {
+                if policy.active(TABLES) {
+                    break;
+                }
+                now += 0.001;
+                policy.sample(TABLES, i % 8 != 0, now);
             }
             waits.push(now - left);
         }
@@ -142,11 +159,25 @@ mod test {
     }
 
     #[test]
+    fn what_begins_to_compute_need_not_wait() {
+        let mut policy = tried();
+        for _ in 0..10 {
+            while policy.active(TABLES) {
+                policy.ran(TABLES, (12e-6, 9e-6), (1, true), 0.1, || 8e-6);
+            }
+            (1..STREAK).for_each(|_| policy.sample(TABLES, true, 0.1));
+            assert!(!policy.active(TABLES));
+            policy.sample(TABLES, true, 0.1);
+            assert!(policy.active(TABLES));
+        }
+    }
+
+    #[test]
     fn memory_touched_for_the_first_time_is_forgiven() {
         let mut policy = tried();
         // A few hundred stops that bring in pages, then none.
         for _ in 0..300 {
-            policy.ran(TABLES, (60e-6, 6e-6), 2, false, 0.1);
+            policy.ran(TABLES, (60e-6, 6e-6), (2, false), 0.1, || 4e-6);
         }
         assert!(policy.active(TABLES));
     }

@@ -41,6 +41,12 @@ const USER_SS: u16 = 0x2b;
 pub enum Tier {
     Step,
     Template,
+    /// Some instructions in the single-step tier, an interrupt, and the rest in the template tier.
+    Interrupted,
+}
+
+impl Tier {
+    pub const ALL: [Self; 3] = [Self::Step, Self::Template, Self::Interrupted];
 }
 
 /// What the engine met at its end, in the code as it was then: cases may overwrite their own.
@@ -54,8 +60,13 @@ pub struct Met {
     pub lost: bool,
 }
 
+/// The vector whose handler goes back at once.
+const INTERRUPT: u8 = 0x40;
+const IRETQ: [u8; 2] = [0x48, 0xcf];
+
 /// One vCPU and its RAM.
 pub struct Guest {
+    tier: Tier,
     core: Core,
     translator: Option<Translator>,
     data: *mut u8,
@@ -137,13 +148,13 @@ impl Guest {
         state.idtr = DescriptorTable { base: IDT, limit: 0xfff };
         state.tr = Segment { base: TSS, limit: 0x67, selector: 0x40, attr: attr::TSS_BUSY };
         let translator =
-            (tier == Tier::Template).then(|| Translator::new(&Config::default()).expect("a translator"));
+            (tier != Tier::Step).then(|| Translator::new(&Config::default()).expect("a translator"));
         let data = memory.host_range(at::DATA, WRITABLE as u64, true).expect("in RAM");
         engine_soft::signal::prepare_thread().expect("a signal stack");
         let case = Arc::new(AtomicU64::new(0));
         let (seen, doorbell) = (case.clone(), &raw const core.state.doorbell as usize);
         let watchdog = Some(std::thread::spawn(move || watch(&seen, doorbell)));
-        Self { core, translator, data, case, watchdog }
+        Self { tier, core, translator, data, case, watchdog }
     }
 
     fn load(&mut self, case: &Case, data: &[u8]) {
@@ -189,13 +200,36 @@ impl Guest {
     pub fn run(&mut self, case: &Case, data: &[u8]) -> Outcome {
         self.load(case, data);
         self.core.enter();
-        let refused = self.advance(super::native::end());
+        let end = super::native::end();
+        let refused =
+            self.tier == Tier::Interrupted && self.interrupt(interrupted_at(case), end) || self.advance(end);
         self.core.leave();
         let mut outcome = self.store();
         if refused {
             outcome.ending.kind = Ending::REFUSED;
         }
         outcome
+    }
+
+    /// So many instructions, and then an interrupt; `true` if its handler does not go back.
+    fn interrupt(&mut self, after: usize, end: u64) -> bool {
+        let core = &mut self.core;
+        for _ in 0..after {
+            if core.state.cpl() == 0 || core.state.rip == end {
+                return false;
+            }
+            if !matches!(step(core), Stop::Continue) {
+                return true;
+            }
+        }
+        if core.state.cpl() == 0 || !core.state.interruptible() {
+            return false;
+        }
+        core.pending.interrupt = Some(INTERRUPT);
+        if !matches!(core.deliver_pending(), Stop::Continue) || core.state.cpl() != 0 {
+            return true;
+        }
+        !matches!(step(core), Stop::Continue)
     }
 
     /// Until the end of the code or an exception; `true` if neither comes.
@@ -251,6 +285,11 @@ impl Guest {
         Outcome { state: after, ending }
     }
 
+    /// How many interrupts it took.
+    pub fn interrupts(&self) -> u64 {
+        self.core.counters.interrupts
+    }
+
     /// What the exception that ended the last case is about.
     pub fn met(&self, case: &Case, outcome: &Outcome) -> Met {
         let mut met = Met::default();
@@ -280,6 +319,12 @@ impl Guest {
         // SAFETY: as in `load`.
         unsafe { std::slice::from_raw_parts(self.data, WRITABLE) }
     }
+}
+
+/// After which of its instructions, or before all, a case is interrupted: it depends on the case alone.
+fn interrupted_at(case: &Case) -> usize {
+    let mix = |sum: u64, value: &u64| (sum ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+    (case.state.gpr.iter().fold(case.start, mix) >> 32) as usize % (case.instructions().len() + 1)
 }
 
 const P: u64 = 1;
@@ -323,6 +368,7 @@ fn system(memory: &GuestMemory) {
         put(IDT + vector * 16, &low.to_le_bytes());
         put(IDT + vector * 16 + 8, &(handler >> 32).to_le_bytes());
     }
+    put(HANDLERS + u64::from(INTERRUPT) * 16, &IRETQ);
     // RSP0, and no I/O permission bitmap.
     put(TSS + 4, &STACK.to_le_bytes());
     put(TSS + 102, &0x68u16.to_le_bytes());

@@ -1,5 +1,5 @@
-//! Random instruction sequences on the bare CPU and on both tiers of the software engine, compared in all that a
-//! program can see. A case is made from a seed and a number alone; a failing one is reduced and shown.
+//! Random instruction sequences on the bare CPU and on both tiers of the software engine, also with an interrupt among
+//! them, compared in all that a program can see. A case is made from a seed and a number alone; a failing one is reduced and shown.
 
 mod case;
 mod codes;
@@ -37,13 +37,15 @@ pub struct Report {
     pub exceptions: [u64; 32],
     /// Cases that killed the native child, which are not compared.
     pub died: u64,
+    /// Interrupts among the instructions of cases.
+    pub interrupts: u64,
     /// A text for each difference.
     pub failures: Vec<String>,
 }
 
 struct Bench {
     native: Native,
-    tiers: [(Tier, Guest); 2],
+    tiers: [(Tier, Guest); Tier::ALL.len()],
     data: Vec<u8>,
 }
 
@@ -65,7 +67,7 @@ impl Bench {
     fn new(seed: u64) -> Self {
         let constant = data(&mut Random::of(seed, u64::MAX), PAGE as usize);
         let native = Native::new(&constant);
-        let tiers = [Tier::Step, Tier::Template].map(|tier| (tier, Guest::new(tier, &constant)));
+        let tiers = Tier::ALL.map(|tier| (tier, Guest::new(tier, &constant)));
         Self { native, tiers, data: vec![0; WRITABLE] }
     }
 
@@ -145,7 +147,7 @@ fn forgive(
         data.copy_from_slice(native_data);
     }
     breakpoint_instruction(native, other);
-    if tier == Tier::Template {
+    if tier != Tier::Step {
         dead_flags(case, met, native, other);
     }
 }
@@ -278,7 +280,8 @@ pub fn run(options: &Options, mut progress: impl FnMut(&Report)) -> Report {
         bench.data = data(&mut Random::of(!options.seed, batch), WRITABLE);
         let cases: Vec<Case> = (number..last).map(|n| generator.case(options.seed, n)).collect();
         bench.native.start(&cases, &bench.data);
-        let mut outcomes = Vec::with_capacity(cases.len());
+        let count = bench.tiers.len();
+        let mut outcomes = Vec::with_capacity(cases.len() * count);
         for case in &cases {
             for (_, guest) in &mut bench.tiers {
                 let outcome = guest.run(case, &bench.data);
@@ -296,7 +299,7 @@ pub fn run(options: &Options, mut progress: impl FnMut(&Report)) -> Report {
                 Ending::DIED => report.died += 1,
                 kind => report.exceptions[(kind as usize - 1) & 31] += 1,
             }
-            for (at, (outcome, data, met)) in outcomes[i * 2..i * 2 + 2].iter_mut().enumerate() {
+            for (at, (outcome, data, met)) in outcomes[i * count..(i + 1) * count].iter_mut().enumerate() {
                 if !unequal(native, outcome, native_data, data) {
                     continue;
                 }
@@ -322,6 +325,7 @@ pub fn run(options: &Options, mut progress: impl FnMut(&Report)) -> Report {
             ));
         }
         number = last;
+        report.interrupts = bench.tiers.iter().map(|(_, guest)| guest.interrupts()).sum();
         progress(&report);
     }
     report
