@@ -96,10 +96,18 @@ impl Home {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     }
 
-    /// `yado` with arguments, not yet started.
+    /// `yado` with arguments, not yet started. Guests have YADO_STORY_CPUS virtual CPUs where the story does not care.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(&self.program);
-        command.args(arguments);
+        let cpus = std::env::var("YADO_STORY_CPUS").ok();
+        match (arguments, cpus) {
+            (["run", rest @ ..], Some(cpus)) if makes_a_guest(rest) => {
+                command.args(["run", "--cpus", &cpus]).args(rest);
+            }
+            _ => {
+                command.args(arguments);
+            }
+        }
         self.adopt(&mut command);
         command
     }
@@ -210,6 +218,14 @@ impl Finished {
     pub fn assert_success(&self) {
         assert!(self.status.success(), "{}", self.all());
     }
+}
+
+/// Whether these arguments of `yado run` are for a new guest and leave open how many virtual CPUs it has.
+fn makes_a_guest(arguments: &[&str]) -> bool {
+    let own = arguments.split(|argument| *argument == "--").next().unwrap_or_default();
+    let has = |name: &str| own.iter().any(|argument| argument.starts_with(name));
+    let source = ["debian", "--kernel"].into_iter().any(has);
+    source && !has("--cpus")
 }
 
 /// Feeds a process and waits for it.

@@ -146,7 +146,7 @@ fn forgive(
         *other = *native;
         data.copy_from_slice(native_data);
     }
-    breakpoint_instruction(native, other);
+    breakpoint_instruction(case, native, other);
     if tier != Tier::Step {
         dead_flags(case, met, native, other);
     }
@@ -165,9 +165,12 @@ fn half_a_count(met: Met, native: &Outcome, other: &Outcome) -> bool {
     other.ending.kind == 15 && native.state.rip != other.state.rip && met.instruction.is_some_and(shift)
 }
 
-/// Some hypervisors report INT1 as a fault; jumps into the middle of instructions find it.
-fn breakpoint_instruction(native: &Outcome, other: &mut Outcome) {
-    if native.ending == other.ending && native.ending.kind == 2 && native.state.rip + 1 == other.state.rip {
+/// Some hypervisors report INT1 as a fault; jumps into the middle of instructions find it, with prefixes too.
+fn breakpoint_instruction(case: &Case, native: &Outcome, other: &mut Outcome) {
+    let place = |rip: u64| rip.checked_sub(case.start).map_or(usize::MAX, |at| at as usize);
+    let passed = case.code.get(place(native.state.rip)..place(other.state.rip));
+    let is_int1 = passed.is_some_and(|bytes| bytes.len() < 16 && bytes.last() == Some(&0xf1));
+    if native.ending == other.ending && native.ending.kind == 2 && is_int1 {
         other.state.rip = native.state.rip;
         other.state.rflags = native.state.rflags;
     }
