@@ -186,6 +186,19 @@ pub trait Engine: Send + Sync {
     fn go_on(&self) {}
 }
 
+/// Code in this process that an engine made from code of the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HostCode {
+    /// Where it is.
+    pub address: u64,
+    /// Bytes.
+    pub len: u32,
+    /// Guest-physical address of the first instruction it was made from.
+    pub guest: u64,
+    /// It is code of the guest's user mode.
+    pub user: bool,
+}
+
 /// One virtual CPU.
 pub trait Vcpu: Send {
     /// Runs the guest until something needs the machine.
@@ -239,6 +252,10 @@ pub trait Vcpu: Send {
     fn kick_handle(&self) -> Arc<dyn Kick>;
     /// What the engine has counted since the vCPU was made, by name.
     fn counters(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
+    /// The host's code that was made from the guest's, in no order: none where guest code runs as it is.
+    fn host_code(&self) -> Vec<HostCode> {
         Vec::new()
     }
     /// The engine's live tree of counters and settings, for people.

@@ -18,7 +18,7 @@ use crate::step::step;
 use crate::translate::visit::Visit;
 use crate::translate::{Config, Outcome, Translator};
 use crate::verify::Verifier;
-use cpu::{Error, Exit, Kick, Registers, Vcpu, VcpuConfig};
+use cpu::{Error, Exit, HostCode, Kick, Registers, Vcpu, VcpuConfig};
 use memory::GuestMemory;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -331,6 +331,10 @@ impl Vcpu for SoftVcpu {
             ]);
         }
         rows
+    }
+
+    fn host_code(&self) -> Vec<HostCode> {
+        self.translator.as_ref().map(Translator::host_code).unwrap_or_default()
     }
 
     fn inspect(&self) -> Vec<(String, String)> {

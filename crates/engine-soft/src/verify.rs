@@ -271,7 +271,7 @@ impl Verifier {
         // A whole block may end at an instruction in its middle: the jump back is what counts.
         let at = match outcome {
             // A kick that came just now: nothing has been done.
-            Outcome::Kicked if stayed && self.records.iter().all(|record| record.gpr != core.state.gpr) => {
+            Outcome::Kicked if stayed && !self.records.iter().any(|r| here(r) && r.gpr == core.state.gpr) => {
                 return Some(0);
             }
             Outcome::Kicked => self.records.iter().rposition(here),

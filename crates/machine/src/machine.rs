@@ -400,6 +400,10 @@ impl crate::control::Operations for Machine {
         Self::profile(self, length, rate_hz).map_err(|error| error.to_string())
     }
 
+    fn perf_map(&self) -> String {
+        Self::perf_map(self)
+    }
+
     fn power_button(&self) {
         Self::power_button(self);
     }

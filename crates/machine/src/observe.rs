@@ -1,10 +1,12 @@
 //! Looking at a running machine: its vCPUs' reports, and profiles.
 
-use crate::linux::{Linux, Space};
+use crate::linux::{KERNEL, Linux, Space};
 use crate::machine::Machine;
 use crate::vcpu::profile::Profile;
 use crate::vcpu::report::Report;
+use cpu::HostCode;
 use serde_json::{Value, json};
+use std::fmt::Write;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -37,9 +39,13 @@ pub enum Error {
 impl Machine {
     /// What each vCPU tells about itself.
     pub(crate) fn reports(&self) -> Vec<Report> {
+        self.asked(false)
+    }
+
+    fn asked(&self, code: bool) -> Vec<Report> {
         let slots = &self.common().slots;
         let until = Instant::now().checked_add(PATIENCE);
-        let asked: Vec<_> = slots.iter().map(|slot| slot.ask_report()).collect();
+        let asked: Vec<_> = slots.iter().map(|slot| slot.ask_report(code)).collect();
         let left = || until.map_or(PATIENCE, |until| until.saturating_duration_since(Instant::now()));
         slots.iter().zip(asked).filter_map(|(slot, number)| slot.report(number, left())).collect()
     }
@@ -78,6 +84,40 @@ impl Machine {
         Ok(told)
     }
 
+    /// What of this process's memory is code made from which code of the guest, in the form that `perf` reads from
+    /// `/tmp/perf-PID.map`: start, length, name, one a line, numbers in hexadecimal. Empty where the engine makes none.
+    pub fn perf_map(&self) -> String {
+        let reports = self.asked(true);
+        let mut code: Vec<HostCode> = self.common().slots.iter().flat_map(|slot| slot.take_code()).collect();
+        code.sort_unstable_by_key(|code| code.address);
+        let memory = &self.common().memory;
+        let linux = reports.iter().find_map(|report| {
+            let space = Space::of(memory, &report.registers)?;
+            Some((Linux::find(&space)?, space.places(KERNEL)))
+        });
+        let name = |code: &HostCode| match (&linux, code.user) {
+            (_, true) => "(user code)".to_owned(),
+            (None, false) => "(kernel)".to_owned(),
+            (Some((linux, places)), false) => match places.get(&(code.guest & !0xfff)) {
+                Some(&linear) => linux.function(linear | code.guest & 0xfff).to_owned(),
+                None => "(a module)".to_owned(),
+            },
+        };
+        let mut text = String::new();
+        let mut run: Option<(u64, u64, String)> = None;
+        for code in &code {
+            let (name, end) = (name(code), code.address.saturating_add(u64::from(code.len)));
+            match &mut run {
+                Some((_, last, known)) if *last == code.address && *known == name => *last = end,
+                _ => {
+                    line(&mut text, run.replace((code.address, end, name)));
+                }
+            }
+        }
+        line(&mut text, run);
+        text
+    }
+
     fn take_samples(&self, profile: &Profile, length: Duration, rate_hz: u32) -> (Instant, u64) {
         let period = Duration::from_secs(1).checked_div(rate_hz).unwrap_or(Duration::from_millis(1));
         let began = Instant::now();
@@ -103,5 +143,12 @@ impl Machine {
     fn linux(&self) -> Option<Linux> {
         let memory = &self.common().memory;
         self.reports().iter().find_map(|report| Linux::find(&Space::of(memory, &report.registers)?))
+    }
+}
+
+/// Writes a line of [`Machine::perf_map`].
+fn line(text: &mut String, run: Option<(u64, u64, String)>) {
+    if let Some((start, end, name)) = run {
+        let _ = writeln!(text, "{start:x} {:x} guest:{name}", end.saturating_sub(start));
     }
 }

@@ -434,6 +434,11 @@ pub struct Stats {
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "5", require_equals = true)]
     #[arg(value_parser = clap::value_parser!(u64).range(1..=600), conflicts_with = "watch")]
     pub profile: Option<u64>,
+    /// Write which code of the guest's process was made from which function of the guest, for `perf report` of a
+    /// `perf record` of that process [default file: /tmp/perf-PID.map]
+    #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true)]
+    #[arg(conflicts_with_all = ["watch", "profile", "json"])]
+    pub perf_map: Option<Option<std::path::PathBuf>>,
     /// Samples a second of each vCPU for --profile
     #[arg(long, value_name = "HZ", default_value_t = 499, requires = "profile")]
     #[arg(value_parser = clap::value_parser!(u32).range(1..=5000))]

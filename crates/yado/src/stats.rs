@@ -2,16 +2,24 @@
 
 use crate::arguments::Stats;
 use crate::{client, registry};
-use machine::control::protocol::Request;
+use anyhow::{Context, ensure};
+use machine::control::protocol::{Kind, Request, read};
 use serde_json::Value;
 use std::fmt::Write;
+use std::fs::File;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 const PERIOD: Duration = Duration::from_secs(1);
 
 /// `yado stats`
 pub fn stats(options: &Stats) -> anyhow::Result<()> {
-    registry::find_running(&options.name)?;
+    let guest = registry::find_running(&options.name)?;
+    if let Some(path) = &options.perf_map {
+        let place = || PathBuf::from(format!("/tmp/perf-{}.map", guest.record.pid));
+        return perf_map(&options.name, &path.clone().unwrap_or_else(place));
+    }
     if let Some(seconds) = options.profile {
         let request = Request::Profile { milliseconds: seconds.saturating_mul(1000), rate_hz: options.rate };
         let (_, told) = client::ask(&options.name, &request)?;
@@ -32,6 +40,23 @@ pub fn stats(options: &Stats) -> anyhow::Result<()> {
             return Ok(());
         }
     }
+}
+
+/// Writes what `perf` reads: it looks in /tmp, and believes only files of its user.
+fn perf_map(name: &str, path: &Path) -> anyhow::Result<()> {
+    let (mut stream, _) = client::ask(name, &Request::PerfMap)?;
+    let mut map = Vec::new();
+    while let Some((Kind::Output, part)) = read(&mut stream).context("the guest's process is gone")? {
+        map.extend(part);
+    }
+    let names = map.iter().filter(|&&byte| byte == b'\n').count();
+    ensure!(names > 0, "the engine of {name} runs the guest's code as it is: `perf kvm` names it");
+    // What is there may be somebody else's, or a link.
+    let _ = std::fs::remove_file(path);
+    let written = File::create_new(path).and_then(|mut file| file.write_all(&map));
+    written.with_context(|| format!("cannot write {}", path.display()))?;
+    println!("{}: {names} pieces of code have names; run this again after `perf record`", path.display());
+    Ok(())
 }
 
 fn print(json: bool, value: &Value, table: impl FnOnce() -> String) -> anyhow::Result<()> {

@@ -27,6 +27,14 @@ fn a_guest_is_seen_from_outside_as_from_inside() {
     assert_eq!(burner["name"], "sha256sum");
     let [user, kernel] = ["user", "kernel"].map(|part| burner[part].as_u64().unwrap());
     assert!(user > 100 && kernel > 0, "it computes what it reads: {burner}");
+    let map = home.path().join("perf.map");
+    home.yado(&["stats", "watched", &format!("--perf-map={}", map.display())]).assert_success();
+    let map = std::fs::read_to_string(map).unwrap();
+    let known: Vec<_> = map.lines().filter_map(|line| line.split_once(" guest:")).collect();
+    assert!(known.iter().any(|(_, name)| *name == "read_zero"), "of {} pieces of code", known.len());
+    let place = |text: &str| u64::from_str_radix(text, 16).expect("a hexadecimal number");
+    let places = known.iter().filter_map(|(range, _)| range.split_once(' '));
+    assert!(places.map(|(start, len)| (place(start), place(len))).is_sorted_by(|a, b| a.0 + a.1 <= b.0));
     let functions = told["functions"].as_array().unwrap();
     assert!(
         functions.iter().any(|row| row["name"] == "read_zero"),

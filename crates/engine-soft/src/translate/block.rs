@@ -33,6 +33,11 @@ impl Mode {
         bits.iter().rev().fold(0, |number, &bit| number << 1 | u8::from(bit))
     }
 
+    /// Whether a number that [`Mode::bits`] made is of user mode.
+    pub(super) fn is_user(bits: u8) -> bool {
+        bits & 1 != 0
+    }
+
     fn allows(self, template: &Template) -> bool {
         let system = matches!(template.kind, Kind::PopFlags | Kind::SetInterrupt | Kind::SwapBase);
         if self.user && system || template.kind == Kind::ReadClock && !self.clock {

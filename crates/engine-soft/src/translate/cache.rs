@@ -1,4 +1,5 @@
-//! The code cache: one memfd mapped twice, writable here and executable there, never both at one address.
+//! The code cache: shared memory mapped twice, writable here and executable there, never both at one address. It has no
+//! file, as those who look for code of a compiler (`perf`) expect.
 //!
 //! The only place that makes executable memory, and, with [`super::thunk`], the only `unsafe` of the translator.
 //! Code is appended; nothing is freed until the whole cache is flushed. What is seldom run stands in a part of its own,
@@ -36,32 +37,27 @@ impl CodeCache {
     pub(super) fn new(size: usize) -> Result<Self, Error> {
         let fail = |what| Error::Host { what, source: std::io::Error::last_os_error() };
         let size = size.next_multiple_of(4096);
-        // SAFETY: a NUL-terminated literal name; the result is checked.
-        let fd = unsafe { libc::memfd_create(c"yado-code".as_ptr(), libc::MFD_CLOEXEC) };
-        if fd < 0 {
-            return Err(fail("making a memory file for translated code"));
-        }
-        let map = |protection| {
-            // SAFETY: a fresh shared mapping of our own file.
-            let at = unsafe {
-                libc::mmap(
-                    std::ptr::null_mut(),
-                    size,
-                    protection,
-                    libc::MAP_SHARED | libc::MAP_NORESERVE,
-                    fd,
-                    0,
-                )
-            };
+        let given = |at: *mut libc::c_void| {
             if at == libc::MAP_FAILED { None } else { NonNull::new(at.cast::<u8>()) }
         };
-        // SAFETY: fd is ours; a size that does not fit is refused by the kernel.
-        let sized = unsafe { libc::ftruncate(fd, libc::off_t::try_from(size).unwrap_or(-1)) } == 0;
-        let write = if sized { map(libc::PROT_READ | libc::PROT_WRITE) } else { None };
-        let execute = write.and_then(|_| map(libc::PROT_READ | libc::PROT_EXEC));
+        let rights = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: fresh memory of our own.
+        let write = given(unsafe { libc::mmap(std::ptr::null_mut(), size, rights, flags, -1, 0) });
+        let execute = write.and_then(|write| {
+            // SAFETY: a length of zero makes a second mapping of shared memory that is ours (mremap(2)).
+            let second =
+                given(unsafe { libc::mremap(write.as_ptr().cast(), 0, size, libc::MREMAP_MAYMOVE) })?;
+            let place = second.as_ptr().cast();
+            // SAFETY: our own mapping; if it may not be executable, nothing has changed, and it goes.
+            let allowed = unsafe { libc::mprotect(place, size, libc::PROT_READ | libc::PROT_EXEC) } == 0;
+            if !allowed {
+                // SAFETY: as above, and not used again.
+                unsafe { libc::munmap(place, size) };
+            }
+            allowed.then_some(second)
+        });
         let error = fail("mapping memory for translated code (is executable memory forbidden here?)");
-        // SAFETY: the mappings keep the file alive; the descriptor is not used again.
-        unsafe { libc::close(fd) };
         match (write, execute) {
             (Some(write), Some(execute)) => {
                 // Helps where the host lets shared memory have large pages; where not, nothing is lost.

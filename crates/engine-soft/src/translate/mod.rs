@@ -31,7 +31,7 @@ use crate::mmu::{Access, Mmu, Privilege, Walk};
 use crate::state::{CpuState, PAGE_MASK, SPACES, Shadow};
 use block::{Mode, Plan};
 use cache::CodeCache;
-use cpu::{Error, cr0, cr4, rflags};
+use cpu::{Error, HostCode, cr0, cr4, rflags};
 use emit::Emitter;
 use generate::{Descriptor, Generator, Origin};
 use iced_x86::InstructionInfoFactory;
@@ -203,6 +203,18 @@ impl Translator {
         }
         self.single = true;
         self.run(core)
+    }
+
+    /// Where which blocks are.
+    pub(crate) fn host_code(&self) -> Vec<HostCode> {
+        let ends = self.store.blocks.iter().skip(1).map(store::Block::entry).chain([self.cache.next()]);
+        let code = |(block, end): (&store::Block, usize)| HostCode {
+            address: self.cache.address(block.entry()),
+            len: u32::try_from(end.saturating_sub(block.entry())).unwrap_or(u32::MAX),
+            guest: block.address(),
+            user: Mode::is_user(block.mode),
+        };
+        self.store.blocks.iter().zip(ends).map(code).collect()
     }
 
     /// Forgets all translations.

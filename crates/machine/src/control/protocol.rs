@@ -84,6 +84,8 @@ pub enum Request {
         /// Samples a second of each vCPU.
         rate_hz: u32,
     },
+    /// Which of its memory is code made from the guest's, for `perf`: lines follow as [`Kind::Output`].
+    PerfMap,
     /// Press the power button.
     PowerButton,
     /// Stop at once, as if the power failed.

@@ -28,6 +28,8 @@ pub trait Operations: Send + Sync {
     fn statistics(&self) -> serde_json::Value;
     /// Where the guest's time goes, for so long from now on.
     fn profile(&self, length: Duration, rate_hz: u32) -> Result<serde_json::Value, String>;
+    /// Lines for `perf`.
+    fn perf_map(&self) -> String;
     /// Press the power button; the guest decides.
     fn power_button(&self);
     /// Stop at once.
@@ -146,6 +148,7 @@ fn serve(mut stream: UnixStream, shared: &Shared) -> io::Result<()> {
                 Err(why) => return write_json(&mut stream, Kind::Reply, &Reply::Refused(why)),
             }
         }
+        Request::PerfMap => return perf_map(stream, shared),
         Request::PowerButton => done(|| operations.power_button()),
         Request::Stop => done(|| operations.stop()),
         Request::Pause => done(|| operations.pause()),
@@ -165,6 +168,15 @@ fn serve(mut stream: UnixStream, shared: &Shared) -> io::Result<()> {
 fn done(act: impl FnOnce()) -> serde_json::Value {
     act();
     serde_json::Value::Null
+}
+
+fn perf_map(mut stream: UnixStream, shared: &Shared) -> io::Result<()> {
+    let map = shared.operations.perf_map();
+    write_json(&mut stream, Kind::Reply, &Reply::Ok(serde_json::Value::Null))?;
+    for part in map.as_bytes().chunks(PAYLOAD_MAX) {
+        write(&mut stream, Kind::Output, part)?;
+    }
+    write_json(&mut stream, Kind::Ended, &Ended::Exited(0))
 }
 
 fn console(mut stream: UnixStream, shared: &Shared) -> io::Result<()> {

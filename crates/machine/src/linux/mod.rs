@@ -11,7 +11,7 @@ use kallsyms::Symbols;
 pub(crate) use paging::Space;
 
 /// Where Linux maps its image: the top 2 GiB, the first half of which is for the kernel, the second for modules.
-const KERNEL: std::ops::Range<u64> = 0xffff_ffff_8000_0000..0xffff_ffff_c000_0000;
+pub(crate) const KERNEL: std::ops::Range<u64> = 0xffff_ffff_8000_0000..0xffff_ffff_c000_0000;
 const MODULES: std::ops::Range<u64> = 0xffff_ffff_c000_0000..0xffff_ffff_ff00_0000;
 /// The kernel's half of the address space.
 const KERNEL_HALF: u64 = 0xffff_8000_0000_0000;

@@ -1,12 +1,15 @@
 //! Guest memory by linear address: a walk of the guest's page tables (Intel SDM 3, 5.5) that changes nothing.
 
 use memory::GuestMemory;
+use std::collections::HashMap;
 use std::ops::Range;
 
 /// Bits 12 to 51 of an entry: the physical address.
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 const PRESENT: u64 = 1 << 0;
 const LARGE: u64 = 1 << 7;
+/// Pages of 4 KiB that are told apart: more than a kernel's image has.
+const PLACES_MAX: usize = 1 << 16;
 
 /// One address space of a guest in 64-bit mode.
 pub(crate) struct Space<'a> {
@@ -65,6 +68,26 @@ impl<'a> Space<'a> {
         let mut bytes = [0; 8];
         self.read(linear, &mut bytes)?;
         Some(u64::from_le_bytes(bytes))
+    }
+
+    /// Where in a range guest-physical pages of 4 KiB are mapped: linear addresses by guest-physical ones.
+    pub(crate) fn places(&self, range: Range<u64>) -> HashMap<u64, u64> {
+        let mut places = HashMap::new();
+        let mut at = range.start;
+        while at < range.end && places.len() < PLACES_MAX {
+            let (physical, left) = match self.translate(at) {
+                Err(gap) => (None, gap),
+                Ok((physical, left)) => (Some(physical), left),
+            };
+            for offset in (0..left.min(range.end.saturating_sub(at))).step_by(0x1000) {
+                if let Some(physical) = physical {
+                    places.entry(physical.saturating_add(offset)).or_insert(at.saturating_add(offset));
+                }
+            }
+            let Some(next) = at.checked_add(left.max(0x1000)) else { break };
+            at = next;
+        }
+        places
     }
 
     /// What is mapped in a range, from its first mapped page on, gaps as zeroes, at most `limit` bytes: the address of the

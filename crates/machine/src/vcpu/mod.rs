@@ -216,6 +216,9 @@ impl Runner {
     /// Tells others what they want to know.
     fn answer(&mut self, slot: &Slot) {
         let questions = slot.take_questions();
+        if questions & question::CODE != 0 {
+            slot.tell_code(self.vcpu.host_code());
+        }
         if questions & question::REPORT != 0 {
             slot.tell(self.report(if self.halted { Doing::Halted } else { Doing::Running }));
         }

@@ -5,7 +5,7 @@
 //! before the flag, so no wake-up is lost.
 
 use super::report::Report;
-use cpu::Kick;
+use cpu::{HostCode, Kick};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::thread::ThreadId;
@@ -17,6 +17,8 @@ pub(crate) mod question {
     pub(crate) const REPORT: u8 = 1 << 0;
     /// A sample of the profile under way.
     pub(crate) const SAMPLE: u8 = 1 << 1;
+    /// The host's code that its engine has made, together with a report.
+    pub(crate) const CODE: u8 = 1 << 2;
 }
 
 /// The last report, and how many there were.
@@ -24,6 +26,7 @@ pub(crate) mod question {
 struct Reports {
     count: u64,
     last: Option<Report>,
+    code: Vec<HostCode>,
 }
 
 /// How long a vCPU looks for a wake-up before it sleeps: to be woken by the host takes tens of microseconds on both sides, and
@@ -127,10 +130,11 @@ impl Slot {
         self.unhalt.load(Ordering::Relaxed) && self.unhalt.swap(false, Ordering::SeqCst)
     }
 
-    /// Asks the vCPU for a report; answers its number for [`Self::report`].
-    pub(crate) fn ask_report(&self) -> u64 {
+    /// Asks the vCPU for a report, and for its code; answers its number for [`Self::report`].
+    pub(crate) fn ask_report(&self, code: bool) -> u64 {
         let number = self.reports().count.wrapping_add(1);
-        self.questions.fetch_or(question::REPORT, Ordering::SeqCst);
+        let questions = question::REPORT | if code { question::CODE } else { 0 };
+        self.questions.fetch_or(questions, Ordering::SeqCst);
         self.wake();
         number
     }
@@ -140,6 +144,16 @@ impl Slot {
         let missing = |reports: &mut Reports| reports.count < number;
         let waited = self.reported.wait_timeout_while(self.reports(), limit, missing);
         waited.unwrap_or_else(PoisonError::into_inner).0.last.clone()
+    }
+
+    /// Takes the code that came with a report.
+    pub(crate) fn take_code(&self) -> Vec<HostCode> {
+        std::mem::take(&mut self.reports().code)
+    }
+
+    /// The vCPU tells what code its engine has made, before it reports.
+    pub(crate) fn tell_code(&self, code: Vec<HostCode>) {
+        self.reports().code = code;
     }
 
     /// The vCPU tells about itself.
