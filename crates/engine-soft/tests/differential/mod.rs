@@ -147,6 +147,7 @@ fn forgive(
         data.copy_from_slice(native_data);
     }
     breakpoint_instruction(case, native, other);
+    elsewhere(native, other);
     if tier != Tier::Step {
         dead_flags(case, met, native, other);
     }
@@ -173,6 +174,19 @@ fn breakpoint_instruction(case: &Case, native: &Outcome, other: &mut Outcome) {
     if native.ending == other.ending && native.ending.kind == 2 && is_int1 {
         other.state.rip = native.state.rip;
         other.state.rflags = native.state.rflags;
+    }
+}
+
+/// A jump to a page that the child has for itself, and the guest has not.
+fn elsewhere(native: &Outcome, other: &mut Outcome) {
+    /// Present, and instruction fetch.
+    const BITS: (u32, u32) = (1, 16);
+    let (a, b) = (native.ending, &mut other.ending);
+    let inside = (case::CODE..case::CODE + 2 * PAGE).contains(&a.cr2)
+        || (case::DATA..case::DATA + 3 * PAGE).contains(&a.cr2);
+    let fetches = a.kind == 15 && b.kind == 15 && a.cr2 == b.cr2 && a.error & BITS.1 != 0;
+    if fetches && !inside && a.error == b.error | BITS.0 {
+        b.error = a.error;
     }
 }
 
