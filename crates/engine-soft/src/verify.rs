@@ -80,6 +80,22 @@ impl WriteLog {
         }
     }
 
+    /// Whether RAM holds what it did before all writes.
+    fn is_undone(&self) -> bool {
+        let mut seen: Vec<(usize, usize)> = vec![];
+        self.0.iter().all(|entry| {
+            let start = entry.host as usize;
+            let mut now = vec![0; entry.old.len()];
+            host::read(entry.host, &mut now);
+            let same = entry.old.iter().zip(&now).enumerate().all(|(i, (old, now))| {
+                let at = start.wrapping_add(i);
+                old == now || seen.iter().any(|(from, to)| (*from..*to).contains(&at))
+            });
+            seen.push((start, start.wrapping_add(entry.old.len())));
+            same
+        })
+    }
+
     /// Whether RAM now holds what the first `count` writes left.
     fn differs(&self, count: usize) -> Option<(usize, u8, u8)> {
         let mut later: Vec<(usize, usize)> = vec![];
@@ -191,7 +207,7 @@ impl Verifier {
         let exits = translator.statistics().exits_step;
         let outcome = translator.run_block(core);
         let exact = translator.statistics().exits_step != exits && !looked_through(core);
-        let Some(count) = self.place(core, &before, outcome) else {
+        let Some(count) = self.place(core, &before, outcome, &log) else {
             VERIFIED.unseen.fetch_add(1, Ordering::Relaxed);
             return Ok(outcome);
         };
@@ -261,7 +277,7 @@ impl Verifier {
     }
 
     /// After how many of the remembered instructions the translator stopped; `None` if that is not among them.
-    fn place(&self, core: &Core, before: &Snapshot, outcome: Outcome) -> Option<usize> {
+    fn place(&self, core: &Core, before: &Snapshot, outcome: Outcome, log: &WriteLog) -> Option<usize> {
         let rip = core.state.rip;
         let stayed = rip == before.registers.rip && core.state.gpr == before.registers.gpr;
         if stayed && (outcome == Outcome::Step || self.records.is_empty()) {
@@ -271,9 +287,7 @@ impl Verifier {
         // A whole block may end at an instruction in its middle: the jump back is what counts.
         let at = match outcome {
             // A kick that came just now: nothing has been done.
-            Outcome::Kicked if stayed && !self.records.iter().any(|r| here(r) && r.gpr == core.state.gpr) => {
-                return Some(0);
-            }
+            Outcome::Kicked if stayed && log.is_undone() => return Some(0),
             Outcome::Kicked => self.records.iter().rposition(here),
             Outcome::Step => self.records.iter().position(here),
         };

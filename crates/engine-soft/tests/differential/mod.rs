@@ -147,7 +147,7 @@ fn forgive(
         data.copy_from_slice(native_data);
     }
     breakpoint_instruction(case, native, other);
-    elsewhere(native, other);
+    elsewhere(native, other, native_data, data);
     if tier != Tier::Step {
         dead_flags(case, met, native, other);
     }
@@ -177,16 +177,19 @@ fn breakpoint_instruction(case: &Case, native: &Outcome, other: &mut Outcome) {
     }
 }
 
-/// A jump to a page that the child has for itself, and the guest has not.
-fn elsewhere(native: &Outcome, other: &mut Outcome) {
-    /// Present, and instruction fetch.
-    const BITS: (u32, u32) = (1, 16);
-    let (a, b) = (native.ending, &mut other.ending);
-    let inside = (case::CODE..case::CODE + 2 * PAGE).contains(&a.cr2)
-        || (case::DATA..case::DATA + 3 * PAGE).contains(&a.cr2);
-    let fetches = a.kind == 15 && b.kind == 15 && a.cr2 == b.cr2 && a.error & BITS.1 != 0;
-    if fetches && !inside && a.error == b.error | BITS.0 {
-        b.error = a.error;
+/// A jump to where the child has memory of its own, and the guest has none: to say that it is there, or run what is there, is the
+/// child's affair.
+fn elsewhere(native: &Outcome, other: &mut Outcome, native_data: &[u8], data: &mut [u8]) {
+    const FETCH: u32 = 16;
+    let inside = |address: u64| {
+        (case::CODE..case::CODE + 2 * PAGE).contains(&address)
+            || (case::DATA..case::DATA + 3 * PAGE).contains(&address)
+    };
+    let (a, b) = (native.ending, other.ending);
+    let jumped = b.kind == 15 && b.error & FETCH != 0 && !inside(b.cr2) && !inside(other.state.rip);
+    if jumped && a != b && !inside(native.state.rip) {
+        *other = *native;
+        data.copy_from_slice(native_data);
     }
 }
 
