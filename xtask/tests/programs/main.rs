@@ -35,6 +35,7 @@ fn programs_work_as_on_the_host() {
     packages_are_configured(&home);
     a_compiled_program_says_the_same_on_both(&home, PROGRAM, "-lm", 3);
     a_compiled_program_says_the_same_on_both(&home, ZLIB, "-lz", 0);
+    a_compiled_program_says_the_same_on_both(&home, BREAKPOINTS, "", 0);
     python_computes(&home);
     openssl_agrees_with_itself(&home);
     the_same_binaries_say_the_same_on_both(&home);
@@ -55,6 +56,64 @@ fn packages_are_configured(home: &Home) {
     assert_eq!(failed, "", "units that failed");
     home.in_guest("workshop", "apt-get check -q && apt-cache policy bash | grep -q Installed");
 }
+
+/// A tracer with the CPU's breakpoints on writes, accesses and execution, and single steps.
+const BREAKPOINTS: &str = r#"
+#include <signal.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <sys/ptrace.h>
+#include <sys/user.h>
+#include <sys/wait.h>
+#include <unistd.h>
+static volatile long words[8];
+static volatile long sum;
+__attribute__((noinline)) void visited(long n) { sum += n; }
+static int child;
+static int status;
+static void poke(int number, unsigned long value) {
+    ptrace(PTRACE_POKEUSER, child, offsetof(struct user, u_debugreg) + 8 * number, value);
+}
+static long peek(size_t offset) { return ptrace(PTRACE_PEEKUSER, child, offset, 0); }
+static void go_on(int how) { ptrace(how, child, 0, 0); waitpid(child, &status, 0); }
+int main(void) {
+    child = fork();
+    if (!child) {
+        ptrace(PTRACE_TRACEME, 0, 0, 0);
+        raise(SIGSTOP);
+        for (long i = 0; i < 40; i++) {
+            for (long j = 0; j < 20000; j++) sum += i ^ j;
+            words[1] = i;
+            sum += words[2];
+            visited(i);
+            words[3]++;
+        }
+        _exit(sum == 0);
+    }
+    waitpid(child, &status, 0);
+    /* Writes of words[1], reads and writes of words[2], execution of visited(), for this task alone. */
+    poke(0, (unsigned long)&words[1]);
+    poke(1, (unsigned long)&words[2]);
+    poke(2, (unsigned long)visited);
+    poke(7, 1 | 4 | 16 | 0x9ul << 16 | 0xbul << 20 | 0x0ul << 24);
+    int hits[3] = {0};
+    long steps = 0, calls = 0, rest = 0;
+    for (go_on(PTRACE_CONT); WIFSTOPPED(status); go_on(PTRACE_CONT)) {
+        long why = peek(offsetof(struct user, u_debugreg) + 48);
+        for (int i = 0; i < 3; i++) hits[i] += why >> i & 1;
+        rest += why & 15 ? 0 : 1;
+        poke(6, 0);
+        if (why & 4) {
+            /* Through the function, one instruction at a time. */
+            long stack = peek(offsetof(struct user, regs.rsp));
+            do { go_on(PTRACE_SINGLESTEP); steps++; } while (peek(offsetof(struct user, regs.rsp)) <= stack);
+            calls++;
+        }
+    }
+    printf("%d writes, %d accesses, %d calls in %ld steps, %ld other stops, exit %d\n", hits[0], hits[1], hits[2], steps, rest, WEXITSTATUS(status));
+    return calls != 40;
+}
+"#;
 
 const PROGRAM: &str = r#"
 #include <math.h>
