@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 const PROGRAMS: &[(&str, &str)] = &[
     ("busybox", "busybox-static"),
     ("debugfs", "e2fsprogs"),
+    ("fio", "fio"),
     ("gpgv", "gpgv"),
     ("iasl", "acpica-tools"),
     ("mkfs.ext4", "e2fsprogs"),

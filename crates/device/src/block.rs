@@ -19,10 +19,13 @@ pub enum Operation {
     Flush,
     /// The range's content is no longer needed.
     Discard,
-    /// The range reads as zeroes afterwards; with `unmap` it may be deallocated.
+    /// The range reads as zeroes afterwards; with `unmap` it may be deallocated, with `fua` the zeroes are on stable
+    /// storage before completion.
     WriteZeroes {
         /// May deallocate.
         unmap: bool,
+        /// Force unit access.
+        fua: bool,
     },
 }
 
@@ -77,6 +80,8 @@ pub struct Geometry {
     pub read_only: bool,
     /// Discard and write-zeroes work.
     pub discard: bool,
+    /// Writes are on stable storage only after a flush, until the driver decides otherwise; else when they are done.
+    pub write_cache: bool,
 }
 
 /// The worker's side of a storage controller.

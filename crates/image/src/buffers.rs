@@ -101,7 +101,12 @@ impl<'a> ReadInto<'a> {
         Self(RefCell::new(bytes))
     }
 
-    fn with(&self, at: u64, len: u64, f: impl FnOnce(&mut [u8]) -> io::Result<()>) -> io::Result<()> {
+    pub(crate) fn with(
+        &self,
+        at: u64,
+        len: u64,
+        f: impl FnOnce(&mut [u8]) -> io::Result<()>,
+    ) -> io::Result<()> {
         let mut bytes = self.0.try_borrow_mut().map_err(|_| outside())?;
         f(bytes.get_mut(span(at, len)?).ok_or_else(outside)?)
     }

@@ -141,6 +141,10 @@ pub trait Disk: Send + Sync {
     fn discard(&self, offset: u64, len: u64) -> io::Result<()>;
     /// The range reads as zeroes afterwards; with `unmap` it may take no space.
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()>;
+    /// As [`Self::write_zeroes`], but only if that is quicker than writing them; else `Unsupported`, and nothing is done.
+    fn zero_quickly(&self, _offset: u64, _len: u64, _unmap: bool) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
     /// What begins at `offset`, at most `len` bytes of it (at least one, and on the disk).
     fn block_status(&self, offset: u64, len: u64) -> io::Result<Status>;
     /// Makes the disk larger (what is new reads as zeroes) or smaller.
@@ -171,6 +175,9 @@ impl Disk for std::sync::Arc<dyn Disk> {
     }
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
         (**self).write_zeroes(offset, len, unmap)
+    }
+    fn zero_quickly(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        (**self).zero_quickly(offset, len, unmap)
     }
     fn block_status(&self, offset: u64, len: u64) -> io::Result<Status> {
         (**self).block_status(offset, len)

@@ -33,9 +33,11 @@ pub mod nbd;
 mod open;
 mod overlay;
 pub mod storage;
+mod zeroes;
 
 pub use buffers::{Buffers, Part, ReadInto, VecBuffers, WriteFrom};
 pub use copy::{clone_file, share_blocks};
 pub use disk::{Content, Disk, Error, Status};
 pub use open::{Image, OpenOptions, beside, create_qcow2, create_qed, create_raw, create_vhd};
 pub use overlay::Overlay;
+pub use zeroes::DetectZeroes;

@@ -64,12 +64,8 @@ fn options() -> Result<Options, String> {
                     }
                     "--limit" => limit = Some(Duration::from_secs(value.parse().map_err(|_| wrong)?)),
                     "--disk" | "--virtio-disk" => config.disks.push(DiskConfig {
-                        format: image::format::Format::Raw,
-                        path: value.into(),
-                        read_only: false,
-                        cache: Default::default(),
-                        overlay: None,
                         interface: if name == "--disk" { DiskInterface::Nvme } else { DiskInterface::Virtio },
+                        ..DiskConfig::raw(value)
                     }),
                     _ => return Err(format!("unknown option {name}")),
                 }

@@ -22,6 +22,43 @@ pub enum DiskInterface {
     Virtio,
 }
 
+/// What the guest's request does that the host could not do: QEMU's `werror` and `rerror`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnError {
+    /// The guest gets an I/O error.
+    Report,
+    /// The guest is told that all is well.
+    Ignore,
+    /// The machine stands still; the request is done again when somebody lets it go on.
+    Stop,
+    /// As `Stop` if the host has no space, and then as soon as it has; other errors are reported.
+    Enospc,
+}
+
+impl OnError {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Report, Self::Ignore, Self::Stop, Self::Enospc];
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Report => "report",
+            Self::Ignore => "ignore",
+            Self::Stop => "stop",
+            Self::Enospc => "enospc",
+        }
+    }
+}
+
+impl std::str::FromStr for OnError {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let known = Self::ALL.into_iter().find(|what| what.name() == name);
+        known.ok_or_else(|| format!("{name:?} is none of {}", Self::ALL.map(Self::name).join(", ")))
+    }
+}
+
 /// One disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiskConfig {
@@ -31,8 +68,14 @@ pub struct DiskConfig {
     pub format: image::format::Format,
     /// The guest cannot write.
     pub read_only: bool,
-    /// What stands between the guest's writes and stable storage.
+    /// What stands between the guest's writes and stable storage; the guest may switch its part of it.
     pub cache: image::storage::CacheMode,
+    /// What becomes of zeroes that the guest writes.
+    pub detect_zeroes: image::DetectZeroes,
+    /// What becomes of what cannot be written...
+    pub write_error: OnError,
+    /// ...and read; there is always space to read.
+    pub read_error: OnError,
     /// Writes go to a file without a name in this directory and are gone with the machine.
     pub overlay: Option<PathBuf>,
     /// Where the guest finds it.
@@ -130,6 +173,23 @@ pub struct MachineConfig {
     pub verify: bool,
     /// Print every exit to standard error: for those who work on engines and devices.
     pub log_exits: bool,
+}
+
+impl DiskConfig {
+    /// A raw image that the guest writes, as any disk is by default.
+    pub fn raw(path: impl Into<PathBuf>) -> Self {
+        Self {
+            path: path.into(),
+            format: image::format::Format::Raw,
+            read_only: false,
+            cache: Default::default(),
+            detect_zeroes: Default::default(),
+            write_error: OnError::Enospc,
+            read_error: OnError::Report,
+            overlay: None,
+            interface: DiskInterface::default(),
+        }
+    }
 }
 
 impl MachineConfig {

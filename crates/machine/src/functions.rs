@@ -3,7 +3,8 @@
 use crate::config::{DiskConfig, DiskInterface};
 use crate::notice::{Notice, Notices};
 use crate::port::{Port, Wake};
-use crate::storage::{Traffic, Worker};
+use crate::standstill::Standstill;
+use crate::storage::{Errors, Traffic, Trouble, Worker};
 use chipset::pci::{Host, SharedFunction};
 use device::MsiSink;
 use device::block::{Controller, Geometry};
@@ -13,12 +14,16 @@ use memory::GuestMemory;
 use nvme::{Nvme, NvmeConfig};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use virtio::{Block, CONSOLE_PORT, Console, Rng};
 
 /// Logical block size of disks, in bytes.
 const BLOCK_SIZE: u32 = 512;
+
+/// Threads of a disk: how many of its requests a slow image sees at a time.
+const DISK_THREADS: usize = 8;
 
 /// Why a disk cannot be attached.
 #[derive(Debug, thiserror::Error)]
@@ -99,6 +104,7 @@ pub(crate) struct Slots<'a> {
     pub(crate) msi: &'a MsiSink,
     pub(crate) memory: &'a GuestMemory,
     pub(crate) notices: &'a Notices,
+    pub(crate) standstill: &'a Standstill,
 }
 
 impl Slots<'_> {
@@ -107,7 +113,7 @@ impl Slots<'_> {
     }
 
     /// Attaches all disks in order and starts their workers.
-    pub(crate) fn disks(&self, disks: &[DiskConfig], workers: &mut Workers) -> Result<(), Error> {
+    pub(crate) fn disks(&self, disks: &[DiskConfig], cpus: u32, workers: &mut Workers) -> Result<(), Error> {
         for (number, config) in disks.iter().enumerate() {
             let disk = open(config)?;
             let capacity = disk.capacity() & !u64::from(BLOCK_SIZE.wrapping_sub(1));
@@ -119,20 +125,27 @@ impl Slots<'_> {
                 block_size: BLOCK_SIZE,
                 read_only: disk.read_only(),
                 discard: !disk.read_only(),
+                write_cache: !config.cache.is_write_through(),
             };
             let wake = Wake::default();
-            let controller = self.controller(number, config, geometry, &wake)?;
+            let controller = self.controller(number, config, geometry, cpus, &wake)?;
             let name = format!("disk{number}");
             let traffic = Traffic::default();
             workers.traffic.push(traffic.clone());
             let notices = self.notices.clone();
             let path = config.overlay.clone().unwrap_or_else(|| config.path.clone());
-            let full = move || notices.tell(Notice::DiskFull { path: path.clone() });
-            let worker =
-                Worker { controller, disk, memory: self.memory.clone(), traffic, full: Box::new(full) };
-            let thread = worker.serve(&name, wake.clone());
+            let tell = move |trouble| notices.tell(notice(trouble, path.clone()));
+            let errors = Errors {
+                write: config.write_error,
+                read: config.read_error,
+                disk: number,
+                standstill: self.standstill.clone(),
+                tell: Box::new(tell),
+            };
+            let worker = Worker { controller, disk, memory: self.memory.clone(), traffic, errors };
+            let threads = worker.serve(&name, &wake, DISK_THREADS);
             workers.wakes.push(wake);
-            workers.threads.push(thread.map_err(Error::Thread)?);
+            workers.threads.extend(threads.map_err(Error::Thread)?);
         }
         Ok(())
     }
@@ -161,20 +174,23 @@ impl Slots<'_> {
         number: usize,
         config: &DiskConfig,
         geometry: Geometry,
+        cpus: u32,
         wake: &Wake,
     ) -> Result<Arc<Mutex<dyn Controller>>, Error> {
         let serial = format!("yado{number}");
         match config.interface {
             DiskInterface::Nvme => {
                 let disk = NvmeConfig { geometry, serial, uuid: uuid(config) };
-                let nvme = Nvme::new(self.memory.clone(), self.msi.clone(), wake.notify(), disk);
+                let nvme = Nvme::new(self.memory.clone(), self.msi.clone(), wake.notify_one(), disk);
                 let nvme = Arc::new(Mutex::new(nvme));
                 self.attach(nvme.clone())?;
                 Ok(nvme)
             }
             DiskInterface::Virtio => {
                 let (memory, sink) = (self.memory.clone(), self.msi.clone());
-                let block = Block::new(memory, sink, wake.notify(), geometry, &serial);
+                // A queue for each vCPU, so that none waits for another's lock in the guest.
+                let queues = u16::try_from(cpus).unwrap_or(u16::MAX);
+                let block = Block::new(memory, sink, wake.notify_one(), geometry, &serial, queues);
                 let block = Arc::new(Mutex::new(block));
                 self.attach(block.clone())?;
                 Ok(block)
@@ -194,6 +210,16 @@ pub(crate) fn fill_random(mut bytes: &mut [u8]) {
     }
 }
 
+/// What a disk has to say, as whoever runs the machine hears it.
+fn notice(trouble: Trouble, path: PathBuf) -> Notice {
+    match trouble {
+        Trouble::Full => Notice::DiskFull { path, waits: false },
+        Trouble::WaitsForSpace => Notice::DiskFull { path, waits: true },
+        Trouble::Fails => Notice::DiskFails { path },
+        Trouble::Over => Notice::DiskGoesOn { path },
+    }
+}
+
 fn open(config: &DiskConfig) -> Result<Box<dyn Disk>, Error> {
     Ok(match &config.overlay {
         None => {
@@ -201,10 +227,11 @@ fn open(config: &DiskConfig) -> Result<Box<dyn Disk>, Error> {
             let how = OpenOptions {
                 format,
                 read_only: config.read_only,
-                cache: config.cache,
+                // Whether a write is stable when it is done is the guest's to decide, and each request says it.
+                cache: config.cache.written_back(),
                 ..OpenOptions::default()
             };
-            Box::new(Image::open(&config.path, how)?.disk)
+            Box::new(config.detect_zeroes.on(Image::open(&config.path, how)?.disk))
         }
         Some(directory) => {
             let raw = Raw::open(&config.path, true)?;

@@ -34,11 +34,14 @@ mod observe;
 mod panic_watch;
 pub mod port;
 mod restart;
+mod standstill;
 pub mod storage;
 mod timers;
 mod vcpu;
 
-pub use config::{BackEnd, DiskConfig, DiskInterface, EngineKind, MachineConfig, NetworkConfig, NetworkKind};
+pub use config::{
+    BackEnd, DiskConfig, DiskInterface, EngineKind, MachineConfig, NetworkConfig, NetworkKind, OnError,
+};
 pub use functions::Error as FunctionError;
 pub use lifecycle::{Crash, Outcome};
 pub use machine::{CPUS_MAX, Error, Machine};

@@ -1,7 +1,7 @@
 //! A whole machine and its life.
 //!
 //! States: built (the kernel is loaded, nothing runs), running, paused, restarting, ended. Threads: one per vCPU, one for
-//! timers, one per disk, one per network card; all are joined when the machine is dropped.
+//! timers, some per disk, one per network card; all are joined when the machine is dropped.
 //!
 //! Lock order: `threads` alone.
 
@@ -15,6 +15,7 @@ use crate::lifecycle::{Lifecycle, Outcome};
 use crate::notice::{Notice, Notices};
 use crate::port::{Port, Wake};
 use crate::restart::Restart;
+use crate::standstill::{Brakes, Standstill};
 use crate::timers::Timers;
 use crate::vcpu::paravirtual::SystemClock;
 use crate::vcpu::report::Report;
@@ -26,7 +27,8 @@ use cpu::{Engine, Vcpu, VcpuConfig};
 use memory::{Backing, GuestMemory};
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -106,6 +108,9 @@ struct Threads {
 /// One virtual machine. Shared by whoever controls it.
 pub struct Machine {
     common: Arc<Common>,
+    standstill: Standstill,
+    /// vCPU threads that were started.
+    running: Arc<AtomicUsize>,
     cpus: usize,
     power: Arc<Mutex<Power>>,
     serial: Port,
@@ -163,8 +168,15 @@ impl Machine {
         .map_err(|error| Error::Devices(error.to_string()))?;
         let mut workers = Workers::default();
         let notices = Notices::default();
-        let slots_on_bus = Slots { pci: &board.pci, msi: &board.msi, memory: &memory, notices: &notices };
-        slots_on_bus.disks(&config.disks, &mut workers)?;
+        let standstill = Standstill::default();
+        let slots_on_bus = Slots {
+            pci: &board.pci,
+            msi: &board.msi,
+            memory: &memory,
+            notices: &notices,
+            standstill: &standstill,
+        };
+        slots_on_bus.disks(&config.disks, config.cpus, &mut workers)?;
         let mut wakes = vec![board.serial_wake.clone()];
         let mut ports = Vec::new();
         if !config.ports.is_empty() {
@@ -208,8 +220,17 @@ impl Machine {
             log_exits: config.log_exits,
             profile: Mutex::default(),
         };
+        let common = Arc::new(common);
+        let running = Arc::new(AtomicUsize::new(0));
+        standstill.set_brakes(Handbrake {
+            common: Arc::downgrade(&common),
+            engine: engine.clone(),
+            running: running.clone(),
+        });
         Ok(Self {
-            common: Arc::new(common),
+            common,
+            standstill,
+            running,
             cpus,
             power: board.power,
             serial: board.serial,
@@ -248,6 +269,7 @@ impl Machine {
                 vcpu
             });
             threads.running.push(thread.map_err(host)?);
+            self.running.fetch_add(1, Ordering::SeqCst);
         }
         Ok(())
     }
@@ -297,23 +319,14 @@ impl Machine {
 
     /// Lets the machine stand still: vCPUs, VM time and timers. Answers whether it does.
     pub fn pause(&self) -> bool {
-        let one = self.threads();
-        if !self.common.lifecycle.pause(one.running.len()) {
-            return false;
-        }
-        self.common.clock.stand();
-        self.common.system_clock.forget();
-        self.engine.stand();
-        true
+        // Not between the vCPUs of one that starts.
+        let _started = self.threads();
+        self.standstill.ask()
     }
 
-    /// Lets a paused machine go on.
+    /// Lets a paused machine go on. One that stands still because a disk waits goes on if what it waits for can be done.
     pub fn resume(&self) {
-        let _one = self.threads();
-        self.engine.go_on();
-        self.common.clock.run();
-        self.common.timers.resume();
-        self.common.lifecycle.resume();
+        self.standstill.release();
     }
 
     /// Names who hears what happens to the machine while it runs. Only the first call counts.
@@ -358,6 +371,7 @@ impl Machine {
             "starts": self.starts(),
             "vm_time_ns": self.common.clock.now().0,
             "tsc_hz": self.common.tsc_hz,
+            "stands_still": self.standstill.inspect(),
             "outcome": self.outcome().map(|outcome| format!("{outcome:?}")),
             "next_deadline_ns": self.common.timers.next().map(|at| at.0),
             "vcpus": self.reports().iter().map(Report::inspect).collect::<Vec<_>>(),
@@ -384,6 +398,34 @@ impl Machine {
 
     fn threads(&self) -> MutexGuard<'_, Threads> {
         self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Makes a machine stand still.
+struct Handbrake {
+    common: Weak<Common>,
+    engine: Arc<dyn Engine>,
+    running: Arc<AtomicUsize>,
+}
+
+impl Brakes for Handbrake {
+    fn stand(&self) -> bool {
+        let Some(common) = self.common.upgrade() else { return false };
+        if !common.lifecycle.pause(self.running.load(Ordering::SeqCst)) {
+            return false;
+        }
+        common.clock.stand();
+        common.system_clock.forget();
+        self.engine.stand();
+        true
+    }
+
+    fn go_on(&self) {
+        let Some(common) = self.common.upgrade() else { return };
+        self.engine.go_on();
+        common.clock.run();
+        common.timers.resume();
+        common.lifecycle.resume();
     }
 }
 

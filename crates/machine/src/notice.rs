@@ -11,9 +11,21 @@ pub enum Notice {
         /// How often the guest has been started now.
         starts: u64,
     },
-    /// The host has no space for what the guest writes to this disk: the guest sees I/O errors, and nothing that it was told
-    /// is stored is lost. Said once until a write succeeds again.
+    /// The host has no space for what the guest writes to this disk; nothing that the guest was told is stored is lost. Said
+    /// once until a write succeeds again.
     DiskFull {
+        /// The image, or for disposable writes the directory of their file.
+        path: PathBuf,
+        /// The machine stands still until there is space; else the guest sees I/O errors.
+        waits: bool,
+    },
+    /// The host cannot read or write this disk: the machine stands still until somebody lets it go on.
+    DiskFails {
+        /// The image, or for disposable writes the directory of their file.
+        path: PathBuf,
+    },
+    /// What a machine stood still for can be done now.
+    DiskGoesOn {
         /// The image, or for disposable writes the directory of their file.
         path: PathBuf,
     },

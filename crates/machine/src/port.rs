@@ -29,22 +29,38 @@ impl Wake {
     /// The nudge to give to the device.
     pub fn notify(&self) -> Notify {
         let wake = self.clone();
-        Notify::new(move || wake.turn(|turn| turn.count = turn.count.wrapping_add(1)))
+        Notify::new(move || {
+            if wake.turn(|turn| turn.count = turn.count.wrapping_add(1)) {
+                wake.0.1.notify_all();
+            }
+        })
+    }
+
+    /// The nudge to give to a device whose holders all do the same: one of them is enough.
+    pub fn notify_one(&self) -> Notify {
+        let wake = self.clone();
+        Notify::new(move || wake.nudge_one())
+    }
+
+    /// Wakes one of those that wait.
+    pub fn nudge_one(&self) {
+        if self.turn(|turn| turn.count = turn.count.wrapping_add(1)) {
+            self.0.1.notify_one();
+        }
     }
 
     /// The machine is gone: nobody waits any longer.
     pub fn close(&self) {
-        self.turn(|turn| turn.closed = true);
-    }
-
-    fn turn(&self, change: impl FnOnce(&mut Turn)) {
-        let mut turn = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
-        change(&mut turn);
-        let waiting = turn.waiting;
-        drop(turn);
-        if waiting > 0 {
+        if self.turn(|turn| turn.closed = true) {
             self.0.1.notify_all();
         }
+    }
+
+    /// Changes something; whether somebody waits.
+    fn turn(&self, change: impl FnOnce(&mut Turn)) -> bool {
+        let mut turn = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut turn);
+        turn.waiting > 0
     }
 
     /// How often the device has stirred, and whether the machine is gone.

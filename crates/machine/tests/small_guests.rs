@@ -336,13 +336,6 @@ fn what_cannot_be_made_is_refused_with_the_cure() {
     assert!(refused(&|config| config.memory = 1 << 60).to_string().contains("smaller --memory"));
     assert!(refused(&|config| config.kernel = "nowhere".into()).to_string().contains("nowhere"));
     assert!(matches!(refused(&|config| config.cpu_model = Some("z80".into())), Error::Model(_)));
-    let disk = machine::DiskConfig {
-        format: image::format::Format::Raw,
-        path: guest.directory.path().join("missing.img"),
-        read_only: false,
-        cache: Default::default(),
-        overlay: None,
-        interface: machine::DiskInterface::Nvme,
-    };
+    let disk = machine::DiskConfig::raw(guest.directory.path().join("missing.img"));
     assert!(refused(&|config| config.disks = vec![disk.clone()]).to_string().contains("missing.img"));
 }

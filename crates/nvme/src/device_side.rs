@@ -11,6 +11,8 @@ use device::{MsiSink, Notify, VmTime};
 use memory::GuestMemory;
 use std::collections::{BTreeMap, VecDeque};
 
+/// The volatile write cache among the features (section 5.27.1.4); bit 0: it is on.
+pub(crate) const WRITE_CACHE: usize = 6;
 /// Queues of each kind, the administrator's included.
 pub(crate) const QUEUES: u16 = 17;
 /// Registers and doorbells: 8 KiB; then the MSI-X table and its pending bits.
@@ -110,7 +112,7 @@ impl Nvme {
             aqa: 0,
             asq: 0,
             acq: 0,
-            features: feature_defaults(),
+            features: feature_defaults(disk.geometry.write_cache),
             submission_queues: no_queues(),
             completion_queues: no_queues(),
             events: Vec::new(),
@@ -198,7 +200,7 @@ impl Nvme {
             self.state = State::Disabled;
             self.csts = 0;
             self.masked = 0;
-            self.features = feature_defaults();
+            self.features = feature_defaults(self.geometry.write_cache);
             self.submission_queues = no_queues();
             self.completion_queues = no_queues();
             self.events.clear();
@@ -365,11 +367,11 @@ fn no_queues<T>() -> Vec<Option<T>> {
     (0..QUEUES).map(|_| None).collect()
 }
 
-/// Set Features' values after a reset: temperature threshold 343 K, volatile write cache on.
-fn feature_defaults() -> [u32; 16] {
+/// Set Features' values after a reset: temperature threshold 343 K, the volatile write cache as the disk has it.
+fn feature_defaults(write_cache: bool) -> [u32; 16] {
     let mut features = [0; 16];
     features[4] = 343;
-    features[6] = 1;
+    features[WRITE_CACHE] = u32::from(write_cache);
     features
 }
 
@@ -496,7 +498,8 @@ const _: () = assert!(QUEUE_ENTRIES_MAX <= 4096 && QUEUES as u64 * 8 <= 0x1000);
 #[doc(hidden)]
 pub fn fuzz(data: &[u8]) {
     let Ok(memory) = GuestMemory::new(&[(0, 0x20000)], memory::Backing::Private) else { return };
-    let geometry = Geometry { capacity: 1 << 20, block_size: 512, read_only: false, discard: true };
+    let geometry =
+        Geometry { capacity: 1 << 20, block_size: 512, read_only: false, discard: true, write_cache: true };
     let disk = NvmeConfig { geometry, serial: "fuzz".into(), uuid: [7; 16] };
     let mut nvme = Nvme::new(memory.clone(), MsiSink::unconnected(), Notify::unconnected(), disk);
     nvme.config_mut().write(4, 2, u32::from(command::MEMORY | command::BUS_MASTER));

@@ -1,7 +1,7 @@
 //! I/O commands (section 6): from the rings to requests, and back.
 
 use crate::data::{segments, take};
-use crate::device_side::{Nvme, Origin};
+use crate::device_side::{Nvme, Origin, WRITE_CACHE};
 use crate::spec::{Command, Status, nvm};
 use device::block::{Operation, Outcome, Request, Segment};
 
@@ -74,7 +74,7 @@ impl Nvme {
         if command.namespace() != 1 && !everywhere {
             return Err(Status::INVALID_NAMESPACE);
         }
-        let force = command.dword::<12>() & 1 << 30 != 0;
+        let force = command.dword::<12>() & 1 << 30 != 0 || self.writes_through();
         let one = match command.opcode() {
             nvm::FLUSH => (Operation::Flush, 0, 0, Vec::new()),
             nvm::READ => {
@@ -88,13 +88,18 @@ impl Nvme {
             nvm::WRITE_ZEROES => {
                 let (offset, len) = self.writable_range(command)?;
                 let unmap = command.dword::<12>() & 1 << 25 != 0;
-                (Operation::WriteZeroes { unmap }, offset, len, Vec::new())
+                (Operation::WriteZeroes { unmap, fua: force }, offset, len, Vec::new())
             }
             nvm::DATASET_MANAGEMENT => return self.dataset_management(origin, command),
             _ => return Err(Status::INVALID_OPCODE),
         };
         self.hand_out(origin, vec![one]);
         Ok(())
+    }
+
+    /// Whether the driver has switched the volatile write cache off.
+    fn writes_through(&self) -> bool {
+        self.features.get(WRITE_CACHE).is_some_and(|feature| feature & 1 == 0)
     }
 
     fn range(&self, command: &Command) -> Result<(u64, u64), Status> {

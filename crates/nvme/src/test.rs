@@ -22,7 +22,8 @@ struct Driver {
 }
 
 fn disk(read_only: bool) -> NvmeConfig {
-    let geometry = Geometry { capacity: 1 << 20, block_size: 512, read_only, discard: true };
+    let geometry =
+        Geometry { capacity: 1 << 20, block_size: 512, read_only, discard: true, write_cache: true };
     NvmeConfig { geometry, serial: "serial".into(), uuid: *b"0123456789abcdef" }
 }
 
@@ -158,6 +159,21 @@ fn reads_and_writes_reach_the_worker_with_their_pages() {
     assert_eq!(request.segments, expected.map(|(address, len)| Segment { address, len }));
     driver.nvme.complete(request.token, Outcome::NoSpace);
     assert_eq!(driver.completion(1).unwrap().1 & 0xff, 0x81);
+}
+
+#[test]
+fn the_driver_switches_the_write_cache() {
+    let mut driver = Driver::new(false);
+    driver.make_queues();
+    for (on, fua) in [(1, false), (0, true), (1, false)] {
+        assert_eq!(driver.admin(0x09, 0, 0, 6, on).1, 0, "set features");
+        assert_eq!(driver.admin(0x0a, 0, 0, 6, 0), (on, 0), "get features");
+        driver.io(1, [DATA, 0], 0, 1);
+        let request = driver.nvme.next_request().unwrap();
+        assert_eq!(request.operation, Operation::Write { fua });
+        driver.nvme.complete(request.token, Outcome::Ok);
+        assert_eq!(driver.completion(1), Some((0, 0)));
+    }
 }
 
 #[test]

@@ -184,8 +184,10 @@ pub fn fuzz_console(data: &[u8]) {
 
 /// A disk.
 pub fn fuzz_block(data: &[u8]) {
-    let geometry = Geometry { capacity: 1 << 16, block_size: 512, read_only: false, discard: true };
-    let make = |memory| Block::new(memory, MsiSink::unconnected(), Notify::unconnected(), geometry, "fuzz");
+    let geometry =
+        Geometry { capacity: 1 << 16, block_size: 512, read_only: false, discard: true, write_cache: true };
+    let make =
+        |memory| Block::new(memory, MsiSink::unconnected(), Notify::unconnected(), geometry, "fuzz", 2);
     let mut tokens = Vec::new();
     play(data, make, move |block, kind, value| {
         if kind & 1 == 0 {
@@ -348,8 +350,14 @@ mod test {
         let sink = MsiSink::new(move |_| {
             count.fetch_add(1, Ordering::SeqCst);
         });
-        let geometry = Geometry { capacity: 1 << 16, block_size: 512, read_only: false, discard: true };
-        let mut block = Block::new(memory.clone(), sink, Notify::unconnected(), geometry, "fuzz");
+        let geometry = Geometry {
+            capacity: 1 << 16,
+            block_size: 512,
+            read_only: false,
+            discard: true,
+            write_cache: true,
+        };
+        let mut block = Block::new(memory.clone(), sink, Notify::unconnected(), geometry, "fuzz", 2);
         block.config_mut().write(4, 2, u32::from(command::BUS_MASTER | command::MEMORY));
         block.config_written(4);
         interrupts(&mut block);

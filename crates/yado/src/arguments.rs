@@ -3,8 +3,10 @@
 use crate::size::Size;
 use clap::builder::ValueHint;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use image::DetectZeroes;
 use image::format::Format;
 use image::storage::CacheMode;
+use machine::OnError;
 use net::gateway::{Forward, MTU_DEFAULT, Transport};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -112,6 +114,8 @@ pub struct Run {
     pub engine: Engine,
 
     /// Another disk: FILE[,format=raw|qcow2|qed|vhd][,readonly][,bus=nvme|virtio][,cache=writeback|none|writethrough|directsync|unsafe]
+    /// [,werror=enospc|report|ignore|stop][,rerror=report|ignore|stop][,detect-zeroes=off|on|unmap]. A host without space makes the
+    /// guest stand still until there is some, unless werror says otherwise
     #[arg(long, value_name = "FILE[,OPTION...]", value_hint = ValueHint::FilePath)]
     pub disk: Vec<Disk>,
 
@@ -235,6 +239,9 @@ pub struct Disk {
     /// Not said: raw, if the file looks like nothing else.
     pub format: Option<Format>,
     pub cache: CacheMode,
+    pub detect_zeroes: DetectZeroes,
+    pub write_error: OnError,
+    pub read_error: OnError,
     pub bus: DiskBus,
 }
 
@@ -250,6 +257,9 @@ impl FromStr for Disk {
             read_only: false,
             format: None,
             cache: CacheMode::default(),
+            detect_zeroes: DetectZeroes::default(),
+            write_error: OnError::Enospc,
+            read_error: OnError::Report,
             bus: DiskBus::Virtio,
         };
         for option in parts {
@@ -257,13 +267,24 @@ impl FromStr for Disk {
                 ("readonly", "" | "on") => disk.read_only = true,
                 ("readonly", "off") => disk.read_only = false,
                 ("cache", name) => disk.cache = name.parse()?,
+                ("detect-zeroes", name) => disk.detect_zeroes = name.parse()?,
+                ("werror", name) => {
+                    disk.write_error = name.parse().map_err(|why| format!("werror: {why}"))?;
+                }
+                ("rerror", "enospc") => {
+                    return Err("rerror=enospc: there is always space to read; report, ignore or stop".into());
+                }
+                ("rerror", name) => {
+                    disk.read_error = name.parse().map_err(|why| format!("rerror: {why}"))?;
+                }
                 ("bus", "nvme") => disk.bus = DiskBus::Nvme,
                 ("bus", "virtio") => disk.bus = DiskBus::Virtio,
                 ("bus", other) => return Err(format!("bus={other}: nvme or virtio")),
                 ("format", name) => disk.format = Some(name.parse()?),
                 (other, _) => {
                     return Err(format!(
-                        "{other:?} is no disk option; there are readonly, bus=, cache=, format="
+                        "{other:?} is no disk option; there are readonly, bus=, cache=, detect-zeroes=, format=, rerror=, \
+                         werror="
                     ));
                 }
             }
@@ -556,12 +577,21 @@ mod test {
                 read_only: true,
                 format: None,
                 cache: CacheMode::default(),
+                detect_zeroes: DetectZeroes::Off,
+                write_error: OnError::Enospc,
+                read_error: OnError::Report,
                 bus: DiskBus::Nvme
             }
         );
         let disk: Disk = "a.img,cache=none".parse().unwrap();
         assert_eq!(disk.cache, CacheMode::None);
         assert!("a.img,cache=some".parse::<Disk>().is_err());
+        let disk: Disk = "a.img,werror=stop,rerror=ignore,detect-zeroes=unmap".parse().unwrap();
+        assert_eq!((disk.write_error, disk.read_error), (OnError::Stop, OnError::Ignore));
+        assert_eq!(disk.detect_zeroes, DetectZeroes::Unmap);
+        for bad in ["a.img,werror=later", "a.img,rerror=enospc", "a.img,detect-zeroes=yes"] {
+            assert!(bad.parse::<Disk>().is_err(), "{bad}");
+        }
         let disk: Disk = "file=a.qcow2,format=qcow2".parse().unwrap();
         assert_eq!((disk.file, disk.format), ("a.qcow2".into(), Some(Format::Qcow2)));
         assert!("".parse::<Disk>().is_err());

@@ -26,6 +26,9 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     memory::keep_heap_small();
+    if image::qemu_nbd::is_called(std::env::args_os().next().as_deref().map(Path::new)) {
+        return ExitCode::from(image::qemu_nbd::main());
+    }
     let arguments = Arguments::parse();
     let result = dispatch(arguments.command);
     terminal::restore();

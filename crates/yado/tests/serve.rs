@@ -129,3 +129,35 @@ fn bad_lines_are_refused() {
     let two = yado(&["serve", "--socket", "s", "/etc/passwd", "/etc/group"]).output().unwrap();
     assert_eq!(two.status.code(), Some(2));
 }
+
+/// A script written for qemu-nbd: in the background with a pid file, ended by a signal; and once, ended by its last client.
+#[test]
+fn called_qemu_nbd_it_does_what_that_does() {
+    let place = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_yado"), place.path().join("qemu-nbd")).unwrap();
+    let script = r#"
+set -e
+truncate -s 1M image
+./qemu-nbd --fork --pid-file pid -t -e 2 -f raw -x disk -D text --discard=unmap -k "$PWD/s" image
+test "$(nbdinfo --size "nbd+unix:///disk?socket=$PWD/s")" = 1048576
+qemu-io -f raw -c 'write -P 7 4096 4096' -c 'discard 0 4096' -c flush "nbd+unix:///disk?socket=$PWD/s"
+kill "$(cat pid)"
+while test -e pid; do sleep 0.05; done
+test ! -e s
+test "$(od -An -tx1 -j4096 -N1 image)" = " 07"
+./qemu-nbd -r -f raw -o 4096 -k "$PWD/s" image & server=$!
+while test ! -e s; do sleep 0.05; done
+nbdcopy "nbd+unix:///?socket=$PWD/s" part
+wait "$server"
+cmp part image -i 0:4096
+code=0; ./qemu-nbd --fork -k "$PWD/s" missing 2> said || code=$?
+test "$code" = 1
+grep -q '^qemu-nbd: .*missing' said
+code=0; ./qemu-nbd --nonsense 2> said || code=$?
+test "$code" = 1
+./qemu-nbd --version | grep -q qemu-nbd
+"#;
+    let output =
+        Command::new("timeout").args(["60", "sh", "-c", script]).current_dir(place.path()).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+}

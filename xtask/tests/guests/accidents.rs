@@ -97,7 +97,7 @@ fn a_full_host_disk_under_a_guest() {
     );
     let script = "mkdir \"$TMPDIR/small\" && mount -t tmpfs -o size=64m none \"$TMPDIR/small\" && \
                   truncate -s 256M \"$TMPDIR/small/disk\" && \
-                  \"$0\" run -q --disk \"$TMPDIR/small/disk,bus=nvme\" debian -- sh -c \"$1\"";
+                  \"$0\" run -q --disk \"$TMPDIR/small/disk,bus=nvme,werror=report\" debian -- sh -c \"$1\"";
     let mut command = Command::new("unshare");
     command
         .args(["--user", "--map-root-user", "--mount", "sh", "-c", script])
@@ -108,6 +108,40 @@ fn a_full_host_disk_under_a_guest() {
     assert!(finished.text().contains("dd 1"), "the guest did not hear of it: {}", finished.all());
     assert!(finished.text().ends_with("kept\n"), "what was stored is lost: {}", finished.all());
     assert!(finished.stderr.contains("yado: no space is left at"), "{}", finished.all());
+}
+
+#[test]
+fn a_guest_stands_still_until_its_host_has_space() {
+    let home = Home::new();
+    home.yado(&["run", "-q", "debian", "--", "true"]).assert_success();
+    let inside = format!(
+        "{FIND_SECOND_NVME} head -c 40M /dev/urandom > /dev/shm/kept; \
+         dd if=/dev/shm/kept of=$nvme bs=1M oflag=direct && sync $nvme || exit 9; \
+         dd if=$nvme bs=1M count=40 iflag=direct | cmp - /dev/shm/kept && echo kept; dmesg | grep -i 'i/o error'"
+    );
+    // Somebody makes space as soon as yado says that there is none.
+    let script = "mkdir \"$TMPDIR/small\" && mount -t tmpfs -o size=64m none \"$TMPDIR/small\" && \
+                  truncate -s 256M \"$TMPDIR/small/disk\" && head -c 40M /dev/zero > \"$TMPDIR/small/ballast\" || exit 9; \
+                  said=\"$TMPDIR/said\"; : > \"$said\"; \
+                  (until grep -q 'stands still' \"$said\"; do sleep 0.1; done; rm \"$TMPDIR/small/ballast\") & \
+                  \"$0\" run -q --disk \"$TMPDIR/small/disk,bus=nvme\" debian -- sh -c \"$1\" 2> \"$said\"; \
+                  kill $! 2> /dev/null; cat \"$said\" >&2";
+    let mut command = Command::new("unshare");
+    command
+        .args(["--user", "--map-root-user", "--mount", "sh", "-c", script])
+        .arg(home.program())
+        .arg(inside);
+    home.adopt(&mut command);
+    let finished = finish(command.spawn().unwrap(), &[]);
+    assert_eq!(
+        finished.text(),
+        "kept\n",
+        "what was stored is lost, or the guest saw errors: {}",
+        finished.all()
+    );
+    for said in ["no space is left at", "the guest stands still", "the guest goes on"] {
+        assert!(finished.stderr.contains(said), "{said}: {}", finished.all());
+    }
 }
 
 #[test]

@@ -91,6 +91,14 @@ impl Disk for Raw {
         self.storage.zero_range(offset, len.min(self.len().saturating_sub(offset)))
     }
 
+    fn zero_quickly(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        self.check_write(offset, len)?;
+        if unmap && self.storage.punch_hole(offset, len).is_ok() {
+            return Ok(());
+        }
+        self.storage.zero_range_quickly(offset, len.min(self.len().saturating_sub(offset)))
+    }
+
     fn block_status(&self, offset: u64, len: u64) -> io::Result<Status> {
         check_range(offset, len, self.capacity())?;
         Ok(Status::of_extent(self.storage.extent(offset, len)?, offset))

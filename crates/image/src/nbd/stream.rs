@@ -1,7 +1,8 @@
 //! A connection's bytes: a Unix or TCP socket, in the clear or under TLS. Both ends of the protocol use it.
 //!
 //! Any thread may send, one at a time ([`Stream::send`] takes a lock for as long as the bytes take); one thread receives.
-//! Under TLS both go through the session's lock, which is not held while a receiver waits for the peer.
+//! Under TLS both go through the session's lock, which nobody holds while he waits for the peer: who receives must be able
+//! to, so that a peer that answers before it listens on does not wait for ever.
 //!
 //! Lock order: `sending` or `records`, then the TLS session.
 
@@ -23,7 +24,8 @@ const RECORDS: usize = 64 << 10;
 /// A connected socket.
 pub struct Stream {
     socket: OwnedFd,
-    sending: Mutex<()>,
+    /// Held while bytes are sent; under TLS, the records on their way from the session to the socket.
+    sending: Mutex<Vec<u8>>,
     tls: Option<Mutex<rustls::Connection>>,
     /// Records that were taken from the socket, for the one who receives.
     records: Mutex<Records>,
@@ -164,11 +166,8 @@ impl Stream {
             if records.have().is_empty() {
                 return Ok(None);
             }
-            let taken = records.give(&mut session);
-            while session.wants_write() {
-                session.write_tls(&mut Raw(self, None))?;
-            }
-            taken?;
+            // What the session wants to say to that (new keys) goes along with the next bytes that are sent.
+            records.give(&mut session)?;
         }
     }
 
@@ -232,16 +231,21 @@ impl Stream {
     /// Sends all of the bytes, with nobody else's between; gives up at the deadline, after which the connection is of no
     /// use any more.
     pub fn send(&self, parts: &[&[u8]], deadline: Deadline) -> io::Result<()> {
-        let _turn = lock(&self.sending);
+        let mut encrypted = lock(&self.sending);
         let Some(session) = &self.tls else { return self.send_raw(parts, deadline) };
-        let mut session = lock(session);
         for part in parts {
             let mut rest = *part;
             while !rest.is_empty() {
-                let count = session.writer().write(rest)?;
-                while session.wants_write() {
-                    session.write_tls(&mut Raw(self, deadline))?;
-                }
+                encrypted.clear();
+                let count = {
+                    let mut session = lock(session);
+                    let count = session.writer().write(rest)?;
+                    while session.wants_write() {
+                        session.write_tls(&mut *encrypted)?;
+                    }
+                    count
+                };
+                self.send_raw(&[&encrypted], deadline)?;
                 rest = rest.get(count..).unwrap_or_default();
             }
         }
@@ -286,11 +290,16 @@ impl Stream {
     /// Says farewell to the peer.
     pub fn close(&self) {
         if let Some(session) = &self.tls {
-            let _turn = lock(&self.sending);
-            let mut session = lock(session);
-            session.send_close_notify();
+            let mut encrypted = lock(&self.sending);
+            encrypted.clear();
+            {
+                let mut session = lock(session);
+                session.send_close_notify();
+                while session.wants_write() && session.write_tls(&mut *encrypted).is_ok() {}
+            }
             let deadline = Instant::now().checked_add(Duration::from_secs(1));
-            while session.wants_write() && session.write_tls(&mut Raw(self, deadline)).is_ok() {}
+            // A peer that is gone needs no farewell.
+            let _ = self.send_raw(&[&encrypted], deadline);
         }
         self.cut();
     }

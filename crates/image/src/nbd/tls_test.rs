@@ -99,3 +99,31 @@ fn other_peoples_ends_understand_ours() {
     ]);
     exchange(&connect(&encrypted(&foreign.uri(""), certificates.path())).unwrap());
 }
+
+/// Many long writes and reads at once on each connection: who sends must not keep others from receiving, or both ends wait
+/// for each other as soon as the sockets are full.
+#[test]
+fn long_requests_both_ways_do_not_wait_for_each_other() {
+    let certificates = certificates();
+    let serving = serving(certificates.path(), Policy::Required, false);
+    let uri = format!("{}&timeout=5&reconnect=0", encrypted(&serving.uri(""), certificates.path()));
+    let (done, wait) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let storage = connect(&uri).unwrap();
+        std::thread::scope(|scope| {
+            for number in 0..16 {
+                let storage = &storage;
+                scope.spawn(move || {
+                    let mut bytes = vec![number as u8; 4 << 20];
+                    // By fours, so that each of the four connections has both kinds.
+                    match number / 4 % 2 {
+                        0 => storage.write_bytes(0, &bytes).unwrap(),
+                        _ => storage.read_bytes(0, &mut bytes).unwrap(),
+                    }
+                });
+            }
+        });
+        done.send(()).unwrap();
+    });
+    wait.recv_timeout(std::time::Duration::from_secs(50)).expect("both ends wait for each other");
+}

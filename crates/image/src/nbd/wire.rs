@@ -27,6 +27,8 @@ pub const EXTENDED_REPLY: u32 = 0x6e8a_278c;
 pub const PORT: u16 = 10809;
 /// Longest string (names, queries, messages), in bytes.
 pub const STRING_MAX: usize = 4096;
+/// Longest explanation that a server of ours sends, in bytes.
+pub const MESSAGE_MAX: usize = 256;
 /// Longest read or write, in bytes: what clients may take for granted.
 pub const PAYLOAD_MAX: u32 = 32 << 20;
 
@@ -88,6 +90,7 @@ pub mod flag {
     pub const SEND_DF: u16 = 1 << 7;
     pub const CAN_MULTI_CONN: u16 = 1 << 8;
     pub const SEND_CACHE: u16 = 1 << 10;
+    pub const SEND_FAST_ZERO: u16 = 1 << 11;
     pub const BLOCK_STATUS_PAYLOAD: u16 = 1 << 12;
 }
 
@@ -106,6 +109,7 @@ pub mod command {
     pub const FLAG_NO_HOLE: u16 = 1 << 1;
     pub const FLAG_DF: u16 = 1 << 2;
     pub const FLAG_REQ_ONE: u16 = 1 << 3;
+    pub const FLAG_FAST_ZERO: u16 = 1 << 4;
     pub const FLAG_PAYLOAD_LEN: u16 = 1 << 5;
 }
 
@@ -289,6 +293,11 @@ impl<'a> Fields<'a> {
     }
 }
 
+/// As much of an explanation as is sent: names in it may be long.
+pub fn message(why: &str) -> &str {
+    why.get(..why.floor_char_boundary(MESSAGE_MAX)).unwrap_or(why)
+}
+
 /// The error value for what an image answered.
 pub fn error_value(error: &io::Error) -> u32 {
     use io::ErrorKind as Kind;
@@ -298,6 +307,7 @@ pub fn error_value(error: &io::Error) -> u32 {
         Kind::InvalidInput => error::EINVAL,
         Kind::OutOfMemory => error::ENOMEM,
         Kind::Unsupported => error::ENOTSUP,
+        Kind::ConnectionAborted => error::ESHUTDOWN,
         _ => error::EIO,
     }
 }

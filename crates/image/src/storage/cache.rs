@@ -57,6 +57,15 @@ impl CacheMode {
         matches!(self, Self::Writethrough | Self::Directsync)
     }
 
+    /// The mode in which writes are stable after a flush, else the same: for whoever follows writes with flushes himself.
+    pub fn written_back(self) -> Self {
+        match self {
+            Self::Writethrough => Self::Writeback,
+            Self::Directsync => Self::None,
+            other => other,
+        }
+    }
+
     /// Whether flushes reach the disk.
     pub fn flushes(self) -> bool {
         self != Self::Unsafe
@@ -106,6 +115,10 @@ impl Disk for WriteThrough {
         self.0.write_zeroes(offset, len, unmap)?;
         self.0.flush()
     }
+    fn zero_quickly(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        self.0.zero_quickly(offset, len, unmap)?;
+        self.0.flush()
+    }
     fn block_status(&self, offset: u64, len: u64) -> io::Result<Status> {
         self.0.block_status(offset, len)
     }
@@ -146,6 +159,9 @@ impl super::Storage for Careless {
     }
     fn zero_range(&self, offset: u64, len: u64) -> io::Result<()> {
         self.0.zero_range(offset, len)
+    }
+    fn zero_range_quickly(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.0.zero_range_quickly(offset, len)
     }
     fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
         self.0.reserve(offset, len)
@@ -188,6 +204,9 @@ mod test {
         assert!("write-back".parse::<CacheMode>().is_err());
         let all = |what: fn(CacheMode) -> bool| CacheMode::ALL.map(what);
         assert_eq!(all(CacheMode::is_direct), [false, true, false, true, false]);
+        assert!(CacheMode::ALL.iter().all(|mode| !mode.written_back().is_write_through()));
+        let backs = CacheMode::ALL.map(CacheMode::written_back);
+        assert_eq!(backs.map(CacheMode::is_direct), [false, true, false, true, false]);
         assert_eq!(all(CacheMode::is_write_through), [false, false, true, true, false]);
         assert_eq!(all(CacheMode::flushes), [true, true, true, true, false]);
     }

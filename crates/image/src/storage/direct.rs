@@ -61,7 +61,9 @@ impl DirectFile {
             },
             _ => Error::Open { path: path.to_path_buf(), source },
         })?;
-        Ok(Self { file, direct })
+        let same = file.is_file(&direct).map_err(|source| Error::open(path, source))?;
+        // Names can come to mean another file meanwhile.
+        same.then_some(Self { file, direct }).ok_or_else(|| Error::InUse { path: path.to_path_buf() })
     }
 
     /// Reads whole pages; answers how many bytes came before the end of the file.
@@ -152,6 +154,10 @@ impl Storage for DirectFile {
 
     fn zero_range(&self, offset: u64, len: u64) -> io::Result<()> {
         self.file.zero_range(offset, len)
+    }
+
+    fn zero_range_quickly(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.file.zero_range_quickly(offset, len)
     }
 
     fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {

@@ -4,12 +4,13 @@ use super::{Extent, Storage};
 use crate::Error;
 use crate::buffers::Buffers;
 use rustix::fs::{FallocateFlags, FlockOperation, fallocate, fdatasync};
+use rustix::io::Errno;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// An open file, locked: one writer, or any number of readers.
 #[derive(Debug)]
@@ -19,6 +20,18 @@ pub struct StorageFile {
     len: AtomicU64,
     read_only: bool,
     device: bool,
+    /// A flush has failed: the kernel has thrown away what it could not write, and the next flush would know nothing of it.
+    lost: AtomicBool,
+}
+
+/// Does a system call until no signal comes in between.
+fn patiently<T>(call: impl Fn() -> Result<T, Errno>) -> Result<T, Errno> {
+    loop {
+        match call() {
+            Err(Errno::INTR) => {}
+            other => return other,
+        }
+    }
 }
 
 impl StorageFile {
@@ -60,7 +73,7 @@ impl StorageFile {
         };
         match rustix::fs::flock(&this.file, lock) {
             // A file system without locks (some network ones) protects nobody.
-            Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::InUse { path: path.to_path_buf() }),
+            Err(Errno::WOULDBLOCK) => Err(Error::InUse { path: path.to_path_buf() }),
             _ => Ok(this),
         }
     }
@@ -77,12 +90,18 @@ impl StorageFile {
         }
         // The end of a block device, too, is found by seeking.
         let len = file.seek(SeekFrom::End(0)).map_err(open)?;
-        Ok(Self { file, len: AtomicU64::new(len), read_only, device: kind.is_block_device() })
+        Ok(Self {
+            file,
+            len: AtomicU64::new(len),
+            read_only,
+            device: kind.is_block_device(),
+            lost: AtomicBool::new(false),
+        })
     }
 
     /// Wraps a file made by this process for itself.
     pub fn private(file: File, len: u64) -> Self {
-        Self { file, len: AtomicU64::new(len), read_only: false, device: false }
+        Self { file, len: AtomicU64::new(len), read_only: false, device: false, lost: AtomicBool::new(false) }
     }
 
     fn write_zero_bytes(&self, offset: u64, len: u64) -> io::Result<()> {
@@ -101,12 +120,20 @@ impl StorageFile {
         if len == 0 {
             return Ok(());
         }
-        match fallocate(&self.file, how, offset, len) {
-            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS | rustix::io::Errno::NODEV) => {
+        match patiently(|| fallocate(&self.file, how, offset, len)) {
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV) => {
                 Err(io::Error::from(io::ErrorKind::Unsupported))
             }
+            // A block device wants whole blocks of its own size.
+            Err(Errno::INVAL) if self.device => Err(io::Error::from(io::ErrorKind::Unsupported)),
             other => Ok(other?),
         }
+    }
+
+    /// Whether another open file is the same one.
+    pub(super) fn is_file(&self, other: &File) -> io::Result<bool> {
+        let (own, other) = (self.file.metadata()?, other.metadata()?);
+        Ok((own.dev(), own.ino(), own.rdev()) == (other.dev(), other.ino(), other.rdev()))
     }
 
     /// Notes that the file reaches `end` at least.
@@ -137,7 +164,14 @@ impl Storage for StorageFile {
     }
 
     fn flush(&self) -> io::Result<()> {
-        Ok(fdatasync(&self.file)?)
+        if self.lost.load(Ordering::Relaxed) {
+            let why = "an earlier flush has failed, and the host has thrown away what it could not write: reopen the image";
+            return Err(io::Error::other(why));
+        }
+        patiently(|| fdatasync(&self.file)).map_err(|error| {
+            self.lost.store(true, Ordering::Relaxed);
+            error.into()
+        })
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
@@ -154,14 +188,16 @@ impl Storage for StorageFile {
     }
 
     fn zero_range(&self, offset: u64, len: u64) -> io::Result<()> {
-        match self.allocate(FallocateFlags::ZERO_RANGE, offset, len) {
+        match self.zero_range_quickly(offset, len) {
             Err(error) if error.kind() == io::ErrorKind::Unsupported => self.write_zero_bytes(offset, len),
-            Ok(()) => {
-                self.reaches(offset.saturating_add(len));
-                Ok(())
-            }
             other => other,
         }
+    }
+
+    fn zero_range_quickly(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.allocate(FallocateFlags::ZERO_RANGE, offset, len)?;
+        self.reaches(offset.saturating_add(len));
+        Ok(())
     }
 
     fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
@@ -184,7 +220,7 @@ impl Storage for StorageFile {
                 Ok(Extent { len: until(hole), hole: false })
             }
             // Nothing but a hole up to the end.
-            Err(rustix::io::Errno::NXIO) => Ok(Extent { len: within, hole: true }),
+            Err(Errno::NXIO) => Ok(Extent { len: within, hole: true }),
             // A file system that knows no holes has data everywhere.
             Err(_) => Ok(Extent { len: within, hole: false }),
         }
@@ -193,5 +229,21 @@ impl Storage for StorageFile {
     fn allocated(&self) -> Option<u64> {
         let metadata = self.file.metadata().ok()?;
         Some(metadata.blocks().saturating_mul(512))
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn a_failed_flush_is_not_forgotten() {
+        // A pipe cannot be made stable.
+        let (_reader, writer) = std::io::pipe().unwrap();
+        let file = StorageFile::private(File::from(std::os::fd::OwnedFd::from(writer)), 0);
+        let first = file.flush().unwrap_err();
+        assert_eq!(first.raw_os_error(), Some(22));
+        let second = file.flush().unwrap_err().to_string();
+        assert!(second.contains("reopen"), "{second}");
     }
 }

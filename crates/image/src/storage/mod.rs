@@ -75,6 +75,10 @@ pub trait Storage: Send + Sync {
     fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()>;
     /// Makes the range read as zeroes, its space kept.
     fn zero_range(&self, offset: u64, len: u64) -> io::Result<()>;
+    /// As [`Self::zero_range`], but only if that is quicker than writing zeroes; else `Unsupported`, and nothing is done.
+    fn zero_range_quickly(&self, _offset: u64, _len: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
     /// Reserves space for the range, its content unchanged. `Unsupported` where that cannot be.
     fn reserve(&self, offset: u64, len: u64) -> io::Result<()>;
     /// What begins at `offset`, at most `len` bytes of it.

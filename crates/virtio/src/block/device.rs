@@ -4,7 +4,7 @@
 //! makes pending requests *lost*: their answers go nowhere, but the reset is not over before the last of them, since
 //! the worker may still write to RAM that the guest would take back.
 
-use super::spec::{self, HEADER_LEN, ID_LEN, RANGE_LEN, REQUESTS, SECTOR, Status, request};
+use super::spec::{self, HEADER_LEN, ID_LEN, RANGE_LEN, SECTOR, Status, request};
 use crate::queue::{Chain, RingError};
 use crate::transport::{Device, Pci, Queues};
 use device::block::{Controller, Geometry, Operation, Outcome, Request};
@@ -13,9 +13,11 @@ use memory::GuestMemory;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Entries of the queue, and the most requests pending.
+/// Entries of a queue, and the most requests pending for each.
 const QUEUE_SIZE: u16 = 256;
-/// Data segments of a request: what the queue holds without header and status.
+/// Most queues of a disk.
+pub const QUEUES_MAX: u16 = 64;
+/// Data segments of a request: what a queue holds without header and status.
 const SEGMENTS_MAX: u32 = 254;
 /// Sectors of one discard or write-zeroes request: 1 GiB, so that a worker is not lost in one for long.
 const RANGE_SECTORS_MAX: u32 = 1 << 21;
@@ -23,14 +25,23 @@ const RANGE_SECTORS_MAX: u32 = 1 << 21;
 /// A disk on the PCI bus.
 pub type Block = Pci<BlockDevice>;
 
-/// What is behind the queue of a [`Block`].
+/// What is behind the queues of a [`Block`].
 #[derive(Debug)]
 pub struct BlockDevice {
     geometry: Geometry,
     id: [u8; ID_LEN],
+    /// Request queues.
+    count: u16,
+    /// The queue that is looked at next.
+    turn: u16,
     /// The driver flushes; if it does not, every write is durable when it completes (5.2.6.2).
     flushes: bool,
-    pending: BTreeMap<u64, Chain>,
+    /// The driver may switch the cache.
+    switches: bool,
+    /// The cache is on: writes are durable after a flush.
+    write_cache: bool,
+    /// With the queue that they came from.
+    pending: BTreeMap<u64, (u16, Chain)>,
     lost: BTreeSet<u64>,
     next_token: u64,
     completed: u64,
@@ -46,14 +57,26 @@ enum Parsed {
 }
 
 impl Pci<BlockDevice> {
-    /// A disk. `notify` wakes the worker that serves it; `serial` is cut to 20 bytes.
-    pub fn new(memory: GuestMemory, sink: MsiSink, notify: Notify, geometry: Geometry, serial: &str) -> Self {
+    /// A disk with so many queues, at most [`QUEUES_MAX`]. `notify` wakes the worker that serves it; `serial` is cut to 20
+    /// bytes.
+    pub fn new(
+        memory: GuestMemory,
+        sink: MsiSink,
+        notify: Notify,
+        geometry: Geometry,
+        serial: &str,
+        queues: u16,
+    ) -> Self {
         let mut id = [0; ID_LEN];
         id.iter_mut().zip(serial.bytes()).for_each(|(to, from)| *to = from);
         let device = BlockDevice {
             geometry,
             id,
+            count: queues.clamp(1, QUEUES_MAX),
+            turn: 0,
             flushes: false,
+            switches: false,
+            write_cache: geometry.write_cache,
             pending: BTreeMap::new(),
             lost: BTreeSet::new(),
             next_token: 0,
@@ -75,32 +98,50 @@ impl Controller for Pci<BlockDevice> {
             return;
         }
         let full = device.is_full();
-        let Some(chain) = device.pending.remove(&token) else { return };
+        let Some((queue, chain)) = device.pending.remove(&token) else { return };
         if full {
             device.notify.notify();
         }
-        self.run(|device, queues| device.answer(&chain, outcome.into(), queues));
+        self.run(|device, queues| device.answer(queue, &chain, outcome.into(), queues));
     }
 }
 
 impl BlockDevice {
     fn is_full(&self) -> bool {
-        self.pending.len().saturating_add(self.lost.len()) >= usize::from(QUEUE_SIZE)
+        let most = usize::from(QUEUE_SIZE).saturating_mul(self.count.into());
+        self.pending.len().saturating_add(self.lost.len()) >= most
+    }
+
+    /// Whether writes are durable when they complete.
+    fn writes_through(&self) -> bool {
+        !self.flushes || !self.write_cache
+    }
+
+    /// The next chain of any queue, each in its turn.
+    fn pop(&mut self, queues: &mut Queues) -> Result<Option<(u16, Chain)>, RingError> {
+        for _ in 0..self.count {
+            let queue = self.turn;
+            self.turn = queue.saturating_add(1).checked_rem(self.count).unwrap_or(0);
+            if let Some(chain) = queues.pop(queue)? {
+                return Ok(Some((queue, chain)));
+            }
+        }
+        Ok(None)
     }
 
     fn next(&mut self, queues: &mut Queues) -> Result<Option<Request>, RingError> {
-        for _ in 0..queues.burst(REQUESTS) {
+        for _ in 0..QUEUE_SIZE {
             if self.is_full() {
                 return Ok(None);
             }
-            let Some(chain) = queues.pop(REQUESTS)? else { return Ok(None) };
+            let Some((queue, chain)) = self.pop(queues)? else { return Ok(None) };
             match self.parse(&chain, queues.memory())? {
                 Parsed::Request(request) => {
                     self.next_token = self.next_token.wrapping_add(1);
-                    self.pending.insert(request.token, chain);
+                    self.pending.insert(request.token, (queue, chain));
                     return Ok(Some(request));
                 }
-                Parsed::Answer(status) => self.answer(&chain, status, queues)?,
+                Parsed::Answer(status) => self.answer(queue, &chain, status, queues)?,
             }
         }
         // Nothing but requests answered here: let others have the device, then come back.
@@ -109,14 +150,20 @@ impl BlockDevice {
     }
 
     /// Writes the status byte, the last of the chain, and gives the chain back.
-    fn answer(&mut self, chain: &Chain, status: Status, queues: &mut Queues) -> Result<(), RingError> {
+    fn answer(
+        &mut self,
+        queue: u16,
+        chain: &Chain,
+        status: Status,
+        queues: &mut Queues,
+    ) -> Result<(), RingError> {
         let len = chain.writable.len();
         let last = len.saturating_sub(1);
         chain.writable.write(queues.memory(), last, &[status as u8])?;
         // Only bytes written from the start on count (2.7.8.2): after an error there may be a gap before the status.
         let written = if status == Status::Ok || last == 0 { len } else { 0 };
         self.completed = self.completed.wrapping_add(1);
-        queues.push(REQUESTS, chain.head, u32::try_from(written).unwrap_or(u32::MAX))
+        queues.push(queue, chain.head, u32::try_from(written).unwrap_or(u32::MAX))
     }
 
     fn parse(&self, chain: &Chain, memory: &GuestMemory) -> Result<Parsed, RingError> {
@@ -138,7 +185,7 @@ impl BlockDevice {
             }
             request::OUT => {
                 let segments = chain.readable.slice(HEADER_LEN as u64, sent);
-                self.transfer(Operation::Write { fua: !self.flushes }, sector, sent, segments)
+                self.transfer(Operation::Write { fua: self.writes_through() }, sector, sent, segments)
             }
             request::FLUSH => Parsed::Request(Request {
                 token: self.next_token,
@@ -176,8 +223,10 @@ impl BlockDevice {
         if sectors > RANGE_SECTORS_MAX {
             return Parsed::Answer(Status::IoError);
         }
-        let operation =
-            if kind == request::DISCARD { Operation::Discard } else { Operation::WriteZeroes { unmap } };
+        let operation = match kind {
+            request::DISCARD => Operation::Discard,
+            _ => Operation::WriteZeroes { unmap, fua: self.writes_through() },
+        };
         self.transfer(operation, sector, u64::from(sectors).saturating_mul(SECTOR), Vec::new())
     }
 
@@ -212,7 +261,10 @@ impl Device for BlockDevice {
     const CLASS: (u8, u8) = (0x01, 0x00);
 
     fn features(&self) -> u64 {
-        let mut features = spec::F_SEG_MAX | spec::F_BLK_SIZE | spec::F_FLUSH;
+        let mut features = spec::F_SEG_MAX | spec::F_BLK_SIZE | spec::F_FLUSH | spec::F_CONFIG_WCE;
+        if self.count > 1 {
+            features |= spec::F_MQ;
+        }
         if self.geometry.read_only {
             features |= spec::F_RO;
         } else if self.geometry.discard {
@@ -222,7 +274,7 @@ impl Device for BlockDevice {
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
-        vec![QUEUE_SIZE]
+        vec![QUEUE_SIZE; self.count.into()]
     }
 
     /// `struct virtio_blk_config` (5.2.4).
@@ -235,8 +287,8 @@ impl Device for BlockDevice {
         image.extend([0; 4]); // cylinders, heads, sectors
         image.extend(self.geometry.block_size.to_le_bytes());
         image.extend([0; 8]); // topology
-        image.extend([0, 0]); // writeback, unused
-        image.extend(1u16.to_le_bytes()); // num_queues
+        image.extend([u8::from(self.write_cache), 0]); // writeback, unused
+        image.extend(self.count.to_le_bytes()); // num_queues
         for limit in [RANGE_SECTORS_MAX, 1, alignment, RANGE_SECTORS_MAX, 1] {
             image.extend(limit.to_le_bytes());
         }
@@ -244,8 +296,15 @@ impl Device for BlockDevice {
         image
     }
 
+    fn config_written(&mut self, offset: u64, bytes: &[u8]) {
+        if let (true, spec::WRITEBACK, Some(on)) = (self.switches, offset, bytes.first()) {
+            self.write_cache = *on != 0;
+        }
+    }
+
     fn activate(&mut self, features: u64) {
         self.flushes = features & spec::F_FLUSH != 0;
+        self.switches = features & spec::F_CONFIG_WCE != 0;
     }
 
     fn notified(&mut self, _queue: u16, _queues: &mut Queues) -> Result<(), RingError> {
@@ -255,7 +314,8 @@ impl Device for BlockDevice {
 
     fn reset(&mut self) {
         self.lost.extend(std::mem::take(&mut self.pending).into_keys());
-        self.flushes = false;
+        (self.flushes, self.switches) = (false, false);
+        self.write_cache = self.geometry.write_cache;
     }
 
     fn draining(&self) -> bool {
@@ -264,7 +324,7 @@ impl Device for BlockDevice {
 
     fn inspect(&self) -> Value {
         json!({ "capacity": self.geometry.capacity, "block_size": self.geometry.block_size,
-            "read_only": self.geometry.read_only, "flushes": self.flushes, "pending": self.pending.len(),
+            "read_only": self.geometry.read_only, "flushes": self.flushes, "write_cache": self.write_cache, "pending": self.pending.len(),
             "lost": self.lost.len(), "completed": self.completed })
     }
 }

@@ -13,15 +13,19 @@ pub const F_RO: u64 = 1 << 5;
 pub const F_BLK_SIZE: u64 = 1 << 6;
 /// There is a cache, and a request that flushes it.
 pub const F_FLUSH: u64 = 1 << 9;
+/// The driver can switch the cache.
+pub const F_CONFIG_WCE: u64 = 1 << 11;
+/// There are several queues.
+pub const F_MQ: u64 = 1 << 12;
 /// There is a discard request.
 pub const F_DISCARD: u64 = 1 << 13;
 /// There is a request that writes zeroes.
 pub const F_WRITE_ZEROES: u64 = 1 << 14;
 
-/// The one request queue.
-pub const REQUESTS: u16 = 0;
 /// Bytes of a request's header: type, reserved, sector.
 pub const HEADER_LEN: usize = 16;
+/// Where the driver switches the cache, in the configuration space (5.2.4).
+pub const WRITEBACK: u64 = 32;
 /// Bytes of a range of a discard or write-zeroes request.
 pub const RANGE_LEN: usize = 16;
 /// Bytes of the name that a get-id request asks for (5.2.6).

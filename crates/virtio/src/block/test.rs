@@ -7,7 +7,8 @@ use device::block::{Controller, Geometry, Operation, Outcome, Request, Segment};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-const GEOMETRY: Geometry = Geometry { capacity: 1 << 20, block_size: 512, read_only: false, discard: true };
+const GEOMETRY: Geometry =
+    Geometry { capacity: 1 << 20, block_size: 512, read_only: false, discard: true, write_cache: true };
 const FLUSH: u64 = 1 << 9;
 const ALL: u64 = VERSION_1 | EVENT_IDX | INDIRECT_DESC | FLUSH;
 
@@ -27,13 +28,17 @@ fn range(sector: u64, sectors: u32, flags: u32) -> [u8; 16] {
 
 impl Bench {
     fn new(geometry: Geometry, features: u64) -> Self {
+        Self::with_queues(geometry, features, 1)
+    }
+
+    fn with_queues(geometry: Geometry, features: u64, queues: u16) -> Self {
         let stirred = Arc::new(AtomicUsize::new(0));
         let count = stirred.clone();
         let notify = Notify::new(move || {
             count.fetch_add(1, Ordering::Relaxed);
         });
         let mut driver = Driver::new(|memory, sink| {
-            Block::new(memory, sink, notify, geometry, "a serial number too long")
+            Block::new(memory, sink, notify, geometry, "a serial number too long", queues)
         });
         driver.enable_msix();
         driver.start(features);
@@ -119,7 +124,7 @@ fn ranges_are_discarded_and_zeroed() {
     let mut bench = Bench::new(GEOMETRY, ALL | 1 << 13 | 1 << 14);
     assert_eq!(bench.ask(&[&header(11, 0), &range(8, 16, 0)]), (0, Some(Operation::Discard)));
     assert_eq!(bench.ask(&[&header(11, 0), &range(8, 16, 1)]), (2, None));
-    let zeroes = |unmap| (0, Some(Operation::WriteZeroes { unmap }));
+    let zeroes = |unmap| (0, Some(Operation::WriteZeroes { unmap, fua: false }));
     assert_eq!(bench.ask(&[&header(13, 0), &range(8, 16, 0)]), zeroes(false));
     assert_eq!(bench.ask(&[&header(13, 0), &range(0, 2048, 1)]), zeroes(true));
     assert_eq!(bench.ask(&[&header(13, 0), &range(1, 2048, 0)]), (1, None));
@@ -142,6 +147,49 @@ fn a_read_only_disk_is_not_written() {
 fn a_driver_that_never_flushes_gets_durable_writes() {
     let mut bench = Bench::new(GEOMETRY, ALL & !FLUSH);
     assert_eq!(bench.ask(&[&header(1, 0), &[0; 512]]), (0, Some(Operation::Write { fua: true })));
+}
+
+#[test]
+fn several_queues_are_served_in_turn_and_answered_where_they_asked() {
+    const MQ: u64 = 1 << 12;
+    assert_eq!(Bench::new(GEOMETRY, ALL).driver.features() & MQ, 0);
+    let mut bench = Bench::with_queues(GEOMETRY, ALL | MQ, 3);
+    let config = bench.driver.device.unwrap();
+    assert_eq!(bench.driver.read(config + 34, 2), 3);
+    let mut heads = Vec::new();
+    for queue in [2, 0, 2, 1] {
+        let read = header(0, u64::from(queue) * 8);
+        heads.push((queue, bench.driver.send(queue, &[Buffer::Out(&read), Buffer::In(512), Buffer::In(1)])));
+    }
+    let sectors: Vec<u64> = bench.work().iter().map(|request| request.offset / 4096).collect();
+    assert_eq!(sectors, [0, 1, 2, 2]);
+    for (queue, head) in heads {
+        assert_eq!(bench.driver.used(queue), Some((head, 513)), "queue {queue}");
+    }
+    let vectors = bench.driver.interrupts();
+    assert!([0, 1, 2].iter().all(|vector| vectors.contains(vector)), "{vectors:?}");
+}
+
+#[test]
+fn a_driver_switches_the_cache_and_a_reset_switches_it_back() {
+    const CONFIG_WCE: u64 = 1 << 11;
+    let write = |bench: &mut Bench| bench.ask(&[&header(1, 0), &[0; 512]]).1;
+    for write_cache in [true, false] {
+        let mut bench = Bench::new(Geometry { write_cache, ..GEOMETRY }, ALL | CONFIG_WCE | 1 << 14);
+        let place = bench.driver.device.unwrap() + 32;
+        assert_eq!(bench.driver.read(place, 1), u64::from(write_cache));
+        assert_eq!(write(&mut bench), Some(Operation::Write { fua: !write_cache }));
+        bench.driver.write(place, 1, u64::from(!write_cache));
+        assert_eq!(bench.driver.read(place, 1), u64::from(!write_cache));
+        assert_eq!(write(&mut bench), Some(Operation::Write { fua: write_cache }));
+        let zeroes = bench.ask(&[&header(13, 0), &range(8, 16, 0)]).1;
+        assert_eq!(zeroes, Some(Operation::WriteZeroes { unmap: false, fua: write_cache }));
+        // A driver that has not asked for the switch has none.
+        bench.driver.start(ALL);
+        assert_eq!(bench.driver.read(place, 1), u64::from(write_cache));
+        bench.driver.write(place, 1, u64::from(!write_cache));
+        assert_eq!(write(&mut bench), Some(Operation::Write { fua: !write_cache }));
+    }
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 pub mod arguments;
 mod options;
+pub mod qemu_nbd;
 mod report;
 mod serve;
 mod work;

@@ -8,7 +8,7 @@ use clap::builder::ValueHint;
 use clap::{Args, ValueEnum};
 use image::nbd::{Export, Limits, Listener, Place, Policy, Server, Statistics, Tls, Uri};
 use image::storage::CacheMode;
-use image::{Disk, Image, OpenOptions};
+use image::{DetectZeroes, Disk, Image, OpenOptions};
 use indicatif::{ProgressBar, ProgressStyle};
 use options::usage;
 use std::io::IsTerminal;
@@ -62,6 +62,9 @@ pub struct Serve {
     /// What stands between writes and stable storage: writeback, none, writethrough, directsync or unsafe
     #[arg(long, value_name = "MODE", default_value = "writeback")]
     pub cache: CacheMode,
+    /// What becomes of zeroes that are written: off, on (written the quick way) or unmap (they may take no space)
+    #[arg(long, value_name = "HOW", default_value = "off")]
+    pub detect_zeroes: DetectZeroes,
     /// Clients at a time; more wait
     #[arg(short = 'e', long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub clients: u32,
@@ -130,10 +133,20 @@ impl FromStr for Served {
 
 /// Serves until the user has had enough.
 pub fn serve(arguments: &Serve) -> Result<()> {
+    serve_with(arguments, Ok, || Ok(()))
+}
+
+/// As [`serve`], with disks that `dress` puts something in front of; `ready` hears when clients can come.
+pub fn serve_with(
+    arguments: &Serve,
+    dress: impl Fn(Arc<dyn Disk>) -> Result<Arc<dyn Disk>>,
+    ready: impl FnOnce() -> Result<()>,
+) -> Result<()> {
     let mut images = Vec::new();
     let mut exports = Vec::new();
     for served in &arguments.images {
         let (image, disk) = open_served(arguments, served)?;
+        let disk = dress(arguments.detect_zeroes.on(disk))?;
         exports.push(Export {
             name: name_of(arguments, served)?,
             description: arguments.description.clone(),
@@ -148,6 +161,7 @@ pub fn serve(arguments: &Serve) -> Result<()> {
     let server = Server::new(exports, limits, tls(arguments)?)?;
     let (listeners, places) = listen(arguments)?;
     tell(arguments, &rows, &places)?;
+    ready()?;
     std::thread::scope(|scope| -> Result<()> {
         let accepting: Vec<_> =
             listeners.iter().map(|listener| scope.spawn(|| server.accept(listener))).collect();

@@ -123,7 +123,7 @@ impl Guest {
             None => None,
         };
         let socket = registry::socket(&place.name)?;
-        let (printed, commands) = (console.clone(), agent.clone());
+        let (printed, commands, name) = (console.clone(), agent.clone(), place.name.clone());
         machine.on_notice(move |notice| match notice {
             Notice::Restarted { starts } => {
                 printed.note(&format!("the guest restarts: start {starts}"));
@@ -131,18 +131,22 @@ impl Guest {
                     agent.machine_reset();
                 }
             }
-            Notice::DiskFull { path } => {
-                let why = format!(
-                    "no space is left at {}: what the guest writes fails until some is freed",
+            Notice::DiskFull { path, waits } => {
+                let what = if waits { "the guest stands still" } else { "what the guest writes fails" };
+                say(&printed, &format!("no space is left at {}: {what} until some is freed", path.display()));
+            }
+            Notice::DiskFails { path } => say(
+                &printed,
+                &format!(
+                    "{} cannot be read or written: the guest stands still; `yado resume {name}` tries again",
                     path.display()
-                );
-                printed.note(&why);
-                eprintln!("yado: {why}");
+                ),
+            ),
+            Notice::DiskGoesOn { path } => {
+                say(&printed, &format!("{} can be used again: the guest goes on", path.display()));
             }
             Notice::NetworkLost { card, why } => {
-                let why = format!("network card {card} is cut off: {why}");
-                printed.note(&why);
-                eprintln!("yado: {why}");
+                say(&printed, &format!("network card {card} is cut off: {why}"));
             }
         });
         let server = Server::new(&socket, machine.clone(), console.clone(), agent.clone())
@@ -339,6 +343,12 @@ impl Guest {
     }
 }
 
+/// Tells the user and the console's log.
+fn say(console: &Console, what: &str) {
+    console.note(what);
+    eprintln!("yado: {what}");
+}
+
 /// The format of a disk: what was said, else raw, but only if the file looks like nothing else. A guest that makes its raw
 /// disk look like another format must not get what a header could name.
 fn format_of(disk: &arguments::Disk) -> anyhow::Result<Format> {
@@ -377,12 +387,9 @@ fn configuration(options: &Run, place: &Place, source: &Source) -> anyhow::Resul
     config.test_devices = options.test_devices;
     config.restart = !options.no_reboot;
     let root = |path: &Path, overlay| DiskConfig {
-        path: path.to_owned(),
-        format: Format::Raw,
-        read_only: false,
-        cache: CacheMode::default(),
         interface: DiskInterface::Nvme,
         overlay,
+        ..DiskConfig::raw(path)
     };
     match &source.root {
         Root::None => {}
@@ -399,6 +406,9 @@ fn configuration(options: &Run, place: &Place, source: &Source) -> anyhow::Resul
             path: disk.file.clone(),
             read_only: disk.read_only,
             cache: disk.cache,
+            detect_zeroes: disk.detect_zeroes,
+            write_error: disk.write_error,
+            read_error: disk.read_error,
             interface,
             overlay: None,
         });

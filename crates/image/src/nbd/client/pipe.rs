@@ -10,7 +10,7 @@
 use super::session::{Session, Terms};
 use crate::endian::{be32, be64, size};
 use crate::nbd::input::Input;
-use crate::nbd::stream::Stream;
+use crate::nbd::stream::{Deadline, Stream};
 use crate::nbd::wire::{self, Mode, Reply, Request, chunk, command};
 use std::collections::HashMap;
 use std::io;
@@ -89,7 +89,7 @@ impl Pipe {
         }
     }
 
-    fn deadline(&self, bytes: u64) -> Option<Instant> {
+    fn deadline(&self, bytes: u64) -> Deadline {
         let paced = Duration::from_secs(bytes.checked_div(PACE_MIN).unwrap_or(0));
         Instant::now().checked_add(self.timeout.saturating_add(paced))
     }
@@ -132,6 +132,8 @@ impl Pipe {
         let (header, count) = request.encode(self.terms.mode);
         let header = header.get(..count).unwrap_or_default();
         let deadline = self.deadline(payload.len() as u64);
+        // One answer may take no longer, however much the server says to others meanwhile, or to this request without end.
+        let until = self.deadline(request.len.min(wire::PAYLOAD_MAX.into()));
         let sent = if payload.is_empty() {
             self.stream.send(&[header], deadline)
         } else {
@@ -140,10 +142,10 @@ impl Pipe {
         if let Err(error) = sent {
             self.break_off(&error);
         }
-        self.wait(request.cookie)
+        self.wait(request.cookie, until)
     }
 
-    fn wait(&self, cookie: u64) -> Result<Answer, Failure> {
+    fn wait(&self, cookie: u64, until: Deadline) -> Result<Answer, Failure> {
         let mut state = lock(&self.state);
         loop {
             if state.pending.get(&cookie).is_some_and(|pending| pending.done)
@@ -155,8 +157,16 @@ impl Pipe {
                 state.pending.remove(&cookie);
                 return Err(failure);
             }
+            let left = until.map_or(self.timeout, |until| until.saturating_duration_since(Instant::now()));
+            if left.is_zero() {
+                drop(state);
+                self.break_off(&io::ErrorKind::TimedOut.into());
+                state = lock(&self.state);
+                continue;
+            }
             if state.receiving {
-                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                let waited = self.changed.wait_timeout(state, left);
+                (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
                 continue;
             }
             state.receiving = true;

@@ -250,6 +250,55 @@ fn liar(answer: Vec<u8>) -> (tempfile::TempDir, String) {
     (directory, uri)
 }
 
+/// A server that answers all but the requests for the disk's beginning.
+fn deaf_at_the_beginning() -> (tempfile::TempDir, String) {
+    use std::io::{Read, Write};
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("socket");
+    let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let uri = format!("nbd+unix:///?socket={}&timeout=1&reconnect=0", socket.display());
+    std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.write_all(b"NBDMAGICIHAVEOPT\0\0").unwrap();
+        // The client's flags, and its choice of the export without a name.
+        stream.read_exact(&mut [0; 4 + 16]).unwrap();
+        stream
+            .write_all(&[&(1u64 << 20).to_be_bytes()[..], &1u16.to_be_bytes(), &[0; 124]].concat())
+            .unwrap();
+        let mut request = [0; 28];
+        while stream.read_exact(&mut request).is_ok() {
+            let at = crate::endian::be64(&request, 16);
+            if request[7] == 0 && at > 0 {
+                let reply = [&[0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0][..], &request[8..16], &[1; 512]].concat();
+                if stream.write_all(&reply).is_err() {
+                    return;
+                }
+            }
+        }
+    });
+    (directory, uri)
+}
+
+#[test]
+fn a_request_that_is_passed_over_is_given_up_though_others_are_answered() {
+    let (_directory, uri) = deaf_at_the_beginning();
+    let storage = NbdStorage::connect(&uri.parse().unwrap(), true).unwrap();
+    let over = std::sync::atomic::AtomicBool::new(false);
+    let began = Instant::now();
+    std::thread::scope(|scope| {
+        let others = scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) && began.elapsed() < Duration::from_secs(20) {
+                // Fails once the connection is given up.
+                let _ = storage.read_bytes(4096, &mut [0; 512]);
+            }
+        });
+        assert!(storage.read_bytes(0, &mut [0; 512]).is_err());
+        over.store(true, Ordering::Relaxed);
+        others.join().unwrap();
+    });
+    assert!(began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
+}
+
 mod lies {
     use super::*;
     use proptest::prelude::*;

@@ -97,12 +97,18 @@ impl Export {
         self.read_only || self.disk.read_only()
     }
 
-    /// The transmission flags. All connections see one image, and a flush of one makes the writes of all stable.
-    pub fn flags(&self, mode: Mode, contexts: Contexts) -> u16 {
-        let mut flags =
-            flag::HAS_FLAGS | flag::SEND_FLUSH | flag::SEND_FUA | flag::CAN_MULTI_CONN | flag::SEND_CACHE;
-        flags |=
-            if self.is_read_only() { flag::READ_ONLY } else { flag::SEND_TRIM | flag::SEND_WRITE_ZEROES };
+    /// The transmission flags. All connections see one image, and a flush of one makes the writes of all stable; but where
+    /// only one is served at a time (`alone`), who opens a second one waits for ever.
+    pub fn flags(&self, mode: Mode, contexts: Contexts, alone: bool) -> u16 {
+        let mut flags = flag::HAS_FLAGS | flag::SEND_FLUSH | flag::SEND_FUA | flag::SEND_CACHE;
+        if !alone {
+            flags |= flag::CAN_MULTI_CONN;
+        }
+        flags |= if self.is_read_only() {
+            flag::READ_ONLY
+        } else {
+            flag::SEND_TRIM | flag::SEND_WRITE_ZEROES | flag::SEND_FAST_ZERO
+        };
         if mode >= Mode::Structured {
             flags |= flag::SEND_DF;
         }

@@ -1,11 +1,12 @@
 //! A connection as its threads share it: the one that receives, and those that do what takes long.
 //!
-//! The receiving thread does most requests itself, at once: from the page cache that is the fastest. What must wait for
-//! stable storage, and everything for as long as the image proves to be slow, goes to threads that are made as they are
+//! The receiving thread does most requests itself, at once: from the page cache that is the fastest. Reads that the host
+//! knows to have to wait for a disk, what must wait for stable storage, and everything else for as long as the image proves
+//! to be slow, goes to threads that are made as they are
 //! needed, so that requests do not wait for each other. A client can only make its own connection wait.
 
 use super::export::{Contexts, Export};
-use super::perform::Subject;
+use super::perform::{Now, Subject};
 use super::reply::Output;
 use crate::nbd::stream::Stream;
 use crate::nbd::wire::{Mode, Request, command};
@@ -72,6 +73,10 @@ pub struct Link {
     work_done: Condvar,
     slow: AtomicBool,
     quick: AtomicU32,
+    /// The last read said beforehand whether it would wait.
+    tells: AtomicBool,
+    /// The server stops.
+    ending: AtomicBool,
 }
 
 impl Link {
@@ -87,11 +92,24 @@ impl Link {
             work_done: Condvar::new(),
             slow: AtomicBool::new(false),
             quick: AtomicU32::new(0),
+            tells: AtomicBool::new(false),
+            ending: AtomicBool::new(false),
         }
     }
 
     pub fn subject(&self) -> Subject<'_> {
-        Subject { export: &self.export, mode: self.mode, contexts: self.contexts }
+        Subject { export: &self.export, mode: self.mode, contexts: self.contexts, ending: &self.ending }
+    }
+
+    /// No more requests are taken, and long ones come to an end.
+    pub fn end(&self) {
+        self.ending.store(true, Ordering::Release);
+        self.stream.end_receiving();
+    }
+
+    /// Whether the server stops.
+    pub fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::Acquire)
     }
 
     fn jobs(&self) -> MutexGuard<'_, Jobs> {
@@ -103,6 +121,19 @@ impl Link {
         let moves = matches!(request.kind, command::READ | command::WRITE);
         let stable = request.kind == command::WRITE && request.flags & command::FLAG_FUA != 0;
         !moves || stable || self.slow.load(Ordering::Relaxed)
+    }
+
+    /// Whether a read may be tried where it came: the image is quick, or its reads are known beforehand not to be.
+    pub fn reads_now(&self) -> bool {
+        self.tells.load(Ordering::Relaxed) || !self.slow.load(Ordering::Relaxed)
+    }
+
+    /// Notes what became of a read that was tried.
+    pub fn note_now(&self, now: Now) {
+        let tells = now != Now::MayHaveWaited;
+        if self.tells.load(Ordering::Relaxed) != tells {
+            self.tells.store(tells, Ordering::Relaxed);
+        }
     }
 
     /// Notes how long requests took that were done where they came.

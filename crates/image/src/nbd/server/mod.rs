@@ -14,9 +14,12 @@
 //!
 //! Lock order: the list of connections, then nothing. A link's locks: see `link` and `stream`.
 
+#[cfg(test)]
+mod end_test;
 mod export;
 mod link;
 mod negotiate;
+mod now;
 mod perform;
 mod poll;
 mod reply;
@@ -75,8 +78,8 @@ pub struct Statistics {
 
 /// Where clients come in.
 pub enum Listener {
-    /// A Unix socket; its file goes with the listener.
-    Unix(UnixListener, PathBuf),
+    /// A Unix socket; its file, known by device and inode, goes with the listener.
+    Unix(UnixListener, PathBuf, (u64, u64)),
     /// A TCP port.
     Tcp(TcpListener),
 }
@@ -96,7 +99,8 @@ impl Listener {
         }
         let listener = UnixListener::bind(path).map_err(fail)?;
         listener.set_nonblocking(true).map_err(fail)?;
-        Ok(Self::Unix(listener, path.to_path_buf()))
+        let file = identity(path).map_err(fail)?;
+        Ok(Self::Unix(listener, path.to_path_buf(), file))
     }
 
     /// Listens at a TCP address; port 0 is any free one.
@@ -117,14 +121,14 @@ impl Listener {
 
     fn fd(&self) -> BorrowedFd<'_> {
         match self {
-            Self::Unix(listener, _) => listener.as_fd(),
+            Self::Unix(listener, ..) => listener.as_fd(),
             Self::Tcp(listener) => listener.as_fd(),
         }
     }
 
     fn accept(&self) -> io::Result<Stream> {
         Ok(match self {
-            Self::Unix(listener, _) => {
+            Self::Unix(listener, ..) => {
                 let (stream, _) = listener.accept()?;
                 stream.set_nonblocking(false)?;
                 stream.into()
@@ -140,11 +144,19 @@ impl Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if let Self::Unix(_, path) = self {
-            // Somebody may have removed it already.
-            let _ = std::fs::remove_file(path);
+        if let Self::Unix(_, path, file) = self {
+            // Somebody may have removed it already, and put another one there.
+            if identity(path).is_ok_and(|found| found == *file) {
+                let _ = std::fs::remove_file(path);
+            }
         }
     }
+}
+
+/// What tells a file from all others: device and inode.
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::symlink_metadata(path).map(|file| (file.dev(), file.ino()))
 }
 
 /// What all threads of a server share.
@@ -216,15 +228,16 @@ impl Shared {
         let link = Arc::new(Link::new(session.stream, session.export, session.mode, session.contexts));
         let number = {
             let mut connections = self.connections();
+            // Looked at under the lock: whoever stops the server finds all links, or these see that it stops.
+            if self.is_stopping() {
+                return Ok(());
+            }
             connections.next = connections.next.wrapping_add(1);
             let number = connections.next;
             connections.links.insert(number, link.clone());
             number
         };
         self.connections_ever.fetch_add(1, Ordering::Relaxed);
-        if self.is_stopping() {
-            link.stream.end_receiving();
-        }
         let served = transmit::serve(&link, session.input);
         link.stream.close();
         let mut connections = self.connections();
@@ -281,20 +294,7 @@ impl Server {
 
     /// Takes clients until the server is stopped.
     pub fn accept(&self, listener: &Listener) -> io::Result<()> {
-        let shared = &self.shared;
-        while shared.enter() {
-            let accepted = self.wait_client(listener);
-            let stream = match accepted {
-                Ok(Some(stream)) => stream,
-                Ok(None) => {
-                    shared.leave();
-                    return Ok(());
-                }
-                Err(error) => {
-                    shared.leave();
-                    return Err(error);
-                }
-            };
+        while let Some(stream) = self.next_client(listener)? {
             let server = self.clone();
             let thread = std::thread::Builder::new().name("nbd-client".into());
             let spawned = thread.spawn(move || {
@@ -303,15 +303,15 @@ impl Server {
                 server.shared.leave();
             });
             if spawned.is_err() {
-                shared.leave();
+                self.shared.leave();
                 std::thread::sleep(Duration::from_millis(100));
             }
         }
         Ok(())
     }
 
-    /// The next client; `None` when the server stops.
-    fn wait_client(&self, listener: &Listener) -> io::Result<Option<Stream>> {
+    /// The next client, which has a place; `None` when the server stops. Clients for whom there is none wait at the door.
+    fn next_client(&self, listener: &Listener) -> io::Result<Option<Stream>> {
         loop {
             let mut fds = [
                 PollFd::from_borrowed_fd(listener.fd(), PollFlags::IN),
@@ -321,14 +321,18 @@ impl Server {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
-            if self.shared.is_stopping() {
+            // Only who has a client takes a place: other listeners need them too.
+            if self.shared.is_stopping() || !self.shared.enter() {
                 return Ok(None);
             }
-            match listener.accept() {
+            let refused = match listener.accept() {
                 Ok(stream) => return Ok(Some(stream)),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => error,
+            };
+            self.shared.leave();
+            if refused.kind() != io::ErrorKind::WouldBlock {
                 // A client that left early, or no descriptors for the moment.
-                Err(_) => std::thread::sleep(Duration::from_millis(10)),
+                std::thread::sleep(Duration::from_millis(10));
             }
         }
     }
@@ -344,9 +348,7 @@ impl Server {
         let _ = rustix::io::write(&self.shared.stop, &1u64.to_ne_bytes());
         self.shared.ended.notify_all();
         let mut connections = self.shared.connections();
-        for link in connections.links.values() {
-            link.stream.end_receiving();
-        }
+        connections.links.values().for_each(|link| link.end());
         while !connections.links.is_empty() {
             let waited = self.shared.ended.wait_timeout(connections, Duration::from_secs(10));
             let (left, timeout) = waited.unwrap_or_else(PoisonError::into_inner);

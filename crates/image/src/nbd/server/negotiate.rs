@@ -107,6 +107,11 @@ impl Haggling<'_> {
         if same { *contexts } else { Contexts::default() }
     }
 
+    fn flags(&self, export: &Export) -> u16 {
+        let alone = self.shared.limits.connections_max <= 1;
+        export.flags(self.mode, self.contexts_for(export), alone)
+    }
+
     fn answer(&self, option: u32, kind: u32, parts: &[&[u8]]) -> io::Result<()> {
         let data = parts.concat();
         let len = u32::try_from(data.len()).unwrap_or(0);
@@ -121,7 +126,7 @@ impl Haggling<'_> {
     }
 
     fn refuse(&self, option: u32, kind: u32, why: &str) -> io::Result<Next> {
-        self.answer(option, kind, &[why.as_bytes()])?;
+        self.answer(option, kind, &[wire::message(why).as_bytes()])?;
         Ok(Next::Option)
     }
 
@@ -176,7 +181,7 @@ impl Haggling<'_> {
         let name = Fields(data).string(data.len())?;
         let export = self.shared.find(name).filter(|_| !self.must_encrypt() && !self.shared.is_stopping());
         let export = export.ok_or_else(|| invalid("the client asks for an export that is not there"))?;
-        let flags = export.flags(self.mode, self.contexts_for(&export));
+        let flags = self.flags(&export);
         let zeroes = if self.no_zeroes { &[][..] } else { &ZEROES };
         let parts = [&export.capacity().to_be_bytes()[..], &flags.to_be_bytes(), zeroes];
         self.stream.send(&[&parts.concat()], self.deadline)?;
@@ -232,7 +237,7 @@ impl Haggling<'_> {
         let Some(export) = self.shared.find(name) else {
             return self.refuse(option, reply::ERR_UNKNOWN, &format!("there is no export {name:?}"));
         };
-        let flags = export.flags(self.mode, self.contexts_for(&export));
+        let flags = self.flags(&export);
         let tell = |what: u16, parts: &[&[u8]]| {
             self.answer(option, reply::INFO, &[&[&what.to_be_bytes()[..]], parts].concat())
         };

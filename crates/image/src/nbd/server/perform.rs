@@ -1,21 +1,27 @@
 //! Requests done: what each command means for a disk, and what is answered.
 
 use super::export::{Context, Contexts, Export};
+use super::now::ReadNow;
 use super::reply::Output;
 use crate::buffers::{ReadInto, WriteFrom};
 use crate::disk::Content;
 use crate::endian::{be32, be64, size};
 use crate::nbd::wire::{self, Mode, Request, chunk, command, error};
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Bytes that are read at a time where a reply may have several chunks: few enough to stay in a CPU's cache.
 pub const PIECE: u64 = 256 << 10;
+/// Room for the headers of a piece's chunks.
+const HEADERS: usize = 4096;
 /// Reads of at least so many bytes are looked at for holes.
 const HOLES_FROM: u64 = 64 << 10;
 /// Extents that one reply tells of at most.
 const EXTENTS_MAX: usize = 8192;
 /// Lookups that one request for status may cost.
 const LOOKUPS_MAX: u32 = 32768;
+/// Bytes that are zeroed or given back at a time, so that nobody who stops the server waits for terabytes.
+const ZEROED_AT_ONCE: u64 = 1 << 30;
 /// Bytes that one request to cache fetches.
 const CACHED_MAX: u64 = 32 << 20;
 
@@ -24,6 +30,19 @@ pub struct Subject<'a> {
     pub export: &'a Export,
     pub mode: Mode,
     pub contexts: Contexts,
+    /// The server stops: what takes long comes to an end.
+    pub ending: &'a AtomicBool,
+}
+
+/// What became of a read that nobody should wait for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Now {
+    /// It is answered.
+    Done,
+    /// It is answered, and nobody knows whether a disk was waited for.
+    MayHaveWaited,
+    /// It would have to wait; nothing was done.
+    WouldWait,
 }
 
 /// Why a request is not done.
@@ -58,7 +77,7 @@ impl Subject<'_> {
             command::READ | command::FLUSH | command::TRIM | command::CACHE => 0,
             command::WRITE if extended => command::FLAG_PAYLOAD_LEN,
             command::WRITE => 0,
-            command::WRITE_ZEROES => command::FLAG_NO_HOLE,
+            command::WRITE_ZEROES => command::FLAG_NO_HOLE | command::FLAG_FAST_ZERO,
             command::BLOCK_STATUS if extended => command::FLAG_REQ_ONE | command::FLAG_PAYLOAD_LEN,
             command::BLOCK_STATUS => command::FLAG_REQ_ONE,
             _ => return Err(Refusal::new(error::EINVAL, "this command is not known here")),
@@ -95,10 +114,13 @@ impl Subject<'_> {
             command::BLOCK_STATUS => return self.block_status(request, payload, output),
             command::WRITE => self.export.disk.write(request.offset, &WriteFrom(payload)),
             command::FLUSH => self.flush(),
-            command::TRIM => self.export.disk.discard(request.offset, request.len),
+            command::TRIM => self.in_parts(request, |at, len| self.export.disk.discard(at, len)),
             command::WRITE_ZEROES => {
                 let unmap = request.flags & command::FLAG_NO_HOLE == 0;
-                self.export.disk.write_zeroes(request.offset, request.len, unmap)
+                let (disk, fast) = (&self.export.disk, request.flags & command::FLAG_FAST_ZERO != 0);
+                self.in_parts(request, |at, len| {
+                    if fast { disk.zero_quickly(at, len, unmap) } else { disk.write_zeroes(at, len, unmap) }
+                })
             }
             command::CACHE => self.cache(request),
             _ => Err(io::ErrorKind::InvalidInput.into()),
@@ -114,6 +136,22 @@ impl Subject<'_> {
     fn make_stable(&self, request: &Request) -> io::Result<()> {
         let must = request.flags & command::FLAG_FUA != 0 && writes(request.kind);
         if must { self.flush() } else { Ok(()) }
+    }
+
+    fn in_parts(&self, request: &Request, part: impl Fn(u64, u64) -> io::Result<()>) -> io::Result<()> {
+        let mut done = 0u64;
+        while done < request.len {
+            if self.ending.load(Ordering::Acquire) {
+                return Err(io::Error::new(io::ErrorKind::ConnectionAborted, "the server is shutting down"));
+            }
+            let at = request.offset.saturating_add(done);
+            // Parts end at whole ones, so that a format need not cut its clusters.
+            let ahead = ZEROED_AT_ONCE.saturating_sub(at & ZEROED_AT_ONCE.saturating_sub(1));
+            let len = request.len.saturating_sub(done).min(ahead);
+            part(at, len)?;
+            done = done.saturating_add(len);
+        }
+        Ok(())
     }
 
     fn flush(&self) -> io::Result<()> {
@@ -135,10 +173,51 @@ impl Subject<'_> {
     }
 
     fn read(&self, request: &Request, output: &mut Output<'_>) -> io::Result<()> {
+        let read = |at: u64, bytes: &mut [u8]| self.export.disk.read(at, &ReadInto::new(bytes));
+        match self.read_by(request, output, read)? {
+            Ok(()) => Ok(()),
+            Err(error) => output.failed(request, wire::error_value(&error), &error.to_string()),
+        }
+    }
+
+    /// Reads if that needs no waiting for a disk.
+    pub fn read_now(&self, request: &Request, output: &mut Output<'_>) -> io::Result<Now> {
+        // With room for all of it nothing of it is sent before it is whole.
+        let mark = output.mark(size(request.len.min(PIECE)).saturating_add(HEADERS))?;
+        let (mut may_have_waited, mut would_wait) = (false, false);
+        let read = |at: u64, bytes: &mut [u8]| {
+            let now = ReadNow::new(bytes);
+            let read = self.export.disk.read(at, &now);
+            may_have_waited |= now.may_have_waited();
+            let waits = |error: &io::Error| error.kind() == io::ErrorKind::WouldBlock;
+            if !read.as_ref().is_err_and(waits) {
+                return read;
+            }
+            // The beginning of a long read may be with the client already; then the rest is waited for here.
+            would_wait = request.len <= PIECE;
+            if would_wait { read } else { self.export.disk.read(at, &ReadInto::new(bytes)) }
+        };
+        let done = self.read_by(request, output, read)?;
+        if would_wait && output.rewind(mark) {
+            return Ok(Now::WouldWait);
+        }
+        if let Err(error) = done {
+            output.failed(request, wire::error_value(&error), &error.to_string())?;
+        }
+        Ok(if may_have_waited { Now::MayHaveWaited } else { Now::Done })
+    }
+
+    /// Reads, and adds what was read to the replies; an error of the disk is the inner one, and is not answered yet.
+    fn read_by(
+        &self,
+        request: &Request,
+        output: &mut Output<'_>,
+        mut read: impl FnMut(u64, &mut [u8]) -> io::Result<()>,
+    ) -> io::Result<io::Result<()>> {
         let disk = &self.export.disk;
         let whole = self.mode == Mode::Simple || request.flags & command::FLAG_DF != 0;
         if request.len == 0 {
-            return output.none(request);
+            return output.none(request).map(Ok);
         }
         let end = request.offset.saturating_add(request.len);
         let mut at = request.offset;
@@ -159,13 +238,12 @@ impl Subject<'_> {
                 }
             }
             let done = at.saturating_add(len) == end;
-            let read = output.data(request, (at, size(len)), done, |into| disk.read(at, into))?;
-            if let Err(error) = read {
-                return output.failed(request, wire::error_value(&error), &error.to_string());
+            if let Err(error) = output.data(request, (at, size(len)), done, |into| read(at, into))? {
+                return Ok(Err(error));
             }
             at = at.saturating_add(len);
         }
-        Ok(())
+        Ok(Ok(()))
     }
 
     /// The contexts that a request asks for, and the length that it means.

@@ -1,13 +1,10 @@
 //! Replies on their way to a client: gathered in one buffer, into which images read directly, and sent in one go.
 
-use crate::buffers::ReadInto;
 use crate::nbd::stream::Stream;
 use crate::nbd::wire::{self, Mode, chunk};
 use std::io;
 use std::time::{Duration, Instant};
 
-/// Longest explanation of an error, in bytes.
-const MESSAGE_MAX: usize = 256;
 /// Bytes of a buffer that are kept for the next replies: those of a read as long as clients usually send.
 const KEPT_MAX: usize = (1 << 20) + 4096;
 
@@ -17,15 +14,24 @@ pub struct Output<'a> {
     mode: Mode,
     bytes: Vec<u8>,
     used: usize,
+    /// How often it was sent.
+    sends: u64,
     /// Time that the client took to take replies.
     sending: Duration,
+}
+
+/// A place in the replies to come back to.
+#[derive(Debug, Clone, Copy)]
+pub struct Mark {
+    sends: u64,
+    used: usize,
 }
 
 impl<'a> Output<'a> {
     /// Room for `room` bytes, more for replies that must be longer. `bytes` is a buffer to use again, or an empty one.
     pub fn new(stream: &'a Stream, mode: Mode, room: usize, mut bytes: Vec<u8>) -> Self {
         bytes.resize(room.max(bytes.len()), 0);
-        Self { stream, mode, bytes, used: 0, sending: Duration::ZERO }
+        Self { stream, mode, bytes, used: 0, sends: 0, sending: Duration::ZERO }
     }
 
     /// The buffer, for the next one.
@@ -44,6 +50,7 @@ impl<'a> Output<'a> {
             return Ok(());
         }
         let used = std::mem::take(&mut self.used);
+        self.sends = self.sends.wrapping_add(1);
         let began = Instant::now();
         self.stream.send(&[self.bytes.get(..used).unwrap_or_default()], None)?;
         self.sending = self.sending.saturating_add(began.elapsed());
@@ -57,6 +64,21 @@ impl<'a> Output<'a> {
     /// How long sending took since this was last asked: no time of the disk's.
     pub fn take_sending(&mut self) -> Duration {
         std::mem::take(&mut self.sending)
+    }
+
+    /// Where replies are now, with room for `len` bytes more.
+    pub fn mark(&mut self, len: usize) -> io::Result<Mark> {
+        self.make_room(len)?;
+        Ok(Mark { sends: self.sends, used: self.used })
+    }
+
+    /// Takes back what was added since; `false` if some of it was sent.
+    pub fn rewind(&mut self, mark: Mark) -> bool {
+        let kept = self.sends == mark.sends;
+        if kept {
+            self.used = mark.used;
+        }
+        kept
     }
 
     /// Makes sure that `len` bytes have room.
@@ -141,13 +163,9 @@ impl<'a> Output<'a> {
         if self.mode == Mode::Simple {
             return self.simple(request.cookie, error);
         }
-        let mut len = why.len().min(MESSAGE_MAX);
-        while !why.is_char_boundary(len) {
-            len = len.saturating_sub(1);
-        }
-        let message = why.as_bytes().get(..len).unwrap_or_default();
-        let count = u16::try_from(len).unwrap_or(0).to_be_bytes();
-        self.chunk(request, chunk::ERROR, true, &[&error.to_be_bytes(), &count, message])
+        let message = wire::message(why);
+        let count = u16::try_from(message.len()).unwrap_or(0).to_be_bytes();
+        self.chunk(request, chunk::ERROR, true, &[&error.to_be_bytes(), &count, message.as_bytes()])
     }
 
     /// `len` bytes of a read at `offset`, which `read` puts in place: a chunk, or in simple mode the whole reply. Nothing
@@ -157,7 +175,7 @@ impl<'a> Output<'a> {
         request: &wire::Request,
         (offset, len): (u64, usize),
         done: bool,
-        read: impl FnOnce(&ReadInto<'_>) -> io::Result<()>,
+        read: impl FnOnce(&mut [u8]) -> io::Result<()>,
     ) -> io::Result<io::Result<()>> {
         let place = if self.mode == Mode::Simple { 0 } else { 8 };
         let head = self.mode.reply_len().saturating_add(place);
@@ -165,7 +183,7 @@ impl<'a> Output<'a> {
         let from = self.used.saturating_add(head);
         let to = from.saturating_add(len);
         let Some(bytes) = self.bytes.get_mut(from..to) else { return Err(io::ErrorKind::OutOfMemory.into()) };
-        if let Err(error) = read(&ReadInto::new(bytes)) {
+        if let Err(error) = read(bytes) {
             return Ok(Err(error));
         }
         if self.mode == Mode::Simple {

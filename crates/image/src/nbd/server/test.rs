@@ -87,13 +87,13 @@ pub fn succeeds(program: &str, arguments: &[&str]) -> String {
 }
 
 /// A client that does as it is told, right or wrong.
-struct Client {
-    socket: UnixStream,
-    mode: Mode,
+pub struct Client {
+    pub socket: UnixStream,
+    pub mode: Mode,
 }
 
 impl Client {
-    fn greet(serving: &Serving) -> Self {
+    pub fn greet(serving: &Serving) -> Self {
         let mut socket = UnixStream::connect(&serving.socket).unwrap();
         socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
         let mut greeting = [0; 18];
@@ -103,20 +103,20 @@ impl Client {
         Self { socket, mode: Mode::Simple }
     }
 
-    fn option(&mut self, number: u32, data: &[u8]) {
+    pub fn option(&mut self, number: u32, data: &[u8]) {
         let head =
             [&wire::OPTION.to_be_bytes()[..], &number.to_be_bytes(), &(data.len() as u32).to_be_bytes()];
         self.socket.write_all(&[&head.concat(), data].concat()).unwrap();
     }
 
-    fn bytes(&mut self, count: usize) -> Vec<u8> {
+    pub fn bytes(&mut self, count: usize) -> Vec<u8> {
         let mut bytes = vec![0; count];
         self.socket.read_exact(&mut bytes).unwrap();
         bytes
     }
 
     /// The replies to an option up to the last one: their types and data.
-    fn replies(&mut self) -> Vec<(u32, Vec<u8>)> {
+    pub fn replies(&mut self) -> Vec<(u32, Vec<u8>)> {
         let mut replies = Vec::new();
         loop {
             let head = self.bytes(20);
@@ -130,12 +130,12 @@ impl Client {
         }
     }
 
-    fn last(&mut self, number: u32, data: &[u8]) -> u32 {
+    pub fn last(&mut self, number: u32, data: &[u8]) -> u32 {
         self.option(number, data);
         self.replies().last().unwrap().0
     }
 
-    fn go(serving: &Serving, mode: Mode) -> Self {
+    pub fn go(serving: &Serving, mode: Mode) -> Self {
         let mut this = Self::greet(serving);
         match mode {
             Mode::Simple => {}
@@ -150,14 +150,14 @@ impl Client {
         this
     }
 
-    fn ask(&mut self, kind: u16, flags: u16, offset: u64, len: u64, payload: &[u8]) {
+    pub fn ask(&mut self, kind: u16, flags: u16, offset: u64, len: u64, payload: &[u8]) {
         let request = Request { flags, kind, cookie: 7, offset, len };
         let (bytes, count) = request.encode(self.mode);
         self.socket.write_all(&[&bytes[..count], payload].concat()).unwrap();
     }
 
     /// The answer to the only request: its error, and all payloads with their chunk types.
-    fn answer(&mut self) -> (u32, Vec<(u16, Vec<u8>)>) {
+    pub fn answer(&mut self) -> (u32, Vec<(u16, Vec<u8>)>) {
         let mut chunks = Vec::new();
         loop {
             let magic = self.bytes(4);
@@ -183,13 +183,13 @@ impl Client {
         }
     }
 
-    fn error(&mut self, kind: u16, flags: u16, offset: u64, len: u64, payload: &[u8]) -> u32 {
+    pub fn error(&mut self, kind: u16, flags: u16, offset: u64, len: u64, payload: &[u8]) -> u32 {
         self.ask(kind, flags, offset, len, payload);
         self.answer().0
     }
 
     /// Whether the server has ended the connection.
-    fn is_cut(&mut self) -> bool {
+    pub fn is_cut(&mut self) -> bool {
         matches!(self.socket.read(&mut [0; 64]), Ok(0) | Err(_))
     }
 }
@@ -261,7 +261,7 @@ fn wrong_requests_are_refused_and_the_connection_goes_on() {
         assert_eq!(client.error(command::WRITE, write, SIZE - 5, 6, b"abcdef"), error::ENOSPC);
         assert_eq!(client.error(command::WRITE, write | 0x4000, 0, 6, b"abcdef"), error::EINVAL);
         assert_eq!(client.error(command::WRITE_ZEROES, 0, SIZE, 1, &[]), error::ENOSPC);
-        assert_eq!(client.error(command::WRITE_ZEROES, 1 << 4, 0, 1, &[]), error::EINVAL);
+        assert_eq!(client.error(command::WRITE_ZEROES, 1 << 3, 0, 1, &[]), error::EINVAL);
         assert_eq!(client.error(command::TRIM, 0, SIZE, 1, &[]), error::EINVAL);
         assert_eq!(client.error(99, 0, 0, 0, &[]), error::EINVAL);
         assert_eq!(client.error(command::BLOCK_STATUS, 0, 0, 0, &[]), error::EINVAL);
@@ -517,6 +517,10 @@ while cookies:
 assert all(buffer.to_bytearray() == b"x" * 4096 for buffer in buffers)
 h.zero(65536, 1 << 20)
 h.cache(65536, 1 << 20)
+h.pwrite(b"z" * 65536, 0)
+assert h.can_fast_zero()
+h.zero(65536, 0, nbd.CMD_FLAG_FAST_ZERO)
+assert h.pread(65536, 0) == bytearray(65536)
 h.flush()
 assert h.pread(65536, 1 << 20) == bytearray(65536)
 h.shutdown()

@@ -4,7 +4,7 @@
 //! together before the thread waits. Before it sleeps it looks at the socket for a while, if lately that would have paid.
 
 use super::link::Link;
-use super::perform::writes;
+use super::perform::Now;
 use super::poll::Poll;
 use super::reply::Output;
 use crate::buffers::WriteFrom;
@@ -24,6 +24,8 @@ const OUTPUT: usize = (256 << 10) + 4096;
 const SEND_AT: usize = 64 << 10;
 /// Payloads up to this length are written in one piece; longer ones in pieces of this alignment, as they come.
 const WRITE_PIECE: u64 = 128 << 10;
+/// How often what a client has sent before the server stopped is looked for.
+const LAST_WORDS: u32 = 64;
 /// Payload of a request for block status.
 const STATUS_PAYLOAD_MAX: u64 = 4096;
 
@@ -32,18 +34,27 @@ struct Batch {
     began: Instant,
     requests: u32,
     bytes: u64,
+    /// The disk may have been waited for; where it was not, time says nothing.
+    may_have_waited: bool,
 }
 
 impl Batch {
     fn begin() -> Self {
-        Self { began: Instant::now(), requests: 0, bytes: 0 }
+        Self { began: Instant::now(), requests: 0, bytes: 0, may_have_waited: false }
     }
 }
 
 /// Serves a client until it leaves; answers why, if it does not do so in order.
 pub fn serve(link: &Arc<Link>, input: Input) -> io::Result<()> {
     let output = Output::new(&link.stream, link.mode, OUTPUT, Vec::new());
-    let mut receiver = Receiver { link, input, output, batch: Batch::begin(), poll: Poll::default() };
+    let mut receiver = Receiver {
+        link,
+        input,
+        output,
+        batch: Batch::begin(),
+        poll: Poll::default(),
+        last_words: LAST_WORDS,
+    };
     let served = receiver.serve();
     // Those that are under way are answered, whatever came then.
     let sent = receiver.output.send();
@@ -57,6 +68,8 @@ struct Receiver<'a> {
     output: Output<'a>,
     batch: Batch,
     poll: Poll,
+    /// How often what has come is still taken once the server stops.
+    last_words: u32,
 }
 
 impl Receiver<'_> {
@@ -89,6 +102,13 @@ impl Receiver<'_> {
 
     /// Waits for bytes; `false` at the connection's end.
     fn more(&mut self, wanted: usize) -> io::Result<bool> {
+        // A TCP socket still takes what comes after its receiving was ended.
+        if self.link.is_ending() {
+            self.last_words = self.last_words.saturating_sub(1);
+            return Ok(
+                self.last_words > 0 && self.input.fill_now(&self.link.stream, wanted)?.unwrap_or(0) > 0
+            );
+        }
         let (input, stream) = (&mut self.input, &self.link.stream);
         let count = match self.poll.look(|| input.fill_now(stream, wanted))? {
             Some(count) => count,
@@ -99,8 +119,8 @@ impl Receiver<'_> {
 
     /// Tells how the disk did.
     fn note(&mut self) {
-        let took = self.batch.began.elapsed().saturating_sub(self.output.take_sending());
-        if self.batch.requests > 0 {
+        if self.batch.may_have_waited {
+            let took = self.batch.began.elapsed().saturating_sub(self.output.take_sending());
             self.link.note(took, self.batch.requests, self.batch.bytes);
         }
     }
@@ -124,22 +144,38 @@ impl Receiver<'_> {
             command::WRITE => counters.written.fetch_add(request.len, Ordering::Relaxed),
             _ => 0,
         };
-        if self.link.takes_long(request) {
-            self.note();
-            // This thread may have to wait; what is done already has not.
-            self.output.send()?;
-            let mut bytes = vec![0; size(payload)];
-            self.input.read_exact(&self.link.stream, &mut bytes, None)?;
-            self.link.hand_over(*request, bytes)?;
-            self.begin();
+        if request.kind == command::READ && self.link.reads_now() {
+            let now = self.link.subject().read_now(request, &mut self.output)?;
+            self.link.note_now(now);
+            if now == Now::WouldWait {
+                return self.hand_over(request, payload);
+            }
+            self.count(request, now == Now::MayHaveWaited);
             return Ok(());
         }
+        if self.link.takes_long(request) {
+            return self.hand_over(request, payload);
+        }
+        self.count(request, true);
+        self.write(request)
+    }
+
+    fn count(&mut self, request: &Request, may_have_waited: bool) {
         self.batch.requests = self.batch.requests.saturating_add(1);
         self.batch.bytes = self.batch.bytes.saturating_add(request.len);
-        if request.kind == command::WRITE {
-            return self.write(request);
-        }
-        self.link.subject().perform(request, &[], &mut self.output)
+        self.batch.may_have_waited |= may_have_waited;
+    }
+
+    /// Gives a request to a thread that may wait.
+    fn hand_over(&mut self, request: &Request, payload: u64) -> io::Result<()> {
+        self.note();
+        // This thread may have to wait for a place, or for the payload; what is done already has not.
+        self.output.send()?;
+        let mut bytes = vec![0; size(payload)];
+        self.input.read_exact(&self.link.stream, &mut bytes, None)?;
+        self.link.hand_over(*request, bytes)?;
+        self.begin();
+        Ok(())
     }
 
     /// Bytes that follow a request's header.
@@ -179,7 +215,6 @@ impl Receiver<'_> {
 
     /// Writes a payload as it comes.
     fn write(&mut self, request: &Request) -> io::Result<()> {
-        debug_assert!(writes(request.kind));
         let mut result = Ok(());
         let mut done = 0u64;
         while done < request.len {
