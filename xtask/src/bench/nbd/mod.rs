@@ -33,6 +33,9 @@ pub struct Options {
     /// Only servers whose name has this in it; repeatable
     #[arg(long, value_name = "TEXT")]
     pub only: Vec<String>,
+    /// Only measurements whose name has this in it; repeatable
+    #[arg(long, value_name = "TEXT")]
+    pub case: Vec<String>,
     /// yado's binary (default: a release build made now)
     #[arg(long, value_name = "FILE")]
     pub yado: Option<PathBuf>,
@@ -198,7 +201,10 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     for round in 0..options.rounds {
         for peer in &peers {
             let server = Server::start(*peer, &files, &yado)?;
-            for (number, case) in CASES.iter().enumerate() {
+            let wanted = |case: &Case| {
+                options.case.is_empty() || options.case.iter().any(|text| case.name.contains(text.as_str()))
+            };
+            for (number, case) in CASES.iter().enumerate().filter(|(_, case)| wanted(case)) {
                 let (rate, cpu) = measure(&server, &files, case, options)?;
                 eprintln!(
                     "round {round}: {}, {}: {:.1} k/s, {cpu:.2} us",
@@ -278,7 +284,8 @@ fn table(
     text.push_str("\n|---|");
     peers.iter().for_each(|_| text.push_str("---|"));
     let rate_of = |number: usize, peer: Peer| cells.get(&(number, peer)).and_then(|cell| cell.0.median());
-    for (number, case) in CASES.iter().enumerate() {
+    let measured = |number: usize| cells.keys().any(|(other, _)| *other == number);
+    for (number, case) in CASES.iter().enumerate().filter(|(number, _)| measured(*number)) {
         write!(text, "\n| {} |", case.name)?;
         for peer in peers {
             let Some((rates, cpu)) = cells.get(&(number, *peer)) else { continue };
