@@ -9,6 +9,17 @@ fn json(home: &Home, arguments: &[&str]) -> Value {
     serde_json::from_slice(&finished.stdout).unwrap()
 }
 
+/// A profile in which a kernel function is seen, where the guest spends some of its time. On a busy host that may take a few.
+fn profile_with(home: &Home, function: &str) -> Value {
+    for _ in 0..5 {
+        let told = json(home, &["stats", "watched", "--profile=3", "--json"]);
+        if told["functions"].as_array().unwrap().iter().any(|row| row["name"] == function) {
+            return told;
+        }
+    }
+    panic!("{function} is never seen");
+}
+
 #[test]
 fn a_guest_is_seen_from_outside_as_from_inside() {
     let home = Home::new();
@@ -19,7 +30,7 @@ fn a_guest_is_seen_from_outside_as_from_inside() {
         .parse()
         .expect("the service should have a process");
 
-    let told = json(&home, &["stats", "watched", "--profile=3", "--json"]);
+    let told = profile_with(&home, "read_zero");
     let inside = home.in_guest("watched", "grep ' [tTwW] ' /proc/kallsyms | grep -vc '\\['");
     assert_eq!(told["kernel_functions"].to_string(), inside, "functions that the guest's kernel has");
     let processes = told["processes"].as_array().unwrap();
@@ -35,12 +46,6 @@ fn a_guest_is_seen_from_outside_as_from_inside() {
     let place = |text: &str| u64::from_str_radix(text, 16).expect("a hexadecimal number");
     let places = known.iter().filter_map(|(range, _)| range.split_once(' '));
     assert!(places.map(|(start, len)| (place(start), place(len))).is_sorted_by(|a, b| a.0 + a.1 <= b.0));
-    let functions = told["functions"].as_array().unwrap();
-    assert!(
-        functions.iter().any(|row| row["name"] == "read_zero"),
-        "where /dev/zero is read, of {}",
-        functions.len()
-    );
 
     let stats = json(&home, &["stats", "watched", "--json"]);
     let vcpus = stats["vcpus"].as_array().unwrap();

@@ -1,6 +1,5 @@
 //! `yado run --detach`: the guest runs in a process of its own, started anew from this program.
 
-use crate::arguments::Run;
 use crate::exit::with_code;
 use anyhow::Context;
 use std::fs::File;
@@ -30,7 +29,7 @@ pub fn ready(name: &str) -> anyhow::Result<()> {
 }
 
 /// Starts the guest in the background; answers its name when it runs.
-pub fn start(options: &Run) -> anyhow::Result<String> {
+pub fn start() -> anyhow::Result<String> {
     let program = std::env::current_exe().context("cannot find yado's own program file")?;
     let mut command = Command::new(program);
     command
@@ -38,8 +37,8 @@ pub fn start(options: &Run) -> anyhow::Result<String> {
         .env(VARIABLE, "1")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
-        // Progress and errors until the guest runs.
-        .stderr(if options.quiet { Stdio::piped() } else { Stdio::inherit() })
+        // Progress, if it is not quiet, and errors until the guest runs.
+        .stderr(Stdio::inherit())
         .process_group(0);
     let mut child = command.spawn().context("cannot start a process for the guest")?;
     let mut said = String::new();

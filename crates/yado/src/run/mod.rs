@@ -34,7 +34,7 @@ const CONSOLE_LINES: usize = 20;
 pub fn run(options: Run) -> anyhow::Result<u8> {
     source::check_memory(options.memory)?;
     if options.detach && !background::is_background() {
-        println!("{}", background::start(&options)?);
+        println!("{}", background::start()?);
         return Ok(0);
     }
     signals::install()?;
