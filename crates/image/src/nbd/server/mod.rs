@@ -26,6 +26,7 @@ mod reply;
 #[cfg(test)]
 pub(in crate::nbd) mod test;
 mod transmit;
+mod waited;
 
 pub use export::Export;
 

@@ -3,10 +3,11 @@
 //! All that has come is taken from the socket at once; requests are done in their order, replies gathered, and sent
 //! together before the thread waits. Before it sleeps it looks at the socket for a while, if lately that would have paid.
 
-use super::link::Link;
+use super::link::{Link, was_quick};
 use super::perform::Now;
 use super::poll::Poll;
 use super::reply::Output;
+use super::waited::Scheduler;
 use crate::buffers::WriteFrom;
 use crate::endian::size;
 use crate::nbd::input::Input;
@@ -14,7 +15,7 @@ use crate::nbd::wire::{self, Request, command};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Room for requests that have come.
 pub const INPUT: usize = 256 << 10;
@@ -36,11 +37,13 @@ struct Batch {
     bytes: u64,
     /// The disk may have been waited for; where it was not, time says nothing.
     may_have_waited: bool,
+    /// How long this thread had run, or wanted to, if that is looked at.
+    ran: Option<Duration>,
 }
 
 impl Batch {
     fn begin() -> Self {
-        Self { began: Instant::now(), requests: 0, bytes: 0, may_have_waited: false }
+        Self { began: Instant::now(), requests: 0, bytes: 0, may_have_waited: false, ran: None }
     }
 }
 
@@ -54,6 +57,8 @@ pub fn serve(link: &Arc<Link>, input: Input) -> io::Result<()> {
         batch: Batch::begin(),
         poll: Poll::default(),
         last_words: LAST_WORDS,
+        scheduler: Scheduler::of_this_thread(),
+        suspicious: false,
     };
     let served = receiver.serve();
     // Those that are under way are answered, whatever came then.
@@ -70,6 +75,9 @@ struct Receiver<'a> {
     poll: Poll,
     /// How often what has come is still taken once the server stops.
     last_words: u32,
+    scheduler: Scheduler,
+    /// The last batch took so long that the disk may have been waited for.
+    suspicious: bool,
 }
 
 impl Receiver<'_> {
@@ -89,6 +97,9 @@ impl Receiver<'_> {
                 if self.output.waiting() >= SEND_AT {
                     self.note();
                     self.output.send()?;
+                    self.begin();
+                } else if self.suspicious {
+                    self.note();
                     self.begin();
                 }
             }
@@ -119,16 +130,31 @@ impl Receiver<'_> {
 
     /// Tells how the disk did.
     fn note(&mut self) {
-        if self.batch.may_have_waited {
-            let took = self.batch.began.elapsed().saturating_sub(self.output.take_sending());
-            self.link.note(took, self.batch.requests, self.batch.bytes);
+        if !self.batch.may_have_waited {
+            return;
         }
+        let mut took = self.batch.began.elapsed().saturating_sub(self.output.take_sending());
+        let Batch { requests, bytes, ran, .. } = self.batch;
+        let slow = !was_quick(took, requests, bytes);
+        if slow && let Some(now) = self.scheduler.ran() {
+            // Others may have had the CPU meanwhile: to know it the next batch is looked at more closely.
+            let before = self.suspicious.then_some(ran).flatten();
+            self.suspicious = true;
+            let Some(before) = before else { return };
+            took = took.saturating_sub(now.saturating_sub(before));
+        } else {
+            self.suspicious = slow;
+        }
+        self.link.note(took, requests, bytes);
     }
 
     /// The clock for what follows.
     fn begin(&mut self) {
         self.output.take_sending();
         self.batch = Batch::begin();
+        if self.suspicious {
+            self.batch.ran = self.scheduler.ran();
+        }
     }
 
     fn take(&mut self, request: &Request) -> io::Result<()> {
