@@ -20,7 +20,7 @@ enum Task {
     /// Run the fuzz targets in turn (needs a nightly toolchain and cargo-fuzz)
     Fuzz(fuzz::Options),
     /// Install the programs that tests and benchmarks compare with (Debian packages; needs root or sudo)
-    Setup,
+    Setup(setup::Options),
     /// Measure yado against native code and QEMU's TCG, in turn in one run
     #[command(subcommand)]
     Bench(bench::Area),
@@ -39,7 +39,7 @@ fn main() -> anyhow::Result<()> {
         }
         Task::Test(options) => test::run(&options),
         Task::Fuzz(options) => fuzz::run(&options),
-        Task::Setup => setup::install_missing(),
+        Task::Setup(options) => setup::install_missing(&options),
         Task::Bench(area) => bench::run(&area),
     }
 }

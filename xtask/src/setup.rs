@@ -21,8 +21,32 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("zstd", "zstd"),
 ];
 
+/// The same for benchmarks alone: `cargo xtask test` does without them.
+const BENCH_PROGRAMS: &[(&str, &str)] = &[
+    ("dpdk-testpmd", "dpdk-dev"),
+    ("dpdk-testpmd", "librte-meta-net"),
+    ("iperf3", "iperf3"),
+    ("ovs-vsctl", "openvswitch-switch"),
+    (OVS_DPDK, "openvswitch-switch-dpdk"),
+    ("slirp4netns", "slirp4netns"),
+];
+
+/// Open vSwitch with DPDK, which is in nobody's search path.
+pub const OVS_DPDK: &str = "/usr/lib/openvswitch-switch-dpdk/ovs-vswitchd-dpdk";
+
+/// Options of `cargo xtask setup`.
+#[derive(Debug, Default, clap::Args)]
+pub struct Options {
+    /// What only benchmarks compare with, too: DPDK, Open vSwitch and others
+    #[arg(long)]
+    bench: bool,
+}
+
 /// Where a program is; the directories of administrators' programs are looked into too.
 pub fn find(program: &str) -> Option<PathBuf> {
+    if program.starts_with('/') {
+        return Some(PathBuf::from(program)).filter(|file| file.is_file());
+    }
     let path = std::env::var_os("PATH").unwrap_or_default();
     let places = std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]);
     places.map(|place| place.join(program)).find(|file| file.is_file())
@@ -46,21 +70,23 @@ fn has_interpreter(elf: &[u8]) -> bool {
 }
 
 /// Packages whose programs are not here, each once.
-pub fn missing() -> Vec<&'static str> {
+pub fn missing(options: &Options) -> Vec<&'static str> {
     let lacks = |program: &str| match program {
         "busybox" => static_busybox().is_none(),
         _ => find(program).is_none(),
     };
+    let more = if options.bench { BENCH_PROGRAMS } else { &[] };
+    let wanted = PROGRAMS.iter().chain(more);
     let mut packages: Vec<_> =
-        PROGRAMS.iter().filter(|(program, _)| lacks(program)).map(|(_, package)| *package).collect();
+        wanted.filter(|(program, _)| lacks(program)).map(|(_, package)| *package).collect();
     packages.sort_unstable();
     packages.dedup();
     packages
 }
 
 /// Installs what is missing, with apt-get as root or through sudo.
-pub fn install_missing() -> anyhow::Result<()> {
-    let packages = missing();
+pub fn install_missing(options: &Options) -> anyhow::Result<()> {
+    let packages = missing(options);
     if packages.is_empty() {
         println!("setup: all programs that tests compare with are here");
         return Ok(());
@@ -104,6 +130,7 @@ mod test {
     fn programs_are_found_on_the_path() {
         assert!(find("sh").is_some());
         assert!(find("no-such-program-anywhere").is_none());
+        assert!(find("/bin/sh").is_some() && find("/no/such/program").is_none());
     }
 
     #[test]

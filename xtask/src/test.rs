@@ -18,7 +18,7 @@ pub struct Options {
 /// Runs all steps; the first failure ends it.
 pub fn run(options: &Options) -> anyhow::Result<()> {
     let began = Instant::now();
-    setup::install_missing()?;
+    setup::install_missing(&setup::Options::default())?;
     step(began, "format", &["fmt", "--all", "--", "--check"])?;
     step(began, "lints", &["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"])?;
     laws(began)?;

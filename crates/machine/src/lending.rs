@@ -9,7 +9,7 @@
 use crate::config::BackEnd;
 use memory::GuestMemory;
 use net::Bell;
-use net::vhost::{Frontend, GuestRegion};
+use net::vhost::{Frontend, GuestRegion, feature};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::time::Timespec;
 use std::collections::VecDeque;
@@ -135,8 +135,8 @@ impl Carrier {
             } else if let Err(why) = self.work(state) {
                 lost(format!("{}: {why}", self.back_end));
                 self.lose();
-                search_at = Instant::now();
             }
+            // At once the first time, and then no more often than that: a back end may let one in and break off again and again.
             if self.front.is_none() && Instant::now() >= search_at {
                 search_at = Instant::now().checked_add(SEARCH_PERIOD).unwrap_or(search_at);
                 self.front = self.back_end.connect(self.rings).ok();
@@ -171,6 +171,12 @@ impl Carrier {
     fn start(&mut self, state: Lending) -> Result<(), net::vhost::Error> {
         let Some(front) = &mut self.front else { return Ok(()) };
         let Some(file) = self.memory.file() else { return Ok(()) };
+        // The guest's driver relies on what was there when it began.
+        if state.features & feature::OF_BACK_ENDS & !front.offered() != 0 {
+            return Err(net::vhost::Error::Protocol(
+                "it does less than the one before it, on which the guest relies",
+            ));
+        }
         let regions: Vec<GuestRegion<'_>> = self
             .memory
             .regions()

@@ -1,5 +1,5 @@
-//! System calls that rustix has not: socket options of Linux that it does not name, and UDP segments in control
-//! messages. Unsafe code is here because the C library's calls take pointers.
+//! System calls that rustix has not: socket options of Linux that it does not name, UDP segments in control messages, and signals to
+//! threads. Unsafe code is here because the C library's calls take pointers.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -101,4 +101,50 @@ pub fn set_tap_offloads(file: impl AsFd, offloads: u32) -> io::Result<()> {
     // SAFETY: TUNSETOFFLOAD takes its argument by value.
     let result = unsafe { libc::ioctl(file.as_fd().as_raw_fd(), libc::TUNSETOFFLOAD, value) };
     check(result as libc::ssize_t).map(|_| ())
+}
+
+/// The signal that interrupts a thread's system call. Nobody else uses it here: it is for data that TCP calls urgent.
+const INTERRUPTION: i32 = libc::SIGURG;
+
+extern "C" fn on_interruption(_signal: i32) {}
+
+/// From now on [`Thread::interrupt`] ends system calls, which fail with `EINTR`.
+pub fn let_calls_be_interrupted() -> io::Result<()> {
+    // SAFETY: all zeroes are a valid `sigaction`, without SA_RESTART; the handler has the right signature and does nothing.
+    let result = unsafe {
+        let mut action: libc::sigaction = zeroed();
+        action.sa_sigaction = on_interruption as *const () as usize;
+        libc::sigaction(INTERRUPTION, &raw const action, std::ptr::null_mut())
+    };
+    check(result as libc::ssize_t).map(|_| ())
+}
+
+/// A thread that can be interrupted while it lives.
+#[derive(Debug, Clone, Copy)]
+pub struct Thread(libc::pid_t);
+
+impl Thread {
+    /// The one that asks.
+    pub fn current() -> Self {
+        // SAFETY: takes nothing and changes nothing.
+        Self(unsafe { libc::gettid() })
+    }
+
+    /// Ends the system call that it waits in, if it does. One that has ended is not found.
+    pub fn interrupt(self) {
+        // SAFETY: numbers by value; at worst there is no such thread in this process.
+        let _ = unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), self.0, INTERRUPTION) };
+    }
+}
+
+/// Raises the limit on open files as far as it goes; answers how many there may be.
+pub fn raise_files_max() -> u64 {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    let current = match setrlimit(Resource::Nofile, raised) {
+        Ok(()) => limit.maximum,
+        Err(_) => limit.current,
+    };
+    current.unwrap_or(u64::MAX)
 }

@@ -5,6 +5,7 @@
 
 use super::statistics::Sample;
 use super::{Scratch, page};
+use crate::setup::OVS_DPDK;
 use crate::target_directory;
 use anyhow::{Context, ensure};
 use std::fmt::Write as _;
@@ -30,7 +31,6 @@ pub struct Options {
 
 /// Lengths of frames with their checksum, as testpmd's users say them.
 const SIZES: [u32; 2] = [64, 1500];
-const OVS: &str = "/usr/lib/openvswitch-switch-dpdk/ovs-vswitchd-dpdk";
 const SCHEMA: &str = "/usr/share/openvswitch/vswitch.ovsschema";
 const HUGE: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 const HUGE_PAGES: u64 = 640;
@@ -71,7 +71,10 @@ fn start_yado(place: &Path) -> anyhow::Result<(Running, [PathBuf; 2])> {
 
 /// OVS-DPDK as its documentation sets it up: a bridge with two vhost-user ports, which connect to testpmd's sockets.
 fn start_ovs(place: &Path) -> anyhow::Result<(Running, Running, [PathBuf; 2])> {
-    ensure!(Path::new(OVS).exists(), "openvswitch-switch-dpdk is not installed");
+    ensure!(
+        Path::new(OVS_DPDK).exists(),
+        "Open vSwitch with DPDK is not installed: `cargo xtask setup --bench`"
+    );
     std::fs::write(HUGE, HUGE_PAGES.to_string()).context("no large pages: are you root?")?;
     let got: u64 = std::fs::read_to_string(HUGE)?.trim().parse()?;
     ensure!(got >= HUGE_PAGES, "the host has only {got} large pages");
@@ -101,7 +104,7 @@ fn start_ovs(place: &Path) -> anyhow::Result<(Running, Running, [PathBuf; 2])> {
         control(&["--no-wait", "set", "Open_vSwitch", ".", &format!("other_config:{option}")])?;
     }
     let address = format!("unix:{}", socket.display());
-    let daemon = Running(quiet(with(OVS).arg(address)).spawn()?);
+    let daemon = Running(quiet(with(OVS_DPDK).arg(address)).spawn()?);
     control(&["add-br", "br0", "--", "set", "bridge", "br0", "datapath_type=netdev"])?;
     let sockets = ["v0.sock", "v1.sock"].map(|name| place.join(name));
     for (name, socket) in ["v0", "v1"].iter().zip(&sockets) {
@@ -144,7 +147,8 @@ fn measure(sockets: &[PathBuf; 2], serve: bool, size: u32, seconds: u64) -> anyh
     }
     command.args(["--", "-i", "--nb-cores=1", "--total-num-mbufs=16384", "--no-mlockall"]);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
-    let mut child = command.spawn().context("cannot run dpdk-testpmd: apt-get install dpdk-dev")?;
+    let mut child =
+        command.spawn().context("cannot run dpdk-testpmd: `cargo xtask setup --bench` installs it")?;
     let mut input = child.stdin.take().context("testpmd has no input")?;
     let say = std::thread::spawn(move || -> std::io::Result<()> {
         std::thread::sleep(Duration::from_secs(3));

@@ -365,13 +365,6 @@ fn has_ipv6_route() -> bool {
 
 /// How many sockets there may be: the limit on files, raised as far as it goes.
 fn files_max() -> usize {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
-    let current = match setrlimit(Resource::Nofile, raised) {
-        Ok(()) => limit.maximum,
-        Err(_) => limit.current,
-    };
-    let files = current.unwrap_or(u64::MAX).saturating_sub(FILES_SPARE);
+    let files = crate::sys::raise_files_max().saturating_sub(FILES_SPARE);
     usize::try_from(files).unwrap_or(usize::MAX).max(16)
 }

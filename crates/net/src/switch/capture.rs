@@ -122,9 +122,10 @@ impl Pcapng {
         &self.bytes
     }
 
-    /// The first bytes were taken.
-    pub fn taken(&mut self, count: usize) {
-        self.bytes.drain(..count.min(self.bytes.len()));
+    /// Moves what nobody has taken yet into an empty place.
+    pub fn take(&mut self, into: &mut Vec<u8>) {
+        std::mem::swap(&mut self.bytes, into);
+        self.bytes.clear();
     }
 }
 

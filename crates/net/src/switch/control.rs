@@ -2,6 +2,7 @@
 //! is the port's vhost-user connection; after a [`Request::Capture`] it carries a pcapng file.
 
 use super::port::PortSpec;
+use super::share::GroupSpec;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::io::{self, Read, Write};
@@ -32,6 +33,8 @@ pub enum Request {
     Inspect,
     /// Who is behind which port.
     Addresses,
+    /// Who wants which groups of multicast, and where routers of it are.
+    Multicast,
     /// A port that stays. The answer has the path of its socket.
     AddPort {
         /// Its name.
@@ -57,6 +60,18 @@ pub enum Request {
     },
     /// A port goes.
     RemovePort {
+        /// Its name.
+        name: String,
+    },
+    /// Another spec for a group, which is made if it is not there, or (without a name) for all of the switch.
+    SetGroup {
+        /// Its name.
+        name: Option<String>,
+        /// What it is allowed from now on.
+        spec: GroupSpec,
+    },
+    /// A group goes; its ports share nothing with it any more.
+    RemoveGroup {
         /// Its name.
         name: String,
     },

@@ -85,6 +85,11 @@ impl Emulator {
         self.frames.insert(self.count, frame);
     }
 
+    /// What is on the line is for nobody any more.
+    pub fn clear(&mut self) {
+        *self = Self::new(self.spec);
+    }
+
     /// The next frame that has arrived.
     pub fn pop(&mut self, now: u64) -> Option<Waiting> {
         let Reverse((at, number)) = *self.order.peek()?;

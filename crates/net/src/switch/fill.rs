@@ -86,7 +86,7 @@ impl Filler {
             match result {
                 Ok(count) => {
                     if queue.ring().is_some_and(|ring| self.finish(ring)) {
-                        queue.call();
+                        queue.call()?;
                     }
                     done = done.saturating_add(count);
                     if count < run {

@@ -9,11 +9,14 @@
 //! Single-threaded: no locks. A port whose frames are worked on is taken out of the list, so that it cannot be its own receiver.
 
 use super::capture::{Capture, Direction};
+use super::emulation::Emulator;
 use super::fill::Filler;
 use super::guard::{self, Claims};
 use super::packet::{Burst, Origin, Packet};
-use super::port::{Link, Port, PortSpec};
+use super::port::{Known, Link, Port, PortSpec};
 use super::reason::Reason;
+use super::share::Shares;
+use super::snoop::Groups;
 use super::table::{self, Key, Learnt, PortNumber, Table};
 use super::vlan::Vlans;
 use super::wait;
@@ -31,7 +34,7 @@ const RESERVED: [u8; 5] = [0x01, 0x80, 0xc2, 0x00, 0x00];
 
 /// Where a frame goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Way {
+enum Course {
     To(PortNumber),
     Flood,
 }
@@ -59,9 +62,14 @@ pub struct Switch {
     pub(super) table: Table,
     pub(super) claims: Claims,
     pub(super) captures: Vec<Capture>,
+    pub(super) shares: Shares,
+    pub(super) groups: Groups,
     pub(super) workspace: Option<Box<Workspace>>,
-    /// Nanoseconds since some moment.
+    /// Nanoseconds since some moment, and whole seconds of them.
     pub(super) now: u64,
+    pub(super) second: u32,
+    /// When entries that are too old were removed last.
+    expired: Option<u32>,
     pub(super) active: Vec<PortNumber>,
     pub(super) pending: Vec<PortNumber>,
     /// Ports that have broken their rings since somebody asked.
@@ -92,8 +100,12 @@ impl Switch {
             table: Table::new(addresses_max, ageing_seconds),
             claims: Claims::default(),
             captures: Vec::new(),
+            shares: Shares::default(),
+            groups: Groups::default(),
             workspace: Some(Box::new(workspace)),
             now: 0,
+            second: 0,
+            expired: None,
             active: Vec::new(),
             pending: Vec::new(),
             broken: Vec::new(),
@@ -113,6 +125,7 @@ impl Switch {
             workspace.out.resize_with(self.ports.len(), Vec::new);
         }
         self.claim_all(number);
+        self.share_all();
         Some(number)
     }
 
@@ -134,12 +147,41 @@ impl Switch {
         if let Some(port) = self.port_mut(number) {
             port.up.clear();
             port.down.clear();
+            port.emulator.iter_mut().for_each(Emulator::clear);
         }
+    }
+
+    /// A guest that has moved here is behind a port: everybody learns it from a frame that its card could have sent (RFC 903's request, as
+    /// hypervisors send it).
+    pub fn announce(&mut self, number: PortNumber, address: [u8; 6]) {
+        let request: [u8; 8] = [0, 1, 8, 0, 6, 4, 0, 3];
+        let ends: [&[u8]; 4] = [&address, &[0; 4], &address, &[0; 4]];
+        let mut frame = [&[0xff; 6][..], &address, &[0x80, 0x35], &request, &ends.concat()].concat();
+        frame.resize(60, 0);
+        self.inject(number, &frame);
+    }
+
+    /// A frame comes in at a port, as if who is behind it had sent it.
+    pub(super) fn inject(&mut self, number: PortNumber, frame: &[u8]) {
+        let Some(mut workspace) = self.workspace.take() else { return };
+        if let Some(mut port) = self.ports.get_mut(usize::from(number)).and_then(Option::take) {
+            workspace.burst.one(crate::Offload::default(), frame, 0, 0);
+            self.forward(&mut port, &mut workspace, Origin::Frame(frame));
+            let waits = !port.up.is_empty();
+            if let Some(slot) = self.ports.get_mut(usize::from(number)) {
+                *slot = Some(port);
+            }
+            if waits {
+                self.pend(number);
+            }
+        }
+        self.workspace = Some(workspace);
     }
 
     /// Forgets who is behind a port.
     fn forget(&mut self, number: PortNumber) {
         self.claims.forget(number);
+        self.groups.forget(number);
         self.table.retain(|entry| entry.port != number, &mut Vec::new());
         if let Some(port) = self.port_mut(number) {
             port.learnt = 0;
@@ -154,6 +196,7 @@ impl Switch {
             port.set(spec, now);
         }
         self.claim_all(number);
+        self.share_all();
         self.waken(number);
     }
 
@@ -166,7 +209,7 @@ impl Switch {
             Vlans::Trunk { .. } => Vec::new(),
         };
         let (macs, addresses) = (port.spec.macs.clone(), port.spec.addresses.clone());
-        let (second, mut lost, mut learnt) = (self.second(), Vec::new(), 0usize);
+        let (second, mut lost, mut learnt) = (self.second, Vec::new(), 0usize);
         for vlan in vlans {
             for mac in &macs {
                 let result = self.table.fix(Key::new(mac.0, vlan), number, second, &mut lost);
@@ -202,7 +245,7 @@ impl Switch {
 
     /// What is known of addresses.
     pub fn addresses(&self) -> impl Iterator<Item = &table::Entry> {
-        self.table.entries(self.second())
+        self.table.entries(self.second)
     }
 
     /// Captures that run.
@@ -215,10 +258,6 @@ impl Switch {
         for port in self.ports.iter_mut().flatten() {
             port.watched = self.captures.iter().any(|capture| capture.wants(port.number));
         }
-    }
-
-    fn second(&self) -> u32 {
-        (self.now / 1_000_000_000) as u32
     }
 
     /// A port may have frames, or room for them.
@@ -240,6 +279,7 @@ impl Switch {
     /// longer than `spin` nanoseconds are asked to say when they have frames again.
     pub fn turn(&mut self, now: u64, spin: u64) {
         self.now = now;
+        self.second = (now / 1_000_000_000) as u32;
         let mut index = 0;
         while let Some(number) = self.active.get(index).copied() {
             if self.receive(number) {
@@ -304,8 +344,10 @@ impl Switch {
                             ring.quiet();
                             self.forward(&mut port, &mut workspace, Origin::Guest(&memory));
                             let Some(ring) = queue.ring() else { continue };
-                            if workspace.burst.finish(ring) {
-                                queue.call();
+                            if workspace.burst.finish(ring)
+                                && let Err(why) = queue.call()
+                            {
+                                self.broken.push((number, why));
                             }
                             worked = true;
                         }
@@ -360,7 +402,7 @@ impl Switch {
             match admitted {
                 Err(reason) => port.counters.dropped.count(reason),
                 Ok(()) if port.up.limited() => self.hold(port, workspace, index, origin),
-                Ok(()) => self.route(port, workspace, index),
+                Ok(()) => self.route(port, workspace, index, origin),
             }
         }
         self.deliver_all(workspace, origin);
@@ -410,8 +452,32 @@ impl Switch {
         if locked && !port.spec.macs.iter().any(|mac| mac.0 == from) {
             return Err(Reason::Spoofed);
         }
-        let may_add = port.learnt < port.spec.macs_max();
-        match self.table.learn(key, port.number, self.second(), may_add, lost) {
+        let known = Known { key, second: self.second, version: self.table.version() };
+        if port.known != Some(known) {
+            self.learn(port, key, lost)?;
+            port.known = Some(Known { version: self.table.version(), ..known });
+        }
+        // What is inside a tunnel is somebody else's.
+        if !matches!(port.spec.vlans, Vlans::Tunnel(_)) {
+            self.check_claim(port, packet)?;
+        }
+        Ok(())
+    }
+
+    /// Learns who is behind a port.
+    #[inline(never)]
+    fn learn(&mut self, port: &mut Port, key: Key, lost: &mut Vec<PortNumber>) -> Result<(), Reason> {
+        let mut may_add = port.learnt < port.spec.macs_max();
+        let mut result = self.table.learn(key, port.number, self.second, may_add, lost);
+        // Addresses that are too old do not count. To find them means to look at all, so at most once a second, whatever ports send.
+        if result == Learnt::Full && !may_add && self.expired != Some(self.second) {
+            self.expired = Some(self.second);
+            self.table.expire(self.second, lost);
+            self.count_lost_with(port, lost);
+            may_add = port.learnt < port.spec.macs_max();
+            result = self.table.learn(key, port.number, self.second, may_add, lost);
+        }
+        match result {
             Learnt::Known => {}
             Learnt::New => port.learnt = port.learnt.saturating_add(1),
             Learnt::Moved(before) => {
@@ -422,10 +488,6 @@ impl Switch {
             Learnt::Full if !may_add => return Err(Reason::Quota),
             // The table has no room: frames to it are flooded.
             Learnt::Full => {}
-        }
-        // What is inside a tunnel is somebody else's.
-        if !matches!(port.spec.vlans, Vlans::Tunnel(_)) {
-            self.check_claim(port, packet)?;
         }
         Ok(())
     }
@@ -443,47 +505,53 @@ impl Switch {
         if !own.is_empty() && !trusted && !own.contains(&claimed) && !is_link_local(claimed) {
             return Err(Reason::ArpSpoofed);
         }
-        self.claims.claim(packet.vlan, claimed, port.number, trusted, self.second())
+        self.claims.claim(packet.vlan, claimed, port.number, trusted, self.second)
     }
 
     /// Finds where an admitted frame goes, and notes it.
     #[inline]
-    pub(super) fn route(&mut self, port: &mut Port, workspace: &mut Workspace, index: usize) {
+    pub(super) fn route(
+        &mut self,
+        port: &mut Port,
+        workspace: &mut Workspace,
+        index: usize,
+        origin: Origin<'_>,
+    ) {
         let Ok(packet) = workspace.burst.packet(index) else { return };
         let (vlan, tagged) = (packet.vlan, packet.tag().is_some());
         let Some(to) = packet.head().first_chunk::<6>() else { return };
-        let way = if to[0] & 1 != 0 { Way::Flood } else { self.find(*to, vlan) };
+        let way = if to[0] & 1 != 0 { Course::Flood } else { self.find(port, *to, vlan) };
         let number = u16::try_from(index).unwrap_or(u16::MAX);
         match way {
-            Way::To(receiver) if receiver == port.number => port.counters.dropped.count(Reason::Returned),
-            Way::To(receiver) => match self.may_go(port, receiver, vlan, tagged) {
+            Course::To(receiver) if receiver == port.number => port.counters.dropped.count(Reason::Returned),
+            Course::To(receiver) => match self.may_go(port, receiver, vlan, tagged) {
                 Ok(()) => note(workspace, receiver, number),
                 Err(reason) => port.counters.dropped.count(reason),
             },
-            Way::Flood => {
-                let now = self.now;
-                if !port.storm.as_mut().is_none_or(|meter| meter.pass(1, now)) {
-                    port.counters.dropped.count(Reason::Storm);
-                    return;
-                }
-                port.counters.flooded = port.counters.flooded.wrapping_add(1);
-                for receiver in 0..self.ports.len() {
-                    let receiver = PortNumber::try_from(receiver).unwrap_or(PortNumber::MAX);
-                    if self.may_go(port, receiver, vlan, tagged).is_ok() {
-                        note(workspace, receiver, number);
-                    }
+            Course::Flood => {
+                if let Err(reason) = self.flood(port, workspace, index, origin) {
+                    port.counters.dropped.count(reason);
                 }
             }
         }
     }
 
+    /// Where an address is, as the table says; most frames go where the one before them went.
     #[inline]
-    fn find(&self, to: [u8; 6], vlan: u16) -> Way {
-        self.table.find(Key::new(to, vlan), self.second()).map_or(Way::Flood, Way::To)
+    fn find(&self, port: &mut Port, to: [u8; 6], vlan: u16) -> Course {
+        let known = Known { key: Key::new(to, vlan), second: self.second, version: self.table.version() };
+        if let Some((last, receiver)) = port.last
+            && last == known
+        {
+            return Course::To(receiver);
+        }
+        let Some(receiver) = self.table.find(known.key, self.second) else { return Course::Flood };
+        port.last = Some((known, receiver));
+        Course::To(receiver)
     }
 
     #[inline]
-    fn may_go(&self, from: &Port, to: PortNumber, vlan: u16, tagged: bool) -> Result<(), Reason> {
+    pub(super) fn may_go(&self, from: &Port, to: PortNumber, vlan: u16, tagged: bool) -> Result<(), Reason> {
         let Some(receiver) = self.port(to) else { return Err(Reason::NoReceiver) };
         if matches!(receiver.link, Link::Nothing) || !receiver.open() {
             return Err(Reason::NoReceiver);
@@ -492,8 +560,9 @@ impl Switch {
             return Err(Reason::Private);
         }
         match receiver.spec.vlans.egress(vlan) {
-            // Who is behind a trunk would take the inner tag for the VLAN.
-            Some(None) if tagged && matches!(receiver.spec.vlans, Vlans::Trunk { .. }) => Err(Reason::Vlan),
+            // Who is behind a trunk would take the inner tag for the VLAN, and a guest one that says only a priority for none: what is
+            // behind it was not looked at.
+            Some(None) if tagged && !matches!(receiver.spec.vlans, Vlans::Tunnel(_)) => Err(Reason::Vlan),
             Some(_) => Ok(()),
             None => Err(Reason::Vlan),
         }
@@ -509,7 +578,8 @@ impl Switch {
             let slot = self.ports.get_mut(usize::from(*number));
             if let Some(mut receiver) = slot.and_then(Option::take) {
                 self.deliver(&mut receiver, workspace, &list, origin);
-                let waits = receiver.buffers() && wait::next_at(&receiver).is_some();
+                let line = receiver.emulator.as_ref().and_then(Emulator::next_at);
+                let waits = !receiver.down.is_empty() || line.is_some();
                 if let Some(slot) = self.ports.get_mut(usize::from(*number)) {
                     *slot = Some(receiver);
                 }
@@ -624,7 +694,9 @@ impl Switch {
     /// For people.
     pub fn inspect(&self) -> serde_json::Value {
         let ports: Vec<_> = self.ports().map(Port::inspect).collect();
-        serde_json::json!({ "ports": ports, "addresses": self.table.count(), "captures": self.captures.len() })
+        let (limits, groups) = self.inspect_groups();
+        serde_json::json!({ "ports": ports, "addresses": self.table.count(), "captures": self.captures.len(),
+            "limits": limits, "groups": groups })
     }
 }
 
@@ -640,8 +712,9 @@ fn is_link_local(address: std::net::IpAddr) -> bool {
     matches!(address, std::net::IpAddr::V6(v6) if v6.is_unicast_link_local())
 }
 
+/// A frame of the burst is for a port.
 #[inline]
-fn note(workspace: &mut Workspace, receiver: PortNumber, index: u16) {
+pub(super) fn note(workspace: &mut Workspace, receiver: PortNumber, index: u16) {
     let Some(list) = workspace.out.get_mut(usize::from(receiver)) else { return };
     if list.is_empty() {
         workspace.touched.push(receiver);

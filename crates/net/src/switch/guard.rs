@@ -152,6 +152,8 @@ struct Claim {
 pub struct Claims {
     list: HashMap<(u16, IpAddr), Claim>,
     counts: HashMap<PortNumber, usize>,
+    /// When claims that are too old were removed last.
+    swept: Option<u32>,
 }
 
 impl Claims {
@@ -165,7 +167,12 @@ impl Claims {
         now: u32,
     ) -> Result<(), Reason> {
         let fresh = Claim { port, fixed: false, seen: now };
-        let count = self.counts.get(&port).copied().unwrap_or(0);
+        if self.count(port) >= CLAIMS_PER_PORT && self.swept != Some(now) {
+            // At most once a second, whatever ports claim.
+            self.swept = Some(now);
+            self.sweep(now);
+        }
+        let count = self.count(port);
         match self.list.get_mut(&(vlan, address)) {
             Some(claim) if claim.port == port => {
                 claim.seen = now;
@@ -209,6 +216,23 @@ impl Claims {
     pub fn forget(&mut self, port: PortNumber) {
         self.list.retain(|_, claim| claim.port != port);
         self.counts.remove(&port);
+    }
+
+    fn count(&self, port: PortNumber) -> usize {
+        self.counts.get(&port).copied().unwrap_or(0)
+    }
+
+    /// Removes claims that nobody has repeated for long.
+    fn sweep(&mut self, now: u32) {
+        let mut list = std::mem::take(&mut self.list);
+        list.retain(|_, claim| {
+            let keep = claim.fixed || now.wrapping_sub(claim.seen) <= CLAIM_SECONDS;
+            if !keep {
+                self.count_down(claim.port);
+            }
+            keep
+        });
+        self.list = list;
     }
 
     fn count_up(&mut self, port: PortNumber) {
@@ -301,7 +325,10 @@ mod test {
         for number in 0..CLAIMS_PER_PORT as u32 {
             let _ = claims.claim(9, IpAddr::V4(number.into()), 9, false, 0);
         }
-        assert_eq!(claims.claim(9, "1.1.1.1".parse().unwrap(), 9, false, 0), Err(Reason::Quota));
+        let other = "1.1.1.1".parse().unwrap();
+        assert_eq!(claims.claim(9, other, 9, false, 0), Err(Reason::Quota));
+        assert_eq!(claims.claim(9, other, 9, false, 300), Err(Reason::Quota));
+        assert_eq!(claims.claim(9, other, 9, false, 301), Ok(()), "those that are too old do not count");
     }
 
     proptest! {

@@ -13,9 +13,11 @@ pub mod capture;
 pub mod control;
 mod emulation;
 mod fill;
+mod flood;
 mod forward;
 mod fuzz;
 mod guard;
+mod limit;
 mod meter;
 mod options;
 mod packet;
@@ -23,18 +25,23 @@ mod port;
 mod queue;
 mod reason;
 pub mod server;
+mod share;
+mod snoop;
 mod table;
 #[cfg(test)]
 mod test;
 mod vlan;
 mod wait;
+mod watchdog;
 
 pub use emulation::Emulation;
 pub use forward::{PORTS_MAX, Switch};
 #[doc(hidden)]
 pub use fuzz::{fuzz_switch, fuzz_vhost};
-pub use options::OPTIONS as PORT_OPTIONS;
-pub use port::{Limit, Link, Mac, Port, PortSpec};
+pub use limit::Limit;
+pub use options::{GROUP_OPTIONS, OPTIONS as PORT_OPTIONS};
+pub use port::{Link, Mac, Port, PortSpec};
 pub use reason::{NAMES as DROP_REASONS, Reason};
+pub use share::{GROUPS_MAX, GroupSpec, ShareSpec, WEIGHT_MAX};
 pub use table::{ADDRESSES_MAX, AGEING_SECONDS, Entry, Key, PortNumber};
 pub use vlan::{VLAN_DEFAULT, VLAN_MAX, VlanSet, Vlans, vlan};

@@ -1,12 +1,15 @@
 //! A port's spec as people write it: `vlan=5,private,down=100M`.
 
 use super::emulation::Emulation;
-use super::port::{Limit, PortSpec};
+use super::limit::Limit;
+use super::port::PortSpec;
+use super::share::{GroupSpec, ShareSpec, WEIGHT_MAX};
 use super::vlan::{VlanSet, Vlans, vlan};
 
 /// All options, for messages and help.
 pub const OPTIONS: &str = "vlan=N, trunk=A-B+C, native=N, tunnel=N, service-tags, priority=P, mac=ADDRESS+..., macs=N, ip=ADDRESS+..., \
-trust, private, bpdu-guard, storm=FRAMES, rate=RATE, up=RATE, down=RATE, burst=BYTES, pps=FRAMES, delay=MS, jitter=MS, loss=PERCENT, \
+trust, private, bpdu-guard, storm=FRAMES, rate=RATE, up=RATE, down=RATE, burst=BYTES, pps=FRAMES, group=NAME, weight=N, min=RATE, \
+min-up=RATE, min-down=RATE, delay=MS, jitter=MS, loss=PERCENT, \
 duplicate=PERCENT, reorder=PERCENT, disabled";
 
 /// `10M`: bits each second, in powers of 1000.
@@ -28,6 +31,10 @@ fn rate(text: &str) -> Result<u64, String> {
         .map(|value| value as u64)
         .ok_or_else(|| format!("{text:?} is no rate: bits each second, such as 500k, 10M or 2.5G"))
 }
+
+/// All options of groups of ports.
+pub const GROUP_OPTIONS: &str =
+    "rate=RATE, up=RATE, down=RATE, burst=BYTES, pps=FRAMES, weight=N, min=RATE, min-up=RATE, min-down=RATE";
 
 /// A number of something, in powers of 1000.
 fn count(text: &str) -> Result<u64, String> {
@@ -86,18 +93,9 @@ impl PortSpec {
             }
             _ => Err(format!("{value:?}: on or off")),
         };
-        let limit = |limit: &mut Option<Limit>| {
-            *limit = if none {
-                None
-            } else {
-                let old = limit.take();
-                let bits_per_second = rate(value)?;
-                let (burst_bytes, frames_per_second) =
-                    old.map_or((None, None), |old| (old.burst_bytes, old.frames_per_second));
-                Some(Limit { bits_per_second, burst_bytes, frames_per_second })
-            };
-            Ok(())
-        };
+        if let Some(result) = limit(&mut self.up, &mut self.down, &mut self.share, name, value) {
+            return Some(result);
+        }
         let Emulation { loss_ppm, duplicate_ppm, reorder_ppm, delay_us, jitter_us } = &mut self.emulation;
         Some(match name {
             "vlan" => vlan(value).map(|vlan| self.vlans = Vlans::Access(vlan)),
@@ -151,24 +149,14 @@ impl PortSpec {
                 Ok(())
             }
             "storm" => count(value).map(|count| self.storm = Some(count)),
-            "rate" => limit(&mut self.up).and_then(|()| limit(&mut self.down)),
-            "up" => limit(&mut self.up),
-            "down" => limit(&mut self.down),
-            "burst" | "pps" => {
-                let limits: Vec<&mut Limit> = self.up.iter_mut().chain(self.down.iter_mut()).collect();
-                if limits.is_empty() {
-                    return Some(Err("of which limit? say rate=, up= or down= first".to_owned()));
-                }
-                count(value).map(|count| {
-                    for limit in limits {
-                        let field = if name == "burst" {
-                            &mut limit.burst_bytes
-                        } else {
-                            &mut limit.frames_per_second
-                        };
-                        *field = Some(count);
-                    }
-                })
+            "group" if none => {
+                self.group = None;
+                Ok(())
+            }
+            "group" if value.is_empty() => Err("which one?".to_owned()),
+            "group" => {
+                self.group = Some(value.to_owned());
+                Ok(())
             }
             "loss" => share(value).map(|share| *loss_ppm = share),
             "duplicate" => share(value).map(|share| *duplicate_ppm = share),
@@ -181,13 +169,82 @@ impl PortSpec {
 
     /// Applies options with commas between them.
     pub fn apply_all(&mut self, text: &str) -> Result<(), String> {
-        for option in text.split(',').filter(|option| !option.is_empty()) {
-            let (name, value) = option.split_once('=').unwrap_or((option, ""));
+        for (name, value) in parts(text) {
             self.apply(name, value)
                 .unwrap_or_else(|| Err(format!("{name:?} is no option of a port; there are {OPTIONS}")))?;
         }
         Ok(())
     }
+}
+
+impl GroupSpec {
+    /// Applies options with commas between them.
+    pub fn apply_all(&mut self, text: &str) -> Result<(), String> {
+        for (name, value) in parts(text) {
+            limit(&mut self.up, &mut self.down, &mut self.share, name, value)
+                .unwrap_or_else(|| {
+                    Err(format!("there is no such option of a group; there are {GROUP_OPTIONS}"))
+                })
+                .map_err(|why| format!("{name}: {why}"))?;
+        }
+        Ok(())
+    }
+}
+
+fn parts(text: &str) -> impl Iterator<Item = (&str, &str)> {
+    let options = text.split(',').filter(|option| !option.is_empty());
+    options.map(|option| option.split_once('=').unwrap_or((option, "")))
+}
+
+/// Applies an option of limits; `None` if it is none.
+fn limit(
+    up: &mut Option<Limit>,
+    down: &mut Option<Limit>,
+    share: &mut ShareSpec,
+    name: &str,
+    value: &str,
+) -> Option<Result<(), String>> {
+    let none = matches!(value, "none" | "off");
+    let set = |limit: &mut Option<Limit>| {
+        *limit = if none {
+            None
+        } else {
+            let bits_per_second = rate(value)?;
+            let (burst_bytes, frames_per_second) =
+                limit.map_or((None, None), |old| (old.burst_bytes, old.frames_per_second));
+            Some(Limit { bits_per_second, burst_bytes, frames_per_second })
+        };
+        Ok(())
+    };
+    let promise = || if none { Ok(None) } else { rate(value).map(Some) };
+    Some(match name {
+        "rate" => set(up).and_then(|()| set(down)),
+        "up" => set(up),
+        "down" => set(down),
+        "burst" | "pps" if up.is_none() && down.is_none() => {
+            Err("of which limit? say rate=, up= or down= first".to_owned())
+        }
+        "burst" => count(value).map(|count| {
+            up.iter_mut().chain(down).for_each(|limit| limit.burst_bytes = Some(count));
+        }),
+        "pps" => count(value).map(|count| {
+            up.iter_mut().chain(down).for_each(|limit| limit.frames_per_second = Some(count));
+        }),
+        "weight" if none => {
+            share.weight = None;
+            Ok(())
+        }
+        "weight" => value
+            .parse()
+            .ok()
+            .filter(|weight| (1..=WEIGHT_MAX).contains(weight))
+            .map(|weight| share.weight = Some(weight))
+            .ok_or_else(|| format!("{value:?}: 1 to {WEIGHT_MAX}")),
+        "min" => promise().map(|bits| (share.min_up, share.min_down) = (bits, bits)),
+        "min-up" => promise().map(|bits| share.min_up = bits),
+        "min-down" => promise().map(|bits| share.min_down = bits),
+        _ => return None,
+    })
 }
 
 #[cfg(test)]
@@ -219,8 +276,28 @@ mod test {
     }
 
     #[test]
+    fn groups_have_limits_too() {
+        let mut group = GroupSpec::default();
+        group.apply_all("up=10M,down=1G,burst=64k,weight=3,min-down=100M").unwrap();
+        assert_eq!(group.up.unwrap().burst_bytes, Some(64_000));
+        assert_eq!(group.share, ShareSpec { weight: Some(3), min_up: None, min_down: Some(100_000_000) });
+        let spec = spec("group=gold,weight=5,min=1M").unwrap();
+        assert_eq!(
+            (spec.group.as_deref(), spec.share.weight, spec.share.min_up),
+            (Some("gold"), Some(5), Some(1_000_000))
+        );
+        group.apply_all("rate=none,weight=off,min=none").unwrap();
+        assert_eq!(group, GroupSpec::default());
+        for bad in ["weight=0", "weight=1001", "vlan=5", "min=x", "burst=1k"] {
+            assert!(GroupSpec::default().apply_all(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
     fn what_makes_no_sense_is_refused() {
         for bad in [
+            "group=",
+            "weight=-1",
             "vlan=0",
             "vlan=4095",
             "native=5",

@@ -1,10 +1,12 @@
 //! A port: what it is allowed, what is connected to it, and what has gone through it.
 
 use super::emulation::{Emulation, Emulator};
+use super::limit::{Limit, Limiter};
 use super::meter::Meter;
 use super::queue::{FairQueue, Room, Waiting};
 use super::reason::{Drops, Reason};
-use super::table::PortNumber;
+use super::share::{ShareSpec, Turn};
+use super::table::{Key, PortNumber};
 use super::vlan::Vlans;
 use crate::tap::Tap;
 use crate::vhost::Backend;
@@ -18,11 +20,6 @@ const MACS_DEFAULT: usize = 16;
 const STORM_DEFAULT: u64 = 20_000;
 /// What may wait for a port.
 const ROOM: Room = Room { bytes: 4 << 20, frames: 4096 };
-/// What a limit lets through at once, if it does not say: this long at its rate, and at least one large segment.
-const BURST_MICROSECONDS: u64 = 1000;
-const BURST_BYTES_MIN: u64 = 3028;
-/// Below this rate large segments are cut, so that no other frame waits long for one.
-const CUT_BELOW_BITS: u64 = 1_000_000_000;
 
 /// An Ethernet address as people write it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -60,20 +57,6 @@ impl<'de> Deserialize<'de> for Mac {
     }
 }
 
-/// A limit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Limit {
-    /// Bits each second.
-    pub bits_per_second: u64,
-    /// Bytes at once.
-    #[serde(default)]
-    pub burst_bytes: Option<u64>,
-    /// Frames each second; large segments count as what they are cut into.
-    #[serde(default)]
-    pub frames_per_second: Option<u64>,
-}
-
 /// What a port is allowed.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -100,6 +83,10 @@ pub struct PortSpec {
     pub up: Option<Limit>,
     /// Limit of what it gets.
     pub down: Option<Limit>,
+    /// The group whose limits it shares, beside those of the switch,
+    pub group: Option<String>,
+    /// and what it has of them.
+    pub share: ShareSpec,
     /// How bad its line is.
     pub emulation: Emulation,
     /// It carries nothing.
@@ -117,9 +104,12 @@ impl PortSpec {
 /// A limit at work, with what waits for it.
 #[derive(Debug)]
 pub struct Shaper {
-    bytes: Option<Meter>,
-    frames: Option<Meter>,
-    cut: bool,
+    limit: Limiter,
+    /// It shares limits with others; and whether those cut large segments.
+    shared: bool,
+    shared_cuts: bool,
+    /// How far it was served beside them.
+    pub turn: Turn,
     /// What waits.
     pub queue: FairQueue,
     /// Taken from the queue, and not yet gone.
@@ -131,9 +121,10 @@ pub struct Shaper {
 impl Shaper {
     fn new() -> Self {
         Self {
-            bytes: None,
-            frames: None,
-            cut: false,
+            limit: Limiter::default(),
+            shared: false,
+            shared_cuts: false,
+            turn: Turn::default(),
             queue: FairQueue::new(ROOM),
             held: None,
             counted: (0, 0),
@@ -141,30 +132,30 @@ impl Shaper {
     }
 
     /// Changes the limit; what waits goes on waiting.
-    fn set(&mut self, limit: Option<Limit>, now: u64) {
-        let meter = |old: Option<Meter>, rate: u64, burst: u64| {
-            Some(old.map_or_else(|| Meter::new(rate, burst), |meter| meter.changed(rate, burst, now)))
-        };
-        self.cut = limit.is_some_and(|limit| limit.bits_per_second < CUT_BELOW_BITS);
-        self.bytes = limit.and_then(|limit| {
-            let rate = (limit.bits_per_second / 8).max(1);
-            let short = (rate / 1_000_000).saturating_mul(BURST_MICROSECONDS).max(BURST_BYTES_MIN);
-            meter(self.bytes, rate, limit.burst_bytes.unwrap_or(short))
-        });
-        self.frames = limit
-            .and_then(|limit| limit.frames_per_second)
-            .and_then(|rate| meter(self.frames, rate, (rate / 1000).max(1)));
+    fn set(&mut self, limit: Option<Limit>, weight: Option<u32>, min: Option<u64>, now: u64) {
+        self.limit.set(limit, now);
+        self.turn.set(weight, min, now);
+    }
+
+    /// Says whether there are limits that it shares, and whether those cut large segments.
+    pub fn share(&mut self, shared: bool, cuts: bool) {
+        (self.shared, self.shared_cuts) = (shared, cuts);
+    }
+
+    /// Whether it shares limits.
+    pub fn shared(&self) -> bool {
+        self.shared
     }
 
     /// Whether there is a limit.
     #[inline]
     pub fn limited(&self) -> bool {
-        self.bytes.is_some() || self.frames.is_some()
+        self.shared || self.limit.limited()
     }
 
     /// Whether large segments are to be cut.
     pub fn cuts(&self) -> bool {
-        self.cut
+        self.shared_cuts || self.limit.cuts()
     }
 
     /// Counts what the queue has lost since it was asked last.
@@ -186,20 +177,14 @@ impl Shaper {
         self.held.is_none() && self.queue.is_empty()
     }
 
-    /// When the limit lets something through: a moment, maybe past.
+    /// When its own limit lets something through: a moment, maybe past.
     pub fn ready_at(&self) -> u64 {
-        let at = |meter: &Option<Meter>| meter.as_ref().map_or(0, Meter::ready_at);
-        at(&self.bytes).max(at(&self.frames))
+        self.limit.ready_at()
     }
 
     /// Something was let through.
     pub fn charge(&mut self, bytes: usize, frames: u64, now: u64) {
-        if let Some(meter) = &mut self.bytes {
-            meter.charge(bytes as u64, now);
-        }
-        if let Some(meter) = &mut self.frames {
-            meter.charge(frames, now);
-        }
+        self.limit.charge(bytes, frames, now);
     }
 }
 
@@ -233,6 +218,17 @@ pub struct Counters {
     pub dropped_out: Drops,
 }
 
+/// An address that the table knew, and when: believed within the same second and version of the table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Known {
+    /// The address.
+    pub key: Key,
+    /// The second.
+    pub second: u32,
+    /// The table's version.
+    pub version: u64,
+}
+
 /// A port.
 #[derive(Debug)]
 pub struct Port {
@@ -248,8 +244,14 @@ pub struct Port {
     pub counters: Counters,
     /// Why it was turned off, beside its spec.
     pub blocked: Option<&'static str>,
+    /// Its group's place.
+    pub group: Option<usize>,
     /// Addresses learnt behind it.
     pub learnt: usize,
+    /// The last address that was found to be behind it,
+    pub known: Option<Known>,
+    /// and the last that it has sent to, with the port that is on.
+    pub last: Option<(Known, PortNumber)>,
     /// Against floods.
     pub storm: Option<Meter>,
     /// What it sends.
@@ -278,7 +280,10 @@ impl Port {
             link: Link::Nothing,
             counters: Counters::default(),
             blocked: None,
+            group: None,
             learnt: 0,
+            known: None,
+            last: None,
             storm: None,
             up: Shaper::new(),
             down: Shaper::new(),
@@ -300,9 +305,12 @@ impl Port {
             Some(meter) => meter.changed(rate, (rate / 10).max(1), now),
             None => Meter::new(rate, (rate / 10).max(1)),
         });
-        self.up.set(spec.up, now);
-        self.down.set(spec.down, now);
-        self.emulator = (spec.emulation != Emulation::default()).then(|| Emulator::new(spec.emulation));
+        let ShareSpec { weight, min_up, min_down } = spec.share;
+        self.up.set(spec.up, weight, min_up, now);
+        self.down.set(spec.down, weight, min_down, now);
+        if spec.emulation != self.spec.emulation {
+            self.emulator = (spec.emulation != Emulation::default()).then(|| Emulator::new(spec.emulation));
+        }
         self.blocked = None;
         self.spec = spec;
     }

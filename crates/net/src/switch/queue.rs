@@ -11,6 +11,8 @@ const QUANTUM: i64 = 1514;
 /// How long a frame may wait without reason for concern, and how long that must last (RFC 8289, 4.2), in nanoseconds.
 const TARGET: u64 = 5_000_000;
 const INTERVAL: u64 = 100_000_000;
+/// Frames that the longest flow loses at most when there is no room.
+const DROPS_AT_ONCE: usize = 16;
 
 /// A frame that waits.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -148,12 +150,28 @@ impl FairQueue {
             self.fresh.push_back(number);
         }
         while self.bytes > self.room.bytes || self.frames > self.room.frames {
-            let Some(fat) = self.flows.iter_mut().max_by_key(|flow| flow.bytes) else { return };
-            let Some(lost) = fat.pop() else { return };
-            self.bytes = self.bytes.saturating_sub(lost.bytes.len());
-            self.frames = self.frames.saturating_sub(1);
-            self.full = self.full.wrapping_add(1);
+            if !self.shorten() {
+                return;
+            }
         }
+    }
+
+    /// The longest flow loses up to half of what it has. Looking for it takes longer than dropping a frame, so that several are dropped at
+    /// once (RFC 8290, 4.1.2: a batch against floods).
+    fn shorten(&mut self) -> bool {
+        let Some(fat) = self.flows.iter_mut().max_by_key(|flow| flow.bytes) else { return false };
+        let half = fat.bytes / 2;
+        let mut lost = 0usize;
+        while let Some(frame) = fat.pop() {
+            lost = lost.saturating_add(1);
+            self.bytes = self.bytes.saturating_sub(frame.bytes.len());
+            if fat.bytes <= half || lost >= DROPS_AT_ONCE {
+                break;
+            }
+        }
+        self.frames = self.frames.saturating_sub(lost);
+        self.full = self.full.wrapping_add(lost as u64);
+        lost > 0
     }
 
     /// Takes the next frame, dropping those that are late.

@@ -8,8 +8,9 @@ use super::control::{LINE_MAX, PortKind, Reply, Request};
 use super::forward::Switch;
 use super::port::{Link, PortSpec};
 use super::table::PortNumber;
+use super::watchdog::Watchdog;
 use crate::tap::Tap;
-use crate::vhost::Backend;
+use crate::vhost::{Backend, RingError};
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::io::Errno;
 use rustix::time::Timespec;
@@ -19,13 +20,14 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Questions at a time.
 const CONNECTIONS_MAX: usize = 256;
 /// Turns between looks at what the kernel has to say, while there is work.
 const TURNS_MAX: u32 = 64;
-/// The longest name of a port.
+/// The longest name of a port, or a group.
 const NAME_MAX: usize = 64;
 
 /// What a switch is.
@@ -99,8 +101,33 @@ impl Token {
 struct Connection {
     stream: UnixStream,
     line: Vec<u8>,
-    /// Its capture's place, once it has one.
+    /// What it has not taken yet, from byte `taken` on. Until it has, nothing else is heard from it.
+    out: Vec<u8>,
+    taken: usize,
+    /// It gets a capture.
     captures: bool,
+}
+
+impl Connection {
+    fn new(stream: UnixStream) -> Self {
+        Self { stream, line: Vec::new(), out: Vec::new(), taken: 0, captures: false }
+    }
+
+    /// Sends as much as it takes now; answers whether it has taken all.
+    fn flush(&mut self) -> io::Result<bool> {
+        while let Some(rest) = self.out.get(self.taken..).filter(|rest| !rest.is_empty()) {
+            match self.stream.write(rest) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => self.taken = self.taken.saturating_add(count),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        self.out.clear();
+        self.taken = 0;
+        Ok(true)
+    }
 }
 
 /// What the process knows of a port.
@@ -110,7 +137,9 @@ struct Place {
     /// It goes with its connection.
     temporary: bool,
     /// Events that are waited for, with the versions of the rings that they are of.
-    kicks: HashMap<usize, (u32, OwnedFd)>,
+    kicks: HashMap<usize, (u32, Arc<OwnedFd>)>,
+    /// Who was here has made the switch wait: nobody is let in before the port is set again.
+    banned: bool,
 }
 
 /// The process.
@@ -127,6 +156,8 @@ pub struct Server {
     next_connection: u32,
     began: Instant,
     epoch: u64,
+    /// Somebody could not be let in for want of files.
+    accept_again: bool,
     stopping: bool,
     notes: Vec<String>,
 }
@@ -142,12 +173,24 @@ fn listen(path: &Path) -> Result<UnixListener, Error> {
     Ok(listener)
 }
 
+fn check_name(what: &str, name: &str) -> Result<(), String> {
+    let sound = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    if name.is_empty() || name.len() > NAME_MAX || !name.chars().all(sound) || name.starts_with('.') {
+        return Err(format!(
+            "{name:?} is no name of a {what}: up to {NAME_MAX} letters, digits, '-', '_' and '.'"
+        ));
+    }
+    Ok(())
+}
+
 impl Server {
     /// Listens; nothing is served before [`Self::run`].
     pub fn new(config: Config) -> Result<Self, Error> {
+        // Each guest is half a dozen files.
+        crate::sys::raise_files_max();
         let listener = listen(&config.control)?;
         let poll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|error| Error::Events(error.into()))?;
-        epoll::add(&poll, &listener, Token::Control.encode(), EventFlags::IN)
+        epoll::add(&poll, &listener, Token::Control.encode(), EventFlags::IN | EventFlags::ET)
             .map_err(|error| Error::Events(error.into()))?;
         let epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Ok(Self {
@@ -161,6 +204,7 @@ impl Server {
             next_connection: 0,
             began: Instant::now(),
             epoch: u64::try_from(epoch.as_nanos()).unwrap_or(0),
+            accept_again: false,
             stopping: false,
             notes: Vec::new(),
         })
@@ -175,7 +219,9 @@ impl Server {
         let spin = u64::try_from(self.config.spin.as_nanos()).unwrap_or(u64::MAX);
         let mut events = Vec::with_capacity(256);
         let mut turns = 0u32;
+        let mut watchdog = Watchdog::new().map_err(Error::Events)?;
         while !self.stopping {
+            watchdog.turn();
             let now = self.clock();
             self.switch.turn(now, spin);
             if !self.switch.broken.is_empty() {
@@ -197,15 +243,22 @@ impl Server {
                 tv_nsec: i64::try_from(wait % 1_000_000_000).unwrap_or(0),
             });
             events.clear();
+            watchdog.sleep();
             match epoll::wait(&self.poll, rustix::buffer::spare_capacity(&mut events), wait.as_ref()) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(error) => return Err(Error::Events(error.into())),
             }
+            watchdog.turn();
             for event in &events {
                 let epoll::Event { data, flags } = *event;
                 if let Some(token) = Token::decode(data) {
                     self.event(token, flags);
                 }
+            }
+            if std::mem::take(&mut self.accept_again) {
+                self.accept();
+                let ports: Vec<PortNumber> = self.places.keys().copied().collect();
+                ports.into_iter().for_each(|port| self.front_end(port));
             }
         }
         self.notes.drain(..).for_each(|line| note(&line));
@@ -215,8 +268,21 @@ impl Server {
     fn note_broken(&mut self) {
         for (number, why) in std::mem::take(&mut self.switch.broken) {
             let name = self.switch.port(number).map_or("", |port| port.name.as_str());
-            self.notes.push(format!("port {name}: {why}; its driver has to start again"));
+            let note = format!("port {name}: {why}; its driver has to start again");
+            if why == RingError::Call {
+                self.ban(number);
+            } else {
+                self.notes.push(note);
+            }
         }
+    }
+
+    /// A front end has made the switch wait, which it does to all: it goes, and nobody comes in its place before the port is set again.
+    fn ban(&mut self, number: PortNumber) {
+        if let Some(place) = self.places.get_mut(&number) {
+            place.banned = true;
+        }
+        self.disconnect(number, "its event counter makes others wait");
     }
 
     fn event(&mut self, token: Token, flags: EventFlags) {
@@ -230,7 +296,11 @@ impl Server {
     }
 
     fn accept(&mut self) {
-        while let Ok((stream, _)) = self.listener.accept() {
+        loop {
+            let stream = match self.listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(error) => return self.refused(&error),
+            };
             let number = self.next_connection;
             self.next_connection = number.wrapping_add(1);
             if self.connections.len() >= CONNECTIONS_MAX || stream.set_nonblocking(true).is_err() {
@@ -238,14 +308,25 @@ impl Server {
             }
             let token = Token::Connection(number).encode();
             if epoll::add(&self.poll, &stream, token, EventFlags::IN | EventFlags::RDHUP).is_ok() {
-                self.connections.insert(number, Connection { stream, line: Vec::new(), captures: false });
+                self.connections.insert(number, Connection::new(stream));
             }
         }
+    }
+
+    /// Nobody was let in. Where files are wanting it is tried again when something else has happened.
+    fn refused(&mut self, error: &io::Error) {
+        let wanting = [Errno::MFILE, Errno::NFILE].map(|errno| Some(errno.raw_os_error()));
+        self.accept_again |= wanting.contains(&error.raw_os_error());
     }
 
     /// Reads a question, and answers it when it is whole.
     fn question(&mut self, number: u32, flags: EventFlags) {
         let Some(connection) = self.connections.get_mut(&number) else { return };
+        if !connection.out.is_empty() {
+            return if self.flush(number).is_none() {
+                self.close(number)
+            };
+        }
         let mut bytes = [0; 4096];
         // What follows the line belongs to the port's front end, so it is looked at before it is taken.
         let peeked = rustix::net::recv(
@@ -307,14 +388,17 @@ impl Server {
 
     fn reply(&mut self, number: u32, reply: &Reply) -> Option<()> {
         let connection = self.connections.get_mut(&number)?;
-        let mut line = serde_json::to_vec(reply).ok()?;
-        line.push(b'\n');
-        // Long answers do not fit into the socket at once: who asks waits for them, and is waited for, but not for ever.
-        connection.stream.set_nonblocking(false).ok()?;
-        connection.stream.set_write_timeout(Some(Duration::from_millis(200))).ok()?;
-        let written = connection.stream.write_all(&line);
-        connection.stream.set_nonblocking(true).ok()?;
-        written.ok()
+        serde_json::to_writer(&mut connection.out, reply).ok()?;
+        connection.out.push(b'\n');
+        self.flush(number)
+    }
+
+    /// Sends what somebody waits for as far as it is taken now, and listens to him again when all of it was.
+    fn flush(&mut self, number: u32) -> Option<()> {
+        let connection = self.connections.get_mut(&number)?;
+        let done = connection.flush().ok()?;
+        let flags = if done { EventFlags::IN | EventFlags::RDHUP } else { EventFlags::OUT };
+        epoll::modify(&self.poll, &connection.stream, Token::Connection(number).encode(), flags).ok()
     }
 
     fn perform(&mut self, connection: u32, request: Request) -> Result<Option<Value>, String> {
@@ -330,12 +414,16 @@ impl Server {
                 Ok(Some(tree))
             }
             Request::Addresses => Ok(Some(self.addresses())),
+            Request::Multicast => Ok(Some(self.switch.inspect_multicast())),
             Request::AddPort { name, spec, kind } => self.add(&name, spec, kind).map(Some),
             Request::Attach { name, spec } => self.attach(connection, &name, spec).map(|()| None),
             Request::SetPort { name, spec } => {
                 let port = self.find(&name)?;
-                self.check_macs(&name, &spec)?;
+                self.check(&name, &spec)?;
                 self.switch.set(port, spec);
+                if let Some(place) = self.places.get_mut(&port) {
+                    place.banned = false;
+                }
                 Ok(Some(Value::Null))
             }
             Request::RemovePort { name } => {
@@ -343,6 +431,13 @@ impl Server {
                 self.remove(port);
                 Ok(Some(Value::Null))
             }
+            Request::SetGroup { name, spec } => {
+                if let Some(name) = &name {
+                    check_name("group", name)?;
+                }
+                self.switch.set_group(name.as_deref(), spec).map(|()| Some(Value::Null))
+            }
+            Request::RemoveGroup { name } => self.switch.remove_group(&name).map(|()| Some(Value::Null)),
             Request::Capture { ports, snap } => self.capture(connection, &ports, snap).map(|()| None),
             Request::Stop => {
                 self.stopping = true;
@@ -365,8 +460,14 @@ impl Server {
         found.map(|port| port.number).ok_or_else(|| format!("there is no port {name}"))
     }
 
-    /// An address belongs to one port of a VLAN.
-    fn check_macs(&self, name: &str, spec: &PortSpec) -> Result<(), String> {
+    /// Whether a port may be so. An address belongs to one port of a VLAN.
+    fn check(&self, name: &str, spec: &PortSpec) -> Result<(), String> {
+        if spec.priority > 7 {
+            return Err(format!("priority {}: 0 to 7", spec.priority));
+        }
+        if let Some(group) = spec.group.as_deref().filter(|group| self.switch.group(Some(group)).is_none()) {
+            return Err(format!("there is no group {group}: `yado switch limit` makes it"));
+        }
         let others = self.switch.ports().filter(|port| port.name != name && port.spec.vlans == spec.vlans);
         for port in others {
             if let Some(mac) = spec.macs.iter().find(|mac| port.spec.macs.contains(mac)) {
@@ -377,19 +478,11 @@ impl Server {
     }
 
     fn new_port(&mut self, name: &str, spec: PortSpec) -> Result<PortNumber, String> {
-        let sound = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-        if name.is_empty() || name.len() > NAME_MAX || !name.chars().all(sound) || name.starts_with('.') {
-            return Err(format!(
-                "{name:?} is no name of a port: up to {NAME_MAX} letters, digits, '-', '_' and '.'"
-            ));
-        }
+        check_name("port", name)?;
         if self.find(name).is_ok() {
             return Err(format!("there is a port {name} already"));
         }
-        self.check_macs(name, &spec)?;
-        if spec.priority > 7 {
-            return Err(format!("priority {}: 0 to 7", spec.priority));
-        }
+        self.check(name, &spec)?;
         self.switch.add(name, spec).ok_or_else(|| format!("all {} ports are taken", super::PORTS_MAX))
     }
 
@@ -412,7 +505,8 @@ impl Server {
                 let port = self.new_port(name, spec)?;
                 let path = self.config.ports.join(format!("{name}.sock"));
                 match listen(&path).map_err(|error| error.to_string()).and_then(|listener| {
-                    epoll::add(&self.poll, &listener, Token::Listener(port).encode(), EventFlags::IN)
+                    let flags = EventFlags::IN | EventFlags::ET;
+                    epoll::add(&self.poll, &listener, Token::Listener(port).encode(), flags)
                         .map_err(|error| error.to_string())?;
                     Ok(listener)
                 }) {
@@ -435,7 +529,10 @@ impl Server {
     fn attach(&mut self, number: u32, name: &str, spec: PortSpec) -> Result<(), String> {
         let port = self.new_port(name, spec)?;
         self.places.insert(port, Place { temporary: true, ..Place::default() });
-        if self.reply(number, &Reply::Ok(Value::Null)).is_none() {
+        let told = self.reply(number, &Reply::Ok(Value::Null));
+        // What follows the answer is not ours to send.
+        if told.is_none() || self.connections.get(&number).is_none_or(|connection| !connection.out.is_empty())
+        {
             self.remove(port);
             self.close(number);
             return Ok(());
@@ -459,14 +556,18 @@ impl Server {
     }
 
     fn front_end(&mut self, number: PortNumber) {
-        let Some((listener, _)) = self.places.get(&number).and_then(|place| place.listener.as_ref()) else {
-            return;
-        };
-        let Ok((stream, _)) = listener.accept() else { return };
-        let free = self.switch.port(number).is_some_and(|port| matches!(port.link, Link::Nothing));
-        // One at a time: who comes second is sent away.
-        if free && stream.set_nonblocking(true).is_ok() {
-            self.connect(number, stream);
+        loop {
+            let Some(place) = self.places.get(&number) else { return };
+            let (Some((listener, _)), banned) = (&place.listener, place.banned) else { return };
+            let stream = match listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(error) => return self.refused(&error),
+            };
+            let free = self.switch.port(number).is_some_and(|port| matches!(port.link, Link::Nothing));
+            // One at a time: who comes second is sent away.
+            if free && !banned && stream.set_nonblocking(true).is_ok() {
+                self.connect(number, stream);
+            }
         }
     }
 
@@ -479,21 +580,28 @@ impl Server {
         match backend.serve() {
             Ok(_) if lost => self.disconnect(number, "its memory was taken away"),
             Ok(change) => {
-                if change.rings {
-                    self.watch_rings(number);
+                if change.rings
+                    && let Err(why) = self.watch_rings(number)
+                {
+                    let why = format!("its events cannot be waited for ({why})");
+                    return self.disconnect(number, &why);
+                }
+                if let Some(address) = change.announce {
+                    self.switch.announce(number, address);
                 }
                 self.switch.waken(number);
             }
             Err(crate::vhost::Error::Closed) => self.disconnect(number, ""),
+            Err(crate::vhost::Error::Waits) => self.ban(number),
             Err(error) => self.disconnect(number, &error.to_string()),
         }
     }
 
     /// Waits for the events of the rings as they are now.
-    fn watch_rings(&mut self, number: PortNumber) {
-        let Some(place) = self.places.get_mut(&number) else { return };
+    fn watch_rings(&mut self, number: PortNumber) -> io::Result<()> {
+        let Some(place) = self.places.get_mut(&number) else { return Ok(()) };
         let Some(Link::Guest(backend)) = self.switch.port_mut(number).map(|port| &mut port.link) else {
-            return;
+            return Ok(());
         };
         let (_, queues) = backend.parts();
         for (index, queue) in queues.iter_mut().enumerate() {
@@ -509,14 +617,12 @@ impl Server {
             if let Some((_, old)) = place.kicks.remove(&index) {
                 let _ = epoll::delete(&self.poll, &old);
             }
-            let Some(Ok(kick)) = queue.kick().map(|kick| kick.try_clone_to_owned()) else { continue };
+            let Some(kick) = queue.kick() else { continue };
             // Edges: each write to the event counts, and nobody has to read it.
-            if epoll::add(&self.poll, &kick, Token::Kick(number).encode(), EventFlags::IN | EventFlags::ET)
-                .is_ok()
-            {
-                place.kicks.insert(index, (version, kick));
-            }
+            epoll::add(&self.poll, &kick, Token::Kick(number).encode(), EventFlags::IN | EventFlags::ET)?;
+            place.kicks.insert(index, (version, kick));
         }
+        Ok(())
     }
 
     fn disconnect(&mut self, number: PortNumber, why: &str) {
@@ -583,29 +689,21 @@ impl Server {
         Ok(())
     }
 
-    /// Gives those who capture what there is, as far as they take it.
+    /// Gives those who capture what there is, if they have taken what there was.
     fn feed_captures(&mut self) {
-        let mut gone = Vec::new();
+        let mut fed = Vec::new();
         for (capture, reader) in self.switch.captures().iter_mut().zip(&self.readers) {
             let Some(connection) = self.connections.get_mut(reader) else { continue };
-            while !capture.file().bytes().is_empty() {
-                match connection.stream.write(capture.file().bytes()) {
-                    Ok(count) => capture.file().taken(count),
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                        // The rest goes when there is room again.
-                        let token = Token::Connection(*reader).encode();
-                        let flags = EventFlags::IN | EventFlags::RDHUP | EventFlags::OUT | EventFlags::ET;
-                        let _ = epoll::modify(&self.poll, &connection.stream, token, flags);
-                        break;
-                    }
-                    Err(_) => {
-                        gone.push(*reader);
-                        break;
-                    }
-                }
+            if connection.out.is_empty() && !capture.file().bytes().is_empty() {
+                capture.file().take(&mut connection.out);
+                fed.push(*reader);
             }
         }
-        gone.into_iter().for_each(|number| self.close(number));
+        for number in fed {
+            if self.flush(number).is_none() {
+                self.close(number);
+            }
+        }
     }
 }
 

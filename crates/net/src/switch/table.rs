@@ -85,6 +85,7 @@ pub struct Table {
     count_max: usize,
     ageing: u32,
     random: u64,
+    version: u64,
 }
 
 impl Table {
@@ -92,7 +93,14 @@ impl Table {
     pub fn new(count_max: usize, ageing_seconds: u32) -> Self {
         let random = RandomState::new().hash_one(0u8);
         let buckets = vec![Bucket([EMPTY; WAYS]); BUCKETS_MIN];
-        Self { buckets, count: 0, count_max: count_max.max(1), ageing: ageing_seconds, random }
+        Self { buckets, count: 0, count_max: count_max.max(1), ageing: ageing_seconds, random, version: 0 }
+    }
+
+    /// Another number whenever an address has come, moved or gone otherwise than by age. Who remembers what he found may go on believing it
+    /// within the same second and version.
+    #[inline]
+    pub fn version(&self) -> u64 {
+        self.version
     }
 
     /// Number of entries, those among them that are too old.
@@ -158,7 +166,7 @@ impl Table {
         lost: &mut Vec<PortNumber>,
     ) -> Learnt {
         if let Some(at) = self.position(key) {
-            let ageing = self.ageing;
+            let (ageing, version) = (self.ageing, self.version.wrapping_add(1));
             let Some(entry) = self.entry_mut(at) else { return Learnt::Full };
             if entry.port == port {
                 // Written only once a second, so that the line stays shared with nobody and clean.
@@ -176,6 +184,7 @@ impl Table {
             let before = entry.port;
             let old = now.wrapping_sub(entry.seen) > ageing;
             *entry = Entry { key, port, fixed: false, used: true, seen: now };
+            self.version = version;
             if old {
                 lost.push(before);
                 return Learnt::New;
@@ -191,6 +200,7 @@ impl Table {
     /// Makes an address a port's for good.
     pub fn fix(&mut self, key: Key, port: PortNumber, now: u32, lost: &mut Vec<PortNumber>) -> Learnt {
         let entry = Entry { key, port, fixed: true, used: true, seen: now };
+        self.version = self.version.wrapping_add(1);
         match self.position(key).and_then(|at| self.entry_mut(at)) {
             Some(other) if other.fixed && other.port != port => Learnt::Fixed(other.port),
             Some(other) => {
@@ -203,6 +213,7 @@ impl Table {
 
     #[cold]
     fn add(&mut self, entry: Entry, now: u32, lost: &mut Vec<PortNumber>) -> Learnt {
+        self.version = self.version.wrapping_add(1);
         // Half full, with four ways and two choices: practically every address finds a place.
         let room = self.buckets.len().saturating_mul(WAYS);
         if self.count >= room / 2 && self.count < self.count_max {
@@ -272,13 +283,14 @@ impl Table {
     }
 
     /// Removes what is too old.
-    fn expire(&mut self, now: u32, lost: &mut Vec<PortNumber>) {
+    pub fn expire(&mut self, now: u32, lost: &mut Vec<PortNumber>) {
         let ageing = self.ageing;
         self.retain(|entry| entry.fixed || now.wrapping_sub(entry.seen) <= ageing, lost);
     }
 
     /// Keeps some entries; the ports of the others are in `lost`.
     pub fn retain(&mut self, mut keep: impl FnMut(&Entry) -> bool, lost: &mut Vec<PortNumber>) {
+        self.version = self.version.wrapping_add(1);
         for slot in self.buckets.iter_mut().flat_map(|bucket| &mut bucket.0) {
             if slot.used && !keep(slot) {
                 lost.push(slot.port);

@@ -6,6 +6,7 @@ use super::packet::{BURST, Origin, Packet, Rest};
 use super::port::{Link, Port, Shaper};
 use super::queue::Waiting;
 use super::reason::Reason;
+use super::share::Way;
 use super::table::PortNumber;
 use crate::offload::{Checksum, Offload};
 use crate::{FRAME_MAX, segment};
@@ -59,10 +60,17 @@ impl Switch {
 
     /// Lets go what waits, as far as it may.
     pub(super) fn drain_all(&mut self) {
+        self.serve_shared(Way::Up);
+        self.serve_shared(Way::Down);
         let mut index = 0;
         while let Some(number) = self.pending.get(index).copied() {
-            self.release(number);
-            self.drain(number);
+            let shared = self.port(number).map(|port| (port.up.shared(), port.down.shared()));
+            let (up, down) = shared.unwrap_or_default();
+            if !up {
+                self.release(number, BURST);
+            }
+            // What comes off a bad line is taken in any case.
+            self.drain(number, if down { 0 } else { BURST });
             let Some(port) = self.port_mut(number) else {
                 self.pending.swap_remove(index);
                 continue;
@@ -79,21 +87,25 @@ impl Switch {
         }
     }
 
-    /// What a port sent, and its limit lets go now.
-    fn release(&mut self, number: PortNumber) {
-        for _ in 0..BURST {
+    /// Up to `most` frames that a port sent, and its limit lets go now; answers whether there may be more.
+    pub(super) fn release(&mut self, number: PortNumber, most: usize) -> bool {
+        for _ in 0..most {
             let now = self.now;
             let Some(mut port) = self.ports.get_mut(usize::from(number)).and_then(Option::take) else {
-                return;
+                return false;
             };
             let ready = !port.up.is_empty() && port.up.ready_at() <= now;
             let frame = if ready { port.up.queue.pop(now) } else { None };
             if let Some(frame) = &frame
                 && let Some(mut workspace) = self.workspace.take()
             {
-                port.up.charge(frame.bytes.len(), segments_of(frame), now);
+                let (len, segments) = (frame.bytes.len(), segments_of(frame));
+                port.up.charge(len, segments, now);
+                if port.up.shared() {
+                    self.shares.charge(&mut port, Way::Up, len, segments, now);
+                }
                 workspace.burst.one(frame.offload, &frame.bytes, frame.vlan, frame.priority);
-                self.route(&mut port, &mut workspace, 0);
+                self.route(&mut port, &mut workspace, 0, Origin::Frame(&frame.bytes));
                 self.deliver_all(&mut workspace, Origin::Frame(&frame.bytes));
                 self.workspace = Some(workspace);
             }
@@ -102,18 +114,19 @@ impl Switch {
                 *slot = Some(port);
             }
             if frame.is_none() {
-                return;
+                return false;
             }
         }
+        true
     }
 
-    /// What waits for a port goes to it, as far as its limit and its buffers let it.
-    fn drain(&mut self, number: PortNumber) {
+    /// Up to `most` frames that wait for a port go to it, as far as its limit and its buffers let them; answers whether there may be more.
+    pub(super) fn drain(&mut self, number: PortNumber, most: usize) -> bool {
         let now = self.now;
-        let Some(mut workspace) = self.workspace.take() else { return };
+        let Some(mut workspace) = self.workspace.take() else { return false };
         let Some(mut port) = self.ports.get_mut(usize::from(number)).and_then(Option::take) else {
             self.workspace = Some(workspace);
-            return;
+            return false;
         };
         while let Some(frame) = port.emulator.as_mut().and_then(|emulator| emulator.pop(now)) {
             let takes = takes(&port);
@@ -121,7 +134,7 @@ impl Switch {
             prepare(&mut port.down, frame, &takes, &mut workspace.scratch);
         }
         let mut sent = 0;
-        while sent < BURST && port.down.ready_at() <= now {
+        while sent < most && port.down.ready_at() <= now {
             let Some(frame) = port.down.held.take().or_else(|| port.down.queue.pop(now)) else { break };
             sent = sent.saturating_add(1);
             workspace.burst.one(frame.offload, &frame.bytes, frame.vlan, frame.priority);
@@ -130,7 +143,13 @@ impl Switch {
                     port.down.held = Some(frame);
                     break;
                 }
-                Ok(_) => port.down.charge(frame.bytes.len(), segments_of(&frame), now),
+                Ok(_) => {
+                    let (len, segments) = (frame.bytes.len(), segments_of(&frame));
+                    port.down.charge(len, segments, now);
+                    if port.down.shared() {
+                        self.shares.charge(&mut port, Way::Down, len, segments, now);
+                    }
+                }
                 Err(why) => self.broken.push((number, why)),
             }
         }
@@ -141,12 +160,14 @@ impl Switch {
         port.down.count_losses(&mut port.counters.dropped_out);
         self.workspace = Some(workspace);
         let starved = port.down.held.is_some();
+        let more = sent == most && !starved;
         if let Some(slot) = self.ports.get_mut(usize::from(number)) {
             *slot = Some(port);
         }
         if starved && self.listen_for_buffers(number) {
             self.waken(number);
         }
+        more
     }
 
     /// Asks a driver to say when it has buffers; answers whether it has more already.
@@ -166,17 +187,18 @@ impl Switch {
     /// When something that waits may go on.
     pub fn next_at(&self) -> Option<u64> {
         let waiting = self.pending.iter().filter_map(|number| self.port(*number));
-        waiting.filter_map(next_at).min()
+        waiting.filter_map(|port| self.port_next_at(port)).min()
     }
-}
 
-/// When something of a port's may go on: at once where it only waits for buffers, since nobody knows when they come.
-pub(super) fn next_at(port: &Port) -> Option<u64> {
-    let line = port.emulator.as_ref().and_then(super::emulation::Emulator::next_at);
-    let up = (!port.up.is_empty()).then(|| port.up.ready_at());
-    // What is held waits for buffers, of which its driver tells.
-    let down = (!port.down.is_empty() && port.down.held.is_none()).then(|| port.down.ready_at());
-    line.into_iter().chain(up).chain(down).min()
+    /// When something of a port's may go on.
+    fn port_next_at(&self, port: &Port) -> Option<u64> {
+        let line = port.emulator.as_ref().and_then(super::emulation::Emulator::next_at);
+        let up = (!port.up.is_empty()).then(|| port.up.ready_at().max(self.shared_at(port, Way::Up)));
+        // What is held waits for buffers, of which its driver tells.
+        let waits = !port.down.is_empty() && port.down.held.is_none();
+        let down = waits.then(|| port.down.ready_at().max(self.shared_at(port, Way::Down)));
+        line.into_iter().chain(up).chain(down).min()
+    }
 }
 
 /// A frame with all its bytes.

@@ -10,6 +10,7 @@ use super::message::{
     Body, Header, NO_FILE, PROTOCOL_FEATURES, VringAddresses, flag, protocol_feature, request,
 };
 use super::ring::{self, Places, Ring};
+use rustix::io::Errno;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -58,7 +59,7 @@ pub struct Queue {
     size: u16,
     addresses: Option<VringAddresses>,
     base: u16,
-    kick: Option<OwnedFd>,
+    kick: Option<Arc<OwnedFd>>,
     /// Counts the events that were ever set.
     kick_version: u32,
     call: Option<OwnedFd>,
@@ -80,9 +81,9 @@ impl Queue {
         self.ring.is_some()
     }
 
-    /// The event that tells of new chains.
-    pub fn kick(&self) -> Option<BorrowedFd<'_>> {
-        self.kick.as_ref().map(AsFd::as_fd)
+    /// The event that tells of new chains. Who waits for it keeps it, so that the wait can be ended when the front end sends another.
+    pub fn kick(&self) -> Option<Arc<OwnedFd>> {
+        self.kick.clone()
     }
 
     /// Another number for each event that [`Self::kick`] ever was.
@@ -103,11 +104,14 @@ impl Queue {
 
     /// Tells the driver that chains came back.
     #[inline]
-    pub fn call(&self) {
-        if let Some(call) = &self.call {
-            // Fails only if the count is at its end, and then it is readable anyway.
-            let _ = rustix::io::write(call, &1u64.to_ne_bytes());
+    pub fn call(&mut self) -> Result<(), ring::Error> {
+        let Some(call) = &self.call else { return Ok(()) };
+        // If the count is at its end it is readable anyway. An interruption says that the write has waited, and for long.
+        if rustix::io::write(call, &1u64.to_ne_bytes()) == Err(Errno::INTR) {
+            self.fail(ring::Error::Call);
+            return Err(ring::Error::Call);
         }
+        Ok(())
     }
 
     fn stop(&mut self) {
@@ -403,7 +407,7 @@ impl Backend {
                 if none {
                     return Err(Error::Protocol("a ring that is to be polled for ever"));
                 }
-                queue.kick = file;
+                queue.kick = file.map(Arc::new);
                 queue.kick_version = queue.kick_version.wrapping_add(1);
                 queue.started = true;
                 queue.broken = None;
@@ -412,8 +416,7 @@ impl Backend {
             request::SET_VRING_CALL => {
                 queue.call = file;
                 // The driver may wait for what came back before.
-                queue.call();
-                Ok(())
+                queue.call().map_err(|_| Error::Waits)
             }
             _ => Ok(()),
         }

@@ -1,15 +1,18 @@
 //! The socket of a vhost-user connection: whole messages with their files, one after the other, without ever waiting.
 
 use super::message::{BODY_MAX, FILES_MAX, HEADER_LEN, Header, flag};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags, recvmsg, sendmsg,
 };
+use rustix::time::Timespec;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 /// Why a connection ends.
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +26,9 @@ pub enum Error {
     /// The other side breaks the rules of the protocol.
     #[error("the other side broke the vhost-user protocol: {0}")]
     Protocol(&'static str),
+    /// Whoever tells the other side something is made to wait.
+    #[error("the other side's event counter makes others wait")]
+    Waits,
 }
 
 impl From<Errno> for Error {
@@ -119,6 +125,39 @@ impl Channel {
 
     /// Sends a message. Messages are short and answers are awaited, so the socket has room; one that has none is closed.
     pub fn send(&self, header: Header, body: &[u8], files: &[BorrowedFd<'_>]) -> Result<(), Error> {
+        if self.try_send(header, body, files)? {
+            Ok(())
+        } else {
+            Err(Error::Protocol("answers are not read"))
+        }
+    }
+
+    /// Sends a message to a side that may have much to do, which is waited for.
+    pub fn send_within(
+        &self,
+        wait: Duration,
+        header: Header,
+        body: &[u8],
+        files: &[BorrowedFd<'_>],
+    ) -> Result<(), Error> {
+        let until = Instant::now().checked_add(wait);
+        while !self.try_send(header, body, files)? {
+            let left = until.map_or(Duration::ZERO, |until| until.saturating_duration_since(Instant::now()));
+            if left.is_zero() {
+                return Err(Error::Protocol("messages are not read"));
+            }
+            let secs = i64::try_from(left.as_secs()).unwrap_or(i64::MAX);
+            let left = Timespec { tv_sec: secs, tv_nsec: left.subsec_nanos().into() };
+            match poll(&mut [PollFd::new(self, PollFlags::OUT)], Some(&left)) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Answers whether the socket had room.
+    fn try_send(&self, header: Header, body: &[u8], files: &[BorrowedFd<'_>]) -> Result<bool, Error> {
         let mut bytes = header.encode().to_vec();
         bytes.extend_from_slice(body);
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES_MAX))];
@@ -129,8 +168,9 @@ impl Channel {
         let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
         loop {
             match sendmsg(&self.socket, &[IoSlice::new(&bytes)], &mut ancillary, flags) {
-                Ok(count) if count == bytes.len() => return Ok(()),
-                Ok(_) | Err(Errno::AGAIN) => return Err(Error::Protocol("answers are not read")),
+                Ok(count) if count == bytes.len() => return Ok(true),
+                Ok(_) => return Err(Error::Protocol("a message went only in part")),
+                Err(Errno::AGAIN) => return Ok(false),
                 Err(Errno::INTR) => {}
                 Err(Errno::PIPE | Errno::CONNRESET) => return Err(Error::Closed),
                 Err(error) => return Err(error.into()),

@@ -16,7 +16,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// The longest wait for an answer. A back end that takes longer is as good as dead.
+/// The longest wait for an answer, or for room for a question. A back end that takes longer is as good as dead.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
 /// Where the rings are in the guest's address space, so that they have an address at all: beyond all RAM.
 const RINGS_AT: u64 = 1 << 46;
@@ -348,12 +348,12 @@ impl Frontend {
         files.push(self.file.as_fd());
         let header = Header { request: request::SET_MEM_TABLE, flags: flag::VERSION, size: 0 };
         let header = Header { size: u32::try_from(body.len()).unwrap_or(u32::MAX), ..header };
-        self.channel.send(header, &body, &files)
+        self.channel.send_within(ANSWER_MAX, header, &body, &files)
     }
 
     fn send(&self, request: u32, body: &[u8], files: &[BorrowedFd<'_>]) -> Result<(), Error> {
         let size = u32::try_from(body.len()).unwrap_or(u32::MAX);
-        self.channel.send(Header { request, flags: flag::VERSION, size }, body, files)
+        self.channel.send_within(ANSWER_MAX, Header { request, flags: flag::VERSION, size }, body, files)
     }
 
     /// Asks for a number.

@@ -17,6 +17,9 @@ use std::sync::{Arc, Once};
 
 /// The most mappings of a process at a time.
 const GUARDED_MAX: usize = 4096;
+/// The most address space of all mappings together: half of what a process has. Files without blocks can be as long as one likes, and who
+/// takes all addresses takes away those that allocations need.
+const ADDRESSES_MAX: usize = 64 << 40;
 
 /// From linux/magic.h.
 const TMPFS: libc::__fsword_t = 0x0102_1994;
@@ -29,6 +32,9 @@ struct Guard {
     len: AtomicUsize,
     lost: AtomicBool,
 }
+
+/// Address space of all mappings.
+static ADDRESSES: AtomicUsize = AtomicUsize::new(0);
 
 static GUARDS: [Guard; GUARDED_MAX] =
     [const { Guard { start: AtomicUsize::new(0), len: AtomicUsize::new(0), lost: AtomicBool::new(false) } };
@@ -103,11 +109,18 @@ impl Mapping {
         let mapped = len.checked_next_multiple_of(page).and_then(|len| usize::try_from(len).ok());
         let mapped = mapped.ok_or_else(invalid)?;
         let len = usize::try_from(len).map_err(|_| invalid())?;
+        let taken = ADDRESSES.fetch_update(Ordering::AcqRel, Ordering::Relaxed, |taken| {
+            taken.checked_add(mapped).filter(|sum| *sum <= ADDRESSES_MAX)
+        });
+        taken.map_err(|_| io::ErrorKind::OutOfMemory)?;
         let free = GUARDS.iter().position(|guard| {
             // The length is 0 until there is an address, so that no signal finds half of it.
             guard.start.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Relaxed).is_ok()
         });
-        let Some(number) = free else { return Err(io::ErrorKind::OutOfMemory.into()) };
+        let Some(number) = free else {
+            ADDRESSES.fetch_sub(mapped, Ordering::AcqRel);
+            return Err(io::ErrorKind::OutOfMemory.into());
+        };
         let guard = guard(number);
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
@@ -124,6 +137,7 @@ impl Mapping {
             }
             _ => {
                 guard.start.store(0, Ordering::Release);
+                ADDRESSES.fetch_sub(mapped, Ordering::AcqRel);
                 Err(error)
             }
         }
@@ -153,6 +167,7 @@ impl Drop for Mapping {
         // SAFETY: ours, and no pointer into it outlives its owner.
         unsafe { libc::munmap(self.start.as_ptr().cast(), self.mapped) };
         guard.start.store(0, Ordering::Release);
+        ADDRESSES.fetch_sub(self.mapped, Ordering::AcqRel);
     }
 }
 
@@ -288,16 +303,35 @@ fn prefetch(at: *const u8) {
     let _ = at;
 }
 
+/// Asks for a cache line that will be written: shared first and owned later would be two journeys.
+#[inline]
+fn prefetch_to_write(at: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint, harmless for any address; processors that do not know it take it for a no-operation.
+    unsafe {
+        std::arch::asm!("prefetchw [{at}]", at = in(reg) at, options(nostack, preserves_flags, readonly));
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
 /// One region of a guest's memory.
 #[derive(Debug, Clone)]
 struct Region {
     guest: u64,
-    user: u64,
     len: u64,
+    /// Its first byte; `len` bytes from there on are in the mapping.
+    at: NonNull<u8>,
+    user: u64,
     /// Of its first byte in the mapping.
     offset: usize,
     mapping: Arc<Mapping>,
 }
+
+// SAFETY: as for `Mapping`, which it keeps alive.
+unsafe impl Send for Region {}
+// SAFETY: as above.
+unsafe impl Sync for Region {}
 
 /// A region as the front end describes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -338,7 +372,16 @@ impl Memory {
         }
         let mapping = Arc::new(Mapping::new(file, end)?);
         let offset = usize::try_from(about.offset).map_err(|_| invalid())?;
-        self.regions.push(Region { guest: about.guest, user: about.user, len: about.len, offset, mapping });
+        let len = usize::try_from(about.len).map_err(|_| invalid())?;
+        let at = mapping.at(offset, len).and_then(NonNull::new).ok_or_else(invalid)?;
+        self.regions.push(Region {
+            guest: about.guest,
+            len: about.len,
+            at,
+            user: about.user,
+            offset,
+            mapping,
+        });
         Ok(())
     }
 
@@ -375,8 +418,8 @@ impl Memory {
         for region in &self.regions {
             let into = guest.wrapping_sub(region.guest);
             if into < region.len && region.len.wrapping_sub(into) >= u64::from(len) {
-                let offset = region.offset.checked_add(usize::try_from(into).ok()?)?;
-                let at = region.mapping.at(offset, len as usize)?;
+                // SAFETY: `into` and `len` bytes behind it are inside the region, all of which is mapped.
+                let at = unsafe { region.at.as_ptr().add(into as usize) };
                 return Some(Span { at, len: len as usize, memory: PhantomData });
             }
         }
@@ -449,10 +492,18 @@ impl<'a> Span<'a> {
         len
     }
 
-    /// Asks for the first cache line.
+    /// Asks for the first two cache lines, which a frame's header and its first bytes are in, to be read.
     #[inline]
     pub fn prefetch(&self) {
         prefetch(self.at);
+        prefetch(self.at.wrapping_add(64));
+    }
+
+    /// The same to be written: nobody else keeps a copy of them.
+    #[inline]
+    pub fn prefetch_to_write(&self) {
+        prefetch_to_write(self.at);
+        prefetch_to_write(self.at.wrapping_add(64));
     }
 }
 
@@ -495,6 +546,16 @@ mod test {
         let mut memory = Memory::default();
         let about = RegionAbout { guest: 0, len: 4096, user: 0, offset: u64::MAX };
         assert!(memory.add(about, &file).is_err());
+    }
+
+    #[test]
+    fn nobody_takes_all_addresses() {
+        let file = rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&file, 1 << 50).unwrap();
+        let list: Vec<Mapping> = (0..9).map_while(|_| Mapping::new(&file, 10 << 40).ok()).collect();
+        assert!((1..=6).contains(&list.len()), "{}", list.len());
+        drop(list);
+        assert!(Mapping::new(&file, 10 << 40).is_ok(), "they come back");
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! ([`Ring::take`]) or left for later, and given back in the same order ([`Ring::give`]); the driver sees what was given when it is
 //! [published](Ring::publish). A driver that breaks the rules stops its ring, and nothing else.
 
-use super::memory::{Area, Memory, barrier};
+use super::memory::{Area, Memory, Span, barrier};
 
 /// The largest ring (2.7).
 pub const SIZE_MAX: u16 = 32768;
@@ -39,6 +39,9 @@ pub enum Error {
     /// A ring that cannot be.
     #[error("a ring has {0}")]
     Setup(&'static str),
+    /// Who tells the driver something is made to wait.
+    #[error("its event counter makes others wait")]
+    Call,
 }
 
 /// Where a ring's parts are.
@@ -146,11 +149,12 @@ impl Ring {
         if known >= want {
             return Ok(known);
         }
-        self.loaded = self.available.load(2);
-        let ahead = self.loaded.wrapping_sub(self.next_available);
+        let loaded = self.available.load(2);
+        let ahead = loaded.wrapping_sub(self.next_available);
         if ahead > self.size {
             return Err(Error::Index { ahead, size: self.size });
         }
+        self.loaded = loaded;
         Ok(ahead)
     }
 
@@ -180,25 +184,24 @@ impl Ring {
         if flags == one && head < self.size {
             let len = rest as u32;
             let span = memory.span(address, len).ok_or(Error::Memory)?;
-            span.prefetch();
+            if writable {
+                span.prefetch_to_write();
+            } else {
+                span.prefetch();
+            }
             segments.push(Segment { address, len });
             return Ok(len);
         }
         self.long_chain(memory, head, writable, segments)
     }
 
-    #[cold]
-    fn table(&self, memory: &Memory, address: u64, len: u32) -> Result<Vec<[u64; 2]>, Error> {
+    /// A table of descriptors somewhere in the guest's memory (2.7.5.3), and how many it has.
+    fn table<'a>(&self, memory: &'a Memory, address: u64, len: u32) -> Result<(Span<'a>, usize), Error> {
         let entries = len as usize / 16;
         if len == 0 || !len.is_multiple_of(16) || entries > CHAIN_MAX {
             return Err(Error::Chain("an indirect table of a size that cannot be"));
         }
-        let mut bytes = vec![0; len as usize];
-        memory.span(address, len).ok_or(Error::Memory)?.read(&mut bytes);
-        let (entries, _) = bytes.as_chunks::<16>();
-        let half =
-            |entry: &[u8; 16], at| u64::from_le_bytes(crate::wire::array(entry, at).unwrap_or_default());
-        Ok(entries.iter().map(|entry| [half(entry, 0), half(entry, 8)]).collect())
+        Ok((memory.span(address, len).ok_or(Error::Memory)?, entries))
     }
 
     fn long_chain(
@@ -208,11 +211,17 @@ impl Ring {
         writable: bool,
         segments: &mut Vec<Segment>,
     ) -> Result<u32, Error> {
-        let mut indirect: Option<Vec<[u64; 2]>> = None;
+        let mut indirect: Option<(Span<'_>, usize)> = None;
         let (mut index, mut total) = (usize::from(head), 0u32);
         for _ in 0..CHAIN_MAX {
             let entry = match &indirect {
-                Some(table) => table.get(index).copied(),
+                Some((table, entries)) if index < *entries => {
+                    let mut entry = [0; 16];
+                    table.skip(index.wrapping_mul(16)).read(&mut entry);
+                    let entry = u128::from_le_bytes(entry);
+                    Some([entry as u64, (entry >> 64) as u64])
+                }
+                Some(_) => None,
                 None if index < usize::from(self.size) => {
                     Some(self.descriptors.read_pair(index.wrapping_mul(16)))
                 }

@@ -41,14 +41,14 @@ pub(super) struct Lent {
     chains: Vec<Option<(u16, Chain)>>,
     free: Vec<u32>,
     recall: bool,
-    /// Buffers that the frame which is coming in still has.
-    buffers_left: u16,
+    /// Of each pair: buffers that the frame which is coming in still has.
+    buffers_left: Vec<u16>,
 }
 
 impl Lent {
     pub(super) fn begin(&mut self) {
         self.session = self.session.wrapping_add(1);
-        self.buffers_left = 0;
+        self.buffers_left.clear();
     }
 
     pub(super) fn count(&self) -> usize {
@@ -168,7 +168,7 @@ impl NetDevice {
                 for part in chain.writable.slice(0, written.into()) {
                     queues.memory().written(part.address, part.len.into());
                 }
-                self.count_received(&chain, written, queues)?;
+                self.count_received(queue, &chain, written, queues)?;
             }
             parts.push((chain.head, written));
         }
@@ -178,19 +178,32 @@ impl NetDevice {
     }
 
     /// Only the first buffer of a frame has a header, which says how many more there are.
-    fn count_received(&mut self, chain: &Chain, written: u32, queues: &Queues) -> Result<(), RingError> {
+    fn count_received(
+        &mut self,
+        queue: u16,
+        chain: &Chain,
+        written: u32,
+        queues: &Queues,
+    ) -> Result<(), RingError> {
         let mut bytes = u64::from(written);
-        if self.lent.buffers_left == 0 {
+        let pair = usize::from(queue / 2);
+        let mut left = self.lent.buffers_left.get(pair).copied().unwrap_or(0);
+        if left == 0 {
             let mut header = [0; spec::HEADER_LEN];
             chain.writable.read(queues.memory(), 0, &mut header)?;
             let count = header.get(spec::NUM_BUFFERS..).and_then(|count| count.first_chunk::<2>().copied());
             let count = count.map_or(1, u16::from_le_bytes);
             let merged = self.agreed(feature::MRG_RXBUF);
-            self.lent.buffers_left = if merged { count.max(1) } else { 1 };
+            left = if merged { count.max(1) } else { 1 };
             self.counters.received = self.counters.received.wrapping_add(1);
             bytes = bytes.saturating_sub(spec::HEADER_LEN as u64);
         }
-        self.lent.buffers_left = self.lent.buffers_left.wrapping_sub(1);
+        if self.lent.buffers_left.len() <= pair {
+            self.lent.buffers_left.resize(pair.saturating_add(1), 0);
+        }
+        if let Some(slot) = self.lent.buffers_left.get_mut(pair) {
+            *slot = left.wrapping_sub(1);
+        }
         self.counters.received_bytes = self.counters.received_bytes.wrapping_add(bytes);
         Ok(())
     }

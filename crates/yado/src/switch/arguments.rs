@@ -23,10 +23,14 @@ pub enum SwitchCommand {
     Stats(Stats),
     /// Show which addresses are behind which port
     Addresses(One),
+    /// Show who wants which groups of multicast, and where its routers are
+    Multicast(One),
     /// Add a port: a vhost-user socket for another VMM, or an interface of this host's
     Add(Add),
     /// Change a port while it works
     Set(Set),
+    /// Limit what a group of ports, or all of a switch, sends and gets
+    Limit(Limit),
     /// Remove a port
     Remove(Port),
     /// Copy what goes through ports into a pcapng file, until interrupted
@@ -120,6 +124,9 @@ pub struct Add {
     "  up=, down=, rate=    limit of what it sends, of what it gets, of both: 500k, 10M, 2.5G bits each second\n",
     "  burst=BYTES          of the limits: what goes through at once\n",
     "  pps=FRAMES           of the limits: frames each second\n",
+    "  group=NAME           it shares the limits of this group (see `yado help switch limit`)\n",
+    "  weight=N             its part, beside others' weights (1), of limits that it shares\n",
+    "  min=RATE             what it has of them before others; min-up=, min-down=\n",
     "  delay=, jitter=MS    a bad line to the port\n",
     "  loss=, duplicate=, reorder=PERCENT\n",
     "  disabled             it carries nothing"
@@ -132,6 +139,32 @@ pub struct Set {
     /// What changes: OPTION[,...]
     #[arg(required = true)]
     pub options: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = concat!(
+    "Options, with commas between them; `none` takes a thing back:\n",
+    "  up=, down=, rate=    of what its ports send, of what they get, of both: 500k, 10M, 2.5G bits each second\n",
+    "  burst=BYTES          of the limits: what goes through at once\n",
+    "  pps=FRAMES           of the limits: frames each second\n",
+    "  weight=N             a group's part, beside other groups and ports of none (1), of the limits of the switch\n",
+    "  min=RATE             what it has of them before others; min-up=, min-down=\n",
+    "Ports join with `yado switch set NAME PORT group=GROUP`, and share with weight= and min= of their own."
+))]
+pub struct Limit {
+    /// The switch
+    pub name: String,
+    /// What changes: OPTION[,...]; nothing: show the limits
+    pub options: Vec<String>,
+    /// The group, which is made if it is not there (default: all of the switch)
+    #[arg(long, short = 'g')]
+    pub group: Option<String>,
+    /// Remove the group
+    #[arg(long, requires = "group", conflicts_with = "options")]
+    pub remove: bool,
+    /// Show as JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Debug, Args)]

@@ -9,10 +9,11 @@ mod report;
 use crate::exit::with_code;
 use crate::{registry, signals};
 use anyhow::{Context, Result, bail, ensure};
-use arguments::{Add, Capture, Create, Mirror, NetCommand, Set, SwitchCommand};
-use net::switch::PortSpec;
+use arguments::{Add, Capture, Create, Limit, Mirror, NetCommand, Set, SwitchCommand};
 use net::switch::control::{self, PortKind, Request};
 use net::switch::server::{Config, Server};
+use net::switch::{GroupSpec, PortSpec};
+use rustix::fs::{FlockOperation, flock};
 use serde_json::Value;
 use std::fs;
 use std::io::{Read, Write};
@@ -57,6 +58,9 @@ pub fn switch(command: SwitchCommand) -> Result<()> {
         SwitchCommand::Addresses(options) => {
             report::addresses(&ask(&options.name, &Request::Addresses)?, options.json)
         }
+        SwitchCommand::Multicast(options) => {
+            report::multicast(&ask(&options.name, &Request::Multicast)?, options.json)
+        }
         SwitchCommand::Stats(options) => {
             for _ in 0..options.count {
                 let rates = report::rates(std::slice::from_ref(&options.name), seconds(options.interval)?)?;
@@ -66,6 +70,7 @@ pub fn switch(command: SwitchCommand) -> Result<()> {
         }
         SwitchCommand::Add(options) => add(&options),
         SwitchCommand::Set(options) => set(&options),
+        SwitchCommand::Limit(options) => limit(&options),
         SwitchCommand::Remove(port) => ask(&port.name, &Request::RemovePort { name: port.port }).map(drop),
         SwitchCommand::Mirror(options) => mirror(options),
         SwitchCommand::Rm(options) => options.names.iter().try_for_each(|name| remove(name)),
@@ -102,7 +107,10 @@ fn all() -> Result<Vec<(String, Value)>> {
             Err(control::Error::Connect { source, .. })
                 if source.kind() == std::io::ErrorKind::ConnectionRefused =>
             {
-                forget(&name)?;
+                // Unless it is only about to listen.
+                if let Some(_lock) = lock(&entry.path()) {
+                    forget(&name)?;
+                }
             }
             Err(_) => {}
         }
@@ -111,10 +119,21 @@ fn all() -> Result<Vec<(String, Value)>> {
     Ok(found)
 }
 
+/// Whoever is, or wants to be, the switch of this directory has it locked; `None`: somebody has.
+fn lock(place: &Path) -> Option<fs::File> {
+    let directory = fs::File::open(place).ok()?;
+    flock(&directory, FlockOperation::NonBlockingLockExclusive).ok()?;
+    Some(directory)
+}
+
 /// Removes the directory of a switch that does not run.
 fn forget(name: &str) -> Result<()> {
     let place = directory()?.join(name);
-    fs::remove_dir_all(&place).with_context(|| format!("cannot remove {}", place.display()))?;
+    match fs::remove_dir_all(&place) {
+        // Somebody else has found that it is over.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        done => done.with_context(|| format!("cannot remove {}", place.display()))?,
+    }
     // The last one leaves nothing behind.
     let _ = fs::remove_dir(directory()?);
     Ok(())
@@ -160,8 +179,8 @@ fn create(options: &Create) -> Result<()> {
 fn serve(options: &Create) -> Result<()> {
     let control = control_socket(&options.name)?;
     let place = control.parent().context("a switch has a directory")?.to_path_buf();
-    ensure!(UnixStream::connect(&control).is_err(), "the switch {} runs already", options.name);
     fs::create_dir_all(&place).with_context(|| format!("cannot make {}", place.display()))?;
+    let _lock = lock(&place).with_context(|| format!("the switch {} runs already", options.name))?;
     let config = Config {
         control: control.clone(),
         ports: place.clone(),
@@ -208,7 +227,13 @@ fn remove(name: &str) -> Result<()> {
     let path = running(name)?;
     match control::ask(&path, &Request::Stop) {
         Ok(_) => {}
-        Err(control::Error::Connect { .. }) => return forget(name),
+        Err(control::Error::Connect { .. }) => {
+            let _lock = path
+                .parent()
+                .and_then(lock)
+                .with_context(|| format!("the switch {name} is there, but does not listen yet: try again"))?;
+            return forget(name);
+        }
         Err(error) => return Err(error.into()),
     }
     let until = Instant::now() + Duration::from_secs(5);
@@ -246,6 +271,27 @@ fn set(options: &Set) -> Result<()> {
     Ok(())
 }
 
+fn limit(options: &Limit) -> Result<()> {
+    let path = running(&options.name)?;
+    if let Some(name) = options.group.clone().filter(|_| options.remove) {
+        control::ask(&path, &Request::RemoveGroup { name })?;
+        return Ok(());
+    }
+    let tree = control::ask(&path, &Request::Inspect)?;
+    if options.options.is_empty() {
+        return report::limits(&tree, options.group.as_deref(), options.json);
+    }
+    let groups = tree["groups"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let now = match options.group.as_deref() {
+        None => Some(&tree["limits"]),
+        Some(name) => groups.iter().find(|group| group["name"] == name).map(|group| &group["spec"]),
+    };
+    let mut spec: GroupSpec = now.cloned().map(serde_json::from_value).transpose()?.unwrap_or_default();
+    options.options.iter().try_for_each(|text| spec.apply_all(text)).map_err(usage)?;
+    control::ask(&path, &Request::SetGroup { name: options.group.clone(), spec })?;
+    Ok(())
+}
+
 fn mirror(options: Mirror) -> Result<()> {
     let request = Request::Capture { ports: options.ports, snap: options.snap };
     let (_, stream) = control::open(&running(&options.name)?, &request)?;
@@ -260,10 +306,7 @@ fn capture(options: Capture) -> Result<()> {
             let own = |tree: &Value| -> Vec<String> {
                 let ports = tree["ports"].as_array().map(Vec::as_slice).unwrap_or_default();
                 let names = ports.iter().filter_map(|port| port["name"].as_str());
-                names
-                    .filter(|name| name.split_once('.').map_or(*name, |(stem, _)| stem) == options.name)
-                    .map(str::to_owned)
-                    .collect()
+                names.filter(|name| is_card_of(name, &options.name)).map(str::to_owned).collect()
             };
             let mut found = switches.iter().map(|(name, tree)| (name.clone(), own(tree)));
             found.find(|(_, ports)| !ports.is_empty()).with_context(|| {
@@ -279,6 +322,12 @@ fn capture(options: Capture) -> Result<()> {
     copy(stream, &options.file, options.seconds)
 }
 
+/// Whether a port is named for a card of a guest's: `web` for the first, `web.1` for the second.
+fn is_card_of(port: &str, guest: &str) -> bool {
+    let number = |rest: &str| rest.strip_prefix('.').is_some_and(|number| number.parse::<u16>().is_ok());
+    port.strip_prefix(guest).is_some_and(|rest| rest.is_empty() || number(rest))
+}
+
 /// Copies until there is no more, the time is over, or the user interrupts.
 fn copy(mut stream: UnixStream, file: &Path, seconds: Option<u64>) -> Result<()> {
     signals::install()?;
@@ -289,12 +338,15 @@ fn copy(mut stream: UnixStream, file: &Path, seconds: Option<u64>) -> Result<()>
     };
     stream.set_read_timeout(Some(Duration::from_millis(100)))?;
     let until = seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds));
-    let mut bytes = vec![0; 1 << 18];
+    let (mut bytes, mut waiting) = (vec![0; 1 << 18], Vec::new());
     while !signals::cancelled() && until.is_none_or(|until| Instant::now() < until) {
         match stream.read(&mut bytes) {
             Ok(0) => break,
             Ok(count) => {
-                out.write_all(bytes.get(..count).unwrap_or_default())?;
+                waiting.extend_from_slice(bytes.get(..count).unwrap_or_default());
+                let whole = whole_blocks(&waiting);
+                out.write_all(waiting.get(..whole).unwrap_or_default())?;
+                waiting.drain(..whole);
                 out.flush()?;
             }
             Err(error)
@@ -306,4 +358,49 @@ fn copy(mut stream: UnixStream, file: &Path, seconds: Option<u64>) -> Result<()>
         }
     }
     Ok(())
+}
+
+/// Bytes of a pcapng file up to the end of its last whole block, so that a file never ends within one.
+fn whole_blocks(bytes: &[u8]) -> usize {
+    let mut end = 0;
+    let length = |at: usize| {
+        let length = bytes.get(at + 4..)?.first_chunk::<4>()?;
+        usize::try_from(u32::from_le_bytes(*length)).ok().filter(|length| *length >= 12)
+    };
+    while let Some(next) = length(end).map(|length| end + length).filter(|next| *next <= bytes.len()) {
+        end = next;
+    }
+    end
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn captures_end_between_frames() {
+        let block =
+            |length: u32, fill: usize| [&[6, 0, 0, 0][..], &length.to_le_bytes(), &vec![7; fill]].concat();
+        let two = [block(20, 12), block(12, 4)].concat();
+        assert_eq!((whole_blocks(&two), whole_blocks(&two[..31]), whole_blocks(&two[..7])), (32, 20, 0));
+        assert_eq!(whole_blocks(&block(3, 40)), 0, "a length that cannot be ends the file");
+    }
+
+    #[test]
+    fn a_guests_cards_have_its_name() {
+        assert!(is_card_of("web", "web") && is_card_of("web.1", "web") && is_card_of("a.b", "a.b"));
+        assert!(!is_card_of("web.x", "web") && !is_card_of("webs", "web") && !is_card_of("a.b", "a"));
+    }
+
+    #[test]
+    fn a_directory_is_one_switchs() {
+        let place = std::env::temp_dir().join(format!("yado-switch-lock-{}", std::process::id()));
+        fs::create_dir_all(&place).unwrap();
+        let first = lock(&place);
+        assert!(first.is_some() && lock(&place).is_none());
+        drop(first);
+        assert!(lock(&place).is_some());
+        fs::remove_dir(&place).unwrap();
+        assert!(lock(&place).is_none());
+    }
 }

@@ -80,6 +80,53 @@ pub fn ports(tree: &Value, as_json: bool) -> Result<()> {
     Ok(())
 }
 
+/// What a direction's limit is, for people.
+fn limit_text(limit: &Value) -> String {
+    let Some(bits) = limit["bits_per_second"].as_u64() else { return "-".to_owned() };
+    let mut text = scaled(bits as f64);
+    if let Some(frames) = limit["frames_per_second"].as_u64() {
+        text.push_str(&format!(", {} frames/s", scaled(frames as f64)));
+    }
+    text
+}
+
+/// `yado switch limit`, of one group or of all
+pub fn limits(tree: &Value, group: Option<&str>, as_json: bool) -> Result<()> {
+    let all = json!({ "name": null, "spec": tree["limits"], "ports": null });
+    let groups = tree["groups"].as_array().into_iter().flatten().cloned();
+    let list: Vec<Value> = std::iter::once(all)
+        .chain(groups)
+        .filter(|entry| group.is_none_or(|name| entry["name"] == name))
+        .collect();
+    anyhow::ensure!(!list.is_empty(), "there is no group {}", group.unwrap_or_default());
+    if as_json {
+        println!("{}", serde_json::to_string_pretty(&list)?);
+        return Ok(());
+    }
+    let names = width(list.iter().map(|entry| entry["name"].as_str().unwrap_or("(switch)")), 5);
+    println!(
+        "{:names$}  {:>14}  {:>14}  {:>6}  {:>8}  {:>8}  PORTS",
+        "GROUP", "UP", "DOWN", "WEIGHT", "MIN UP", "MIN DOWN"
+    );
+    for entry in &list {
+        let share = &entry["spec"]["share"];
+        let promised = |field: &str| share[field].as_u64().map_or("-".to_owned(), |bits| scaled(bits as f64));
+        let ports: Vec<&str> =
+            entry["ports"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+        println!(
+            "{:names$}  {:>14}  {:>14}  {:>6}  {:>8}  {:>8}  {}",
+            entry["name"].as_str().unwrap_or("(switch)"),
+            limit_text(&entry["spec"]["up"]),
+            limit_text(&entry["spec"]["down"]),
+            share["weight"].as_u64().unwrap_or(1),
+            promised("min_up"),
+            promised("min_down"),
+            if entry["name"].is_null() { "all".to_owned() } else { ports.join(" ") }
+        );
+    }
+    Ok(())
+}
+
 /// `yado switch addresses`
 pub fn addresses(list: &Value, as_json: bool) -> Result<()> {
     if as_json {
@@ -96,6 +143,26 @@ pub fn addresses(list: &Value, as_json: bool) -> Result<()> {
             text(entry, "port")
         );
     }
+    Ok(())
+}
+
+/// `yado switch multicast`
+pub fn multicast(tree: &Value, as_json: bool) -> Result<()> {
+    if as_json {
+        println!("{}", serde_json::to_string_pretty(tree)?);
+        return Ok(());
+    }
+    println!("{:39}  {:>4}  {:>7}  PORT", "GROUP", "VLAN", "SECONDS");
+    let mut rows = Vec::new();
+    for (list, what) in [("members", None), ("routers", Some("(all: a router)"))] {
+        for entry in tree[list].as_array().into_iter().flatten() {
+            let group = what.unwrap_or_else(|| text(entry, "group"));
+            let (vlan, seconds) = (number(entry, "vlan"), number(entry, "seconds"));
+            rows.push((vlan, format!("{group:39}  {vlan:>4}  {seconds:>7}  {}", text(entry, "port"))));
+        }
+    }
+    rows.sort();
+    rows.iter().for_each(|(_, row)| println!("{row}"));
     Ok(())
 }
 

@@ -70,6 +70,18 @@ fn the_driver_is_told_as_it_wants() {
     assert_eq!(area.load(0x3004 + 64), 1);
 }
 
+#[test]
+fn an_index_that_cannot_be_is_never_believed() {
+    let (memory, area) = memory();
+    let mut ring = Ring::new(&memory, places(8), 0, 0).unwrap();
+    area.store(0x2002, 9);
+    for _ in 0..3 {
+        assert_eq!(ring.available(4), Err(Error::Index { ahead: 9, size: 8 }));
+    }
+    area.store(0x2002, 8);
+    assert_eq!(ring.available(4), Ok(8));
+}
+
 proptest! {
     #[test]
     fn what_goes_in_comes_out(start in any::<u16>(), steps in prop::collection::vec((0u16..9, 0u16..9), 1..60)) {
