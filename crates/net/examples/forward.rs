@@ -1,5 +1,6 @@
 //! What the switch's forwarding core takes for a frame, alone on one CPU: two drivers and the switch take turns in one thread, and only
-//! the switch's turns are timed, each by itself, so that a busy host disturbs few of them. See docs/benchmarks/network.md.
+//! the switch's turns are timed, each by itself, so that a busy host disturbs few of them. `forward [BYTES]`: frames of this length alone.
+//! See docs/benchmarks/network.md.
 
 use net::switch::{Link, PortSpec, Switch};
 use net::vhost::{Backend, Frontend, GuestRegion, Segment, feature};
@@ -141,8 +142,12 @@ fn measure(frame: u32, buffer: u32, others: u32) -> Result<(f64, f64), Box<dyn s
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let only: Option<u32> = std::env::args().nth(1).map(|bytes| bytes.parse()).transpose()?;
     println!("{:>8}  {:>8}  {:>8}  {:>14}", "bytes", "best ns", "middle", "frames/s (M)");
     for (frame, buffer, others) in [(60, 2048, 0), (60, 2048, 254), (1514, 2048, 0), (65_000, 65_536, 0)] {
+        if only.is_some_and(|bytes| bytes != frame || others > 0) {
+            continue;
+        }
         let (best, middle) = measure(frame, buffer, others)?;
         let about = if others > 0 { format!(" with {} ports", others + 2) } else { String::new() };
         println!("{frame:>8}  {best:>8.1}  {middle:>8.1}  {:>14.2}{about}", 1000.0 / middle);

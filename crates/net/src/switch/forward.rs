@@ -386,12 +386,15 @@ impl Switch {
 
     /// Sends the frames of a burst on their ways.
     fn forward(&mut self, port: &mut Port, workspace: &mut Workspace, origin: Origin<'_>) {
+        let (mut frames, mut bytes) = (0u64, 0u64);
+        let limited = port.up.limited();
+        // The last address that frames could go to as they were: most go where the one before them went.
+        let mut last: Option<(Key, PortNumber)> = None;
         for index in 0..workspace.burst.len() {
             let admitted = match workspace.burst.packet(index) {
                 Ok(packet) => {
-                    let bytes = packet.len() as u64;
-                    port.counters.received = port.counters.received.wrapping_add(1);
-                    port.counters.received_bytes = port.counters.received_bytes.wrapping_add(bytes);
+                    frames = frames.wrapping_add(1);
+                    bytes = bytes.wrapping_add(packet.len() as u64);
                     self.admit(port, packet, &mut workspace.lost)
                 }
                 Err(reason) => Err(reason),
@@ -401,24 +404,32 @@ impl Switch {
             }
             match admitted {
                 Err(reason) => port.counters.dropped.count(reason),
-                Ok(()) if port.up.limited() => self.hold(port, workspace, index, origin),
-                Ok(()) => self.route(port, workspace, index, origin),
+                Ok(_) if limited => self.hold(port, workspace, index, origin),
+                Ok(to) => match (to, last) {
+                    (Some(to), Some((address, receiver))) if to == address => {
+                        note(workspace, receiver, u16::try_from(index).unwrap_or(u16::MAX));
+                    }
+                    _ => last = to.zip(self.route(port, workspace, index, origin)),
+                },
             }
         }
+        port.counters.received = port.counters.received.wrapping_add(frames);
+        port.counters.received_bytes = port.counters.received_bytes.wrapping_add(bytes);
         self.deliver_all(workspace, origin);
         if !workspace.lost.is_empty() {
             self.count_lost_with(port, &mut workspace.lost);
         }
     }
 
-    /// Whether a frame may come in; finds its VLAN and learns its sender.
+    /// Whether a frame may come in; finds its VLAN and learns its sender. Answers to whom it goes, if that is one card and there is no
+    /// tag left in it.
     #[inline]
     fn admit(
         &mut self,
         port: &mut Port,
         packet: &mut Packet,
         lost: &mut Vec<PortNumber>,
-    ) -> Result<(), Reason> {
+    ) -> Result<Option<Key>, Reason> {
         if !port.open() {
             return Err(Reason::Disabled);
         }
@@ -426,10 +437,12 @@ impl Switch {
         let ingress = port.spec.vlans.ingress(tag).ok_or(Reason::Vlan)?;
         packet.vlan = ingress.vlan;
         packet.priority = tag.map_or(port.spec.priority, |tag| tag.priority);
+        let mut tagged = tag.is_some();
         if ingress.strip {
             packet.strip();
+            tagged = packet.tag().is_some();
             // A second tag behind one that only says a priority would be the first one elsewhere.
-            if packet.tag().is_some() && !matches!(port.spec.vlans, Vlans::Trunk { .. }) {
+            if tagged && !matches!(port.spec.vlans, Vlans::Trunk { .. }) {
                 return Err(Reason::Vlan);
             }
         }
@@ -448,10 +461,6 @@ impl Switch {
             return Err(Reason::Reserved);
         }
         let key = Key::new(from, packet.vlan);
-        let locked = !port.spec.macs.is_empty();
-        if locked && !port.spec.macs.iter().any(|mac| mac.0 == from) {
-            return Err(Reason::Spoofed);
-        }
         let known = Known { key, second: self.second, version: self.table.version() };
         if port.known != Some(known) {
             self.learn(port, key, lost)?;
@@ -461,12 +470,17 @@ impl Switch {
         if !matches!(port.spec.vlans, Vlans::Tunnel(_)) {
             self.check_claim(port, packet)?;
         }
-        Ok(())
+        let one = to[0] & 1 == 0 && !tagged;
+        Ok(one.then(|| Key::new(to, packet.vlan)))
     }
 
     /// Learns who is behind a port.
     #[inline(never)]
     fn learn(&mut self, port: &mut Port, key: Key, lost: &mut Vec<PortNumber>) -> Result<(), Reason> {
+        let locked = !port.spec.macs.is_empty();
+        if locked && !port.spec.macs.iter().any(|mac| mac.0 == key.address()) {
+            return Err(Reason::Spoofed);
+        }
         let mut may_add = port.learnt < port.spec.macs_max();
         let mut result = self.table.learn(key, port.number, self.second, may_add, lost);
         // Addresses that are too old do not count. To find them means to look at all, so at most once a second, whatever ports send.
@@ -508,32 +522,30 @@ impl Switch {
         self.claims.claim(packet.vlan, claimed, port.number, trusted, self.second)
     }
 
-    /// Finds where an admitted frame goes, and notes it.
-    #[inline]
+    /// Finds where an admitted frame goes, and notes it; answers the port, if it is one.
     pub(super) fn route(
         &mut self,
         port: &mut Port,
         workspace: &mut Workspace,
         index: usize,
         origin: Origin<'_>,
-    ) {
-        let Ok(packet) = workspace.burst.packet(index) else { return };
+    ) -> Option<PortNumber> {
+        let packet = workspace.burst.packet(index).ok()?;
         let (vlan, tagged) = (packet.vlan, packet.tag().is_some());
-        let Some(to) = packet.head().first_chunk::<6>() else { return };
-        let way = if to[0] & 1 != 0 { Course::Flood } else { self.find(port, *to, vlan) };
-        let number = u16::try_from(index).unwrap_or(u16::MAX);
-        match way {
-            Course::To(receiver) if receiver == port.number => port.counters.dropped.count(Reason::Returned),
-            Course::To(receiver) => match self.may_go(port, receiver, vlan, tagged) {
-                Ok(()) => note(workspace, receiver, number),
-                Err(reason) => port.counters.dropped.count(reason),
-            },
-            Course::Flood => {
-                if let Err(reason) = self.flood(port, workspace, index, origin) {
-                    port.counters.dropped.count(reason);
-                }
-            }
-        }
+        let to = *packet.head().first_chunk::<6>()?;
+        let course = if to[0] & 1 != 0 { Course::Flood } else { self.find(port, to, vlan) };
+        let done = match course {
+            Course::To(receiver) if receiver == port.number => Err(Reason::Returned),
+            Course::To(receiver) => self.may_go(port, receiver, vlan, tagged).map(|()| {
+                note(workspace, receiver, u16::try_from(index).unwrap_or(u16::MAX));
+                Some(receiver)
+            }),
+            Course::Flood => self.flood(port, workspace, index, origin).map(|()| None),
+        };
+        done.unwrap_or_else(|reason| {
+            port.counters.dropped.count(reason);
+            None
+        })
     }
 
     /// Where an address is, as the table says; most frames go where the one before them went.

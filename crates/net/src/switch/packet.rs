@@ -12,6 +12,8 @@ use crate::{Batch, FRAME_MAX, FRAME_MIN};
 
 /// Bytes of `struct virtio_net_hdr_v1` in front of each frame (5.1.6).
 pub const HEADER_LEN: usize = 12;
+/// A header of a frame in one buffer to which nothing is left to do.
+const HEADER_OF_ONE: [u8; HEADER_LEN] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
 /// First bytes of a frame that the switch has to itself.
 pub const HEAD_MAX: usize = 256;
 /// Room in front of them: the header, and tags that are put on.
@@ -19,10 +21,10 @@ const FRONT: usize = 32;
 /// Frames of a burst.
 pub const BURST: usize = 32;
 
-/// One frame.
+/// One frame. What is said of it is in one cache line, and its first bytes begin another.
 #[derive(Debug, Clone)]
+#[repr(C, align(64))]
 pub struct Packet {
-    bytes: [u8; FRONT + HEAD_MAX],
     /// Where the frame begins in `bytes`.
     start: usize,
     /// How many of its bytes are there.
@@ -39,6 +41,9 @@ pub struct Packet {
     segments: (usize, usize),
     /// Bytes of those pieces that are in `bytes`, the header's among them.
     skip: usize,
+    /// Nothing is left to do to it.
+    plain: bool,
+    bytes: [u8; FRONT + HEAD_MAX],
 }
 
 impl Packet {
@@ -53,7 +58,20 @@ impl Packet {
             priority: 0,
             segments: (0, 0),
             skip: 0,
+            plain: true,
         }
+    }
+
+    /// All of it, with a header in front that says only that it is in one buffer; `None`: there is more of it, or to be said of it.
+    #[inline]
+    pub fn short_and_plain(&mut self) -> Option<&[u8]> {
+        if !self.plain || self.head != self.len {
+            return None;
+        }
+        let from = self.start.checked_sub(HEADER_LEN)?;
+        let all = self.bytes.get_mut(from..self.start.wrapping_add(self.head))?;
+        *all.first_chunk_mut()? = HEADER_OF_ONE;
+        Some(all)
     }
 
     /// Bytes of the whole frame.
@@ -118,6 +136,7 @@ impl Packet {
         self.len = frame.len();
         self.head = self.len.min(HEAD_MAX);
         self.offload = offload;
+        self.plain = offload == Offload::default();
         self.segments = (0, 0);
         self.skip = self.head;
         let (Some(to), Some(from)) =
@@ -155,7 +174,8 @@ impl Packet {
         }
         let header: [u8; OFFLOAD_LEN] = array(&self.bytes, from).unwrap_or_default();
         // Neither a flag nor a kind of segment: nothing is said.
-        self.offload = if header.first_chunk() == Some(&[0, 0]) {
+        self.plain = header.first_chunk() == Some(&[0, 0]);
+        self.offload = if self.plain {
             Offload::default()
         } else {
             Offload::checked_start(header, self.head(), self.len).map_err(|_| Reason::Broken)?

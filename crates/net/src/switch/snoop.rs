@@ -1,9 +1,9 @@
 //! Who wants which group of multicast (RFC 4541): its frames go to those who asked for them, and to routers, not to all.
 //!
-//! Hosts say what they want when they join, and again when a router asks (IGMP, RFC 9776; MLD, RFC 9777). So this is in force in a VLAN only
-//! while a router asks there, as on Linux's bridge: before, and afterwards, all get everything. Routers are behind trusted ports only. What
-//! belongs to the link (224.0.0.0/24, ff02::/16) always goes to all: hosts need not ask for it (RFC 4541, 2.1.2), or lose each other if
-//! somebody overhears that they did.
+//! Hosts say what they want when they join, and again when a router asks (IGMP, RFC 9776; MLD, RFC 9777). So this is in force in a VLAN
+//! only while a router asks there, as on Linux's bridge: before, and afterwards, all get everything. Routers are behind trusted ports only.
+//! What belongs to the link (224.0.0.0/24, ff02::/16) always goes to all: hosts need not ask for it (RFC 4541, 2.1.2), or lose each other
+//! if somebody misses that they did.
 
 use super::table::PortNumber;
 use crate::wire::{array, be16, ether, protocol};
