@@ -39,6 +39,14 @@ enum Course {
     Flood,
 }
 
+/// What is known of frames of a burst that begin with the same addresses and kind, and have no tag: most are like the one before them.
+struct Like {
+    header: [u8; 14],
+    vlan: u16,
+    priority: u8,
+    receiver: PortNumber,
+}
+
 /// What works on bursts, used again and again.
 #[derive(Debug)]
 pub(super) struct Workspace {
@@ -388,13 +396,22 @@ impl Switch {
     fn forward(&mut self, port: &mut Port, workspace: &mut Workspace, origin: Origin<'_>) {
         let (mut frames, mut bytes) = (0u64, 0u64);
         let limited = port.up.limited();
-        // The last address that frames could go to as they were: most go where the one before them went.
-        let mut last: Option<(Key, PortNumber)> = None;
+        let mut last: Option<Like> = None;
         for index in 0..workspace.burst.len() {
+            let mut header = None;
             let admitted = match workspace.burst.packet(index) {
                 Ok(packet) => {
                     frames = frames.wrapping_add(1);
                     bytes = bytes.wrapping_add(packet.len() as u64);
+                    header = packet.head().first_chunk().copied();
+                    if let Some(like) = &last
+                        && header == Some(like.header)
+                        && guard::is_harmless(packet.head())
+                    {
+                        (packet.vlan, packet.priority) = (like.vlan, like.priority);
+                        note(workspace, like.receiver, u16::try_from(index).unwrap_or(u16::MAX));
+                        continue;
+                    }
                     self.admit(port, packet, &mut workspace.lost)
                 }
                 Err(reason) => Err(reason),
@@ -403,14 +420,23 @@ impl Switch {
                 self.capture(port.number, Direction::In, workspace, index, origin, admitted.err());
             }
             match admitted {
-                Err(reason) => port.counters.dropped.count(reason),
+                Err(reason) => {
+                    port.counters.dropped.count(reason);
+                    // It may have turned the port off.
+                    last = None;
+                }
                 Ok(_) if limited => self.hold(port, workspace, index, origin),
-                Ok(to) => match (to, last) {
-                    (Some(to), Some((address, receiver))) if to == address => {
-                        note(workspace, receiver, u16::try_from(index).unwrap_or(u16::MAX));
-                    }
-                    _ => last = to.zip(self.route(port, workspace, index, origin)),
-                },
+                Ok(one) => {
+                    let receiver =
+                        self.route(port, workspace, index, origin).filter(|_| one && !port.watched);
+                    let packet = workspace.burst.packet(index).ok();
+                    last = receiver.zip(header).zip(packet).map(|((receiver, header), packet)| Like {
+                        header,
+                        vlan: packet.vlan,
+                        priority: packet.priority,
+                        receiver,
+                    });
+                }
             }
         }
         port.counters.received = port.counters.received.wrapping_add(frames);
@@ -421,15 +447,14 @@ impl Switch {
         }
     }
 
-    /// Whether a frame may come in; finds its VLAN and learns its sender. Answers to whom it goes, if that is one card and there is no
-    /// tag left in it.
+    /// Whether a frame may come in; finds its VLAN and learns its sender. Answers whether it came without a tag.
     #[inline]
     fn admit(
         &mut self,
         port: &mut Port,
         packet: &mut Packet,
         lost: &mut Vec<PortNumber>,
-    ) -> Result<Option<Key>, Reason> {
+    ) -> Result<bool, Reason> {
         if !port.open() {
             return Err(Reason::Disabled);
         }
@@ -437,12 +462,10 @@ impl Switch {
         let ingress = port.spec.vlans.ingress(tag).ok_or(Reason::Vlan)?;
         packet.vlan = ingress.vlan;
         packet.priority = tag.map_or(port.spec.priority, |tag| tag.priority);
-        let mut tagged = tag.is_some();
         if ingress.strip {
             packet.strip();
-            tagged = packet.tag().is_some();
             // A second tag behind one that only says a priority would be the first one elsewhere.
-            if tagged && !matches!(port.spec.vlans, Vlans::Trunk { .. }) {
+            if packet.tag().is_some() && !matches!(port.spec.vlans, Vlans::Trunk { .. }) {
                 return Err(Reason::Vlan);
             }
         }
@@ -470,8 +493,7 @@ impl Switch {
         if !matches!(port.spec.vlans, Vlans::Tunnel(_)) {
             self.check_claim(port, packet)?;
         }
-        let one = to[0] & 1 == 0 && !tagged;
-        Ok(one.then(|| Key::new(to, packet.vlan)))
+        Ok(tag.is_none())
     }
 
     /// Learns who is behind a port.

@@ -43,6 +43,16 @@ pub fn claim(head: &[u8]) -> Result<Option<IpAddr>, Reason> {
     }
 }
 
+/// Whether a frame without tags is of a kind that claims nothing and is seen to be no server's: most are.
+#[inline]
+pub fn is_harmless(head: &[u8]) -> bool {
+    match be16(head, 12) {
+        Some(ether::IPV4) => ipv4(head).is_ok(),
+        Some(ether::ARP | ether::IPV6) | None => false,
+        Some(_) => true,
+    }
+}
+
 fn arp(head: &[u8]) -> Result<Option<IpAddr>, Reason> {
     // RFC 826: Ethernet, IPv4, 6 and 4 bytes.
     if array::<6>(head, 14) != Some([0, 1, 8, 0, 6, 4]) {
@@ -57,6 +67,7 @@ fn arp(head: &[u8]) -> Result<Option<IpAddr>, Reason> {
     Ok((!address.is_unspecified()).then_some(IpAddr::V4(address)))
 }
 
+#[inline]
 fn ipv4(head: &[u8]) -> Result<(), Reason> {
     let first = head.get(14).copied().unwrap_or(0);
     if head.get(23) != Some(&protocol::UDP) {
