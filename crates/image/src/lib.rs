@@ -32,12 +32,16 @@ pub mod job;
 pub mod nbd;
 mod open;
 mod overlay;
+mod row;
 pub mod storage;
 mod zeroes;
 
 pub use buffers::{Buffers, Part, ReadInto, VecBuffers, WriteFrom};
 pub use copy::{clone_file, share_blocks};
 pub use disk::{Content, Disk, Error, Status};
-pub use open::{Image, OpenOptions, beside, create_qcow2, create_qed, create_raw, create_vhd};
+pub use open::{
+    Image, OpenOptions, beside, create_qcow2, create_qcow2_alone, create_qed, create_raw, create_vhd,
+};
 pub use overlay::Overlay;
+pub use row::Row;
 pub use zeroes::DetectZeroes;

@@ -25,6 +25,9 @@ pub struct OpenOptions {
     pub format: Option<Format>,
     /// Nothing is written.
     pub read_only: bool,
+    /// With no format said: what a header names is opened all the same, and a backing file whose format is not said is
+    /// looked at too. Whoever may write the image then chooses what is read: only for programs that have always done so.
+    pub follow_guess: bool,
     /// Backing files are not opened: what they hold reads as zeroes. For looking at one image of a chain.
     pub alone: bool,
     /// Somebody else may use the file meanwhile.
@@ -172,6 +175,8 @@ impl Header {
             (Self::Vhd(child), Self::Vhd(below)) => {
                 child.parent().is_none_or(|parent| parent.uuid == below.uuid)
             }
+            // The content's identity: another one, or another since.
+            (Self::Vmdk(child), Self::Vmdk(below)) => child.parent.is_none() || child.parent_cid == below.cid,
             _ => true,
         }
     }
@@ -216,7 +221,7 @@ impl Layer {
             return Err(Error::Unsupported { path: path.to_path_buf(), what });
         }
         let header = Header::read(format, path, storage.as_ref())?;
-        let trusted = options.format.is_some();
+        let trusted = options.format.is_some() || options.follow_guess;
         let mut layer = Self { path: path.to_path_buf(), format, storage, header, data: None, trusted };
         if let Some(name) = layer.header.data_file() {
             let place = layer.named(name)?;
@@ -247,13 +252,14 @@ impl Layer {
         let format = match (self.format, format) {
             // The format can only say "raw", or "look at it": then what is found is believed no more than any guess.
             (Format::Qed, None) => None,
+            (_, None) if options.follow_guess => None,
             (_, format) => Some(backing_format(&self.path, &place, format)?),
         };
         let below = Self::find(&place, OpenOptions { format, read_only: true, ..options })?;
         if !self.header.accepts(&below.header) {
             let (path, place) = (self.path.clone(), place.display());
             let what = format!(
-                "{place} is not the disk that it builds on, but another one: find that, or copy it back"
+                "{place} is not the disk that it builds on, but another one, or was changed since: find that, or copy it back"
             );
             return Err(Error::Unsupported { path, what });
         }
@@ -356,14 +362,23 @@ pub fn create_qcow2(path: &Path, options: &CreateOptions) -> Result<Image, Error
         None => None,
         Some((name, format)) => Some(below_new(path, name, format.parse().map_err(Error::Options)?)?),
     };
+    create_qcow2_over(path, options, backing)
+}
+
+/// As [`create_qcow2`], with the backing file that is named left alone: it need not be there yet.
+pub fn create_qcow2_alone(path: &Path, options: &CreateOptions) -> Result<Image, Error> {
+    create_qcow2_over(path, options, None)
+}
+
+fn create_qcow2_over(path: &Path, options: &CreateOptions, backing: Option<Image>) -> Result<Image, Error> {
+    // What cannot be is refused before anything is overwritten.
+    options.header().map_err(Error::Options)?;
     let data = match &options.data_file {
         None => None,
         Some((name, _)) => {
             Some(Arc::new(StorageFile::create(&beside(path, name)?, true)?) as Arc<dyn Storage>)
         }
     };
-    // What cannot be is refused before anything is overwritten.
-    options.header().map_err(Error::Options)?;
     let storage: Arc<dyn Storage> = Arc::new(StorageFile::create(path, true)?);
     let parts = Parts { backing: backing.as_ref().map(|image| image.disk.clone()), data };
     let qcow2 = Arc::new(Qcow2::create(path, storage.clone(), options, parts)?);
@@ -453,6 +468,20 @@ mod test {
         image.disk.read(4096, &crate::ReadInto::new(&mut bytes)).unwrap();
         assert!(bytes == [7; 8192]);
         assert_eq!(image.disk.block_status(0, 1 << 16).unwrap().depth, 200);
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_before_anything_is_overwritten() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, data) = (directory.path().join("top"), directory.path().join("data"));
+        std::fs::write(&data, b"kept").unwrap();
+        let bad = CreateOptions {
+            data_file: Some(("data".into(), false)),
+            cluster_bits: 8,
+            ..CreateOptions::new(1 << 20)
+        };
+        assert!(create_qcow2(&path, &bad).is_err());
+        assert_eq!(std::fs::read(&data).unwrap(), b"kept");
     }
 
     #[test]

@@ -14,6 +14,10 @@ pub enum Fact {
     Number(u64),
     /// Words.
     Text(String),
+    /// Several.
+    List(Vec<Fact>),
+    /// Several with names.
+    Row(Vec<(&'static str, Fact)>),
 }
 
 /// What the header of an image says.

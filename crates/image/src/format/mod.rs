@@ -7,6 +7,7 @@ mod mapped;
 pub mod qcow2;
 pub mod qed;
 mod raw;
+mod refusal;
 pub mod vhd;
 pub mod vhdx;
 pub mod vmdk;
@@ -15,6 +16,8 @@ pub use container::{Container, Fact, Facts};
 pub use findings::{Findings, Repair};
 pub use mapped::Mapped;
 pub use raw::Raw;
+pub use refusal::Refusal;
+pub(crate) use refusal::sound;
 
 use crate::endian::be32;
 use crate::storage::Storage;

@@ -1,5 +1,5 @@
-//! Raw: the disk's bytes are the file's bytes. A file whose size is no multiple of 512 is padded with zeroes that
-//! cannot be kept: the last, partial sector reads as zeroes beyond the file's end and can only be written up to it.
+//! Raw: the disk's bytes are the file's bytes. A file whose size is no multiple of 512 reads as if zeroes followed, and gets
+//! whole sectors when its last one is written.
 
 use crate::buffers::Buffers;
 use crate::disk::{Disk, Error, Status, check_range, no_snapshots, read_only_error};
@@ -15,8 +15,6 @@ const SECTOR: u64 = 512;
 pub struct Raw {
     storage: Arc<dyn Storage>,
     capacity: AtomicU64,
-    /// Bytes that can be written: the storage's length when it was opened or resized.
-    len: AtomicU64,
 }
 
 impl Raw {
@@ -27,17 +25,12 @@ impl Raw {
 
     /// A raw image in open storage.
     pub fn new(storage: Arc<dyn Storage>) -> Self {
-        let len = storage.len();
-        Self { storage, capacity: AtomicU64::new(whole_sectors(len)), len: AtomicU64::new(len) }
+        Self { capacity: AtomicU64::new(whole_sectors(storage.len())), storage }
     }
 
     /// The storage.
     pub fn storage(&self) -> &Arc<dyn Storage> {
         &self.storage
-    }
-
-    fn len(&self) -> u64 {
-        self.len.load(Ordering::Acquire)
     }
 
     fn check_write(&self, offset: u64, len: u64) -> io::Result<()> {
@@ -66,8 +59,7 @@ impl Disk for Raw {
 
     fn write(&self, offset: u64, buffers: &dyn Buffers) -> io::Result<()> {
         self.check_write(offset, buffers.len())?;
-        let len = buffers.len().min(self.len().saturating_sub(offset));
-        self.storage.write(offset, buffers, 0, len)
+        self.storage.write(offset, buffers, 0, buffers.len())
     }
 
     fn flush(&self) -> io::Result<()> {
@@ -88,7 +80,7 @@ impl Disk for Raw {
         if unmap && self.storage.punch_hole(offset, len).is_ok() {
             return Ok(());
         }
-        self.storage.zero_range(offset, len.min(self.len().saturating_sub(offset)))
+        self.storage.zero_range(offset, len)
     }
 
     fn zero_quickly(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
@@ -96,7 +88,7 @@ impl Disk for Raw {
         if unmap && self.storage.punch_hole(offset, len).is_ok() {
             return Ok(());
         }
-        self.storage.zero_range_quickly(offset, len.min(self.len().saturating_sub(offset)))
+        self.storage.zero_range_quickly(offset, len)
     }
 
     fn block_status(&self, offset: u64, len: u64) -> io::Result<Status> {
@@ -109,7 +101,6 @@ impl Disk for Raw {
             return Err(read_only_error());
         }
         self.storage.set_len(capacity)?;
-        self.len.store(capacity, Ordering::Release);
         self.capacity.store(whole_sectors(capacity), Ordering::Release);
         Ok(())
     }
@@ -158,12 +149,15 @@ mod test {
     }
 
     #[test]
-    fn a_partial_sector_is_padded() {
+    fn a_partial_sector_is_padded_and_whole_once_it_is_written() {
         let (file, raw) = image(1000);
         assert_eq!(raw.capacity(), 1024);
-        raw.write(512, &VecBuffers::new(vec![9; 512])).unwrap();
+        raw.write(0, &VecBuffers::new(vec![9; 700])).unwrap();
         assert_eq!(file.as_file().metadata().unwrap().len(), 1000);
-        assert_eq!(read(&raw, 999, 25), [&[9][..], &[0; 24]].concat());
+        assert_eq!(read(&raw, 699, 325), [&[9][..], &[0; 324]].concat());
+        raw.write(512, &VecBuffers::new(vec![8; 512])).unwrap();
+        assert_eq!(file.as_file().metadata().unwrap().len(), 1024);
+        assert_eq!(read(&raw, 512, 512), [8; 512]);
     }
 
     #[test]

@@ -10,6 +10,8 @@ use std::io;
 
 /// Bytes that one thread deals with at a time.
 const PIECE: u64 = 2 << 20;
+/// Bytes that are compared with what is below at a time.
+const OVER_PIECE: u64 = 64 << 10;
 
 /// How a disk is copied.
 #[derive(Debug, Clone, Copy)]
@@ -48,11 +50,7 @@ pub fn convert(
     progress: &Progress,
 ) -> io::Result<()> {
     let capacity = source.capacity();
-    let room = target.disk().capacity();
-    if room < capacity {
-        let text = format!("the target has {room} bytes, and the source {capacity}");
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
-    }
+    let room = room(source, target)?;
     match target {
         Target::Plain(disk) => {
             let worker = || Ok(vec![0; size(PIECE)]);
@@ -63,32 +61,22 @@ pub fn convert(
         Target::Compressed(qcow2) => {
             let cluster = qcow2.header().cluster_size();
             let worker = || Ok((vec![0; size(cluster)], qcow2.deflater()?));
-            in_pieces(
-                capacity,
-                cluster.max(PIECE),
-                options.threads,
-                worker,
-                |(buffer, deflater), at, len| {
-                    let mut done = 0u64;
-                    while done < len {
-                        let part = cluster.min(len.saturating_sub(done));
-                        let from = at.saturating_add(done);
-                        buffer.fill(0);
-                        if has_data(source, from, part)? {
-                            let bytes = buffer.get_mut(..size(part)).unwrap_or_default();
-                            source.read(from, &ReadInto::new(bytes))?;
-                        }
-                        if !is_zero(buffer) {
-                            qcow2.write_compressed(from, buffer, deflater)?;
-                        } else if !options.target_is_zero {
-                            qcow2.write_zeroes(from, part, true)?;
-                        }
-                        progress.advance(part)?;
-                        done = done.saturating_add(part);
+            let piece = cluster.max(PIECE);
+            in_pieces(capacity, piece, options.threads, worker, |(buffer, deflater), at, len| {
+                in_clusters(cluster, at, len, |from, part| {
+                    buffer.fill(0);
+                    if has_data(source, from, part)? {
+                        source
+                            .read(from, &ReadInto::new(buffer.get_mut(..size(part)).unwrap_or_default()))?;
                     }
-                    Ok(())
-                },
-            )?;
+                    if !is_zero(buffer) {
+                        qcow2.write_compressed(from, buffer, deflater)?;
+                    } else if !options.target_is_zero {
+                        qcow2.write_zeroes(from, part, true)?;
+                    }
+                    progress.advance(part)
+                })
+            })?;
         }
     }
     let rest = room.saturating_sub(capacity);
@@ -96,6 +84,78 @@ pub fn convert(
         target.disk().write_zeroes(capacity, rest, true)?;
     }
     target.disk().flush()
+}
+
+/// Copies what `source` has and the disk below the target has not. Beyond the end of that there are zeroes.
+pub fn convert_over(
+    source: &dyn Disk,
+    target: Target<'_>,
+    below: &dyn Disk,
+    options: ConvertOptions,
+    progress: &Progress,
+) -> io::Result<()> {
+    room(source, target)?;
+    let cluster = match target {
+        Target::Compressed(qcow2) => qcow2.header().cluster_size(),
+        Target::Plain(_) => OVER_PIECE,
+    };
+    let worker = || {
+        let deflater = match target {
+            Target::Compressed(qcow2) => Some(qcow2.deflater()?),
+            Target::Plain(_) => None,
+        };
+        Ok((vec![0; size(cluster)], vec![0; size(cluster)], deflater))
+    };
+    let piece = cluster.max(PIECE);
+    in_pieces(source.capacity(), piece, options.threads, worker, |(now, then, deflater), at, len| {
+        in_clusters(cluster, at, len, |from, part| {
+            now.fill(0);
+            then.fill(0);
+            source.read(from, &ReadInto::new(now.get_mut(..size(part)).unwrap_or_default()))?;
+            let there = below.capacity().saturating_sub(from).min(part);
+            if there > 0 {
+                below.read(from, &ReadInto::new(then.get_mut(..size(there)).unwrap_or_default()))?;
+            }
+            if now != then {
+                let bytes = now.get(..size(part)).unwrap_or_default();
+                match (target, deflater.as_mut()) {
+                    _ if is_zero(now) => target.disk().write_zeroes(from, part, true)?,
+                    (Target::Compressed(qcow2), Some(deflater)) => {
+                        qcow2.write_compressed(from, now, deflater)?;
+                    }
+                    _ => target.disk().write(from, &WriteFrom(bytes))?,
+                }
+            }
+            progress.advance(part)
+        })
+    })?;
+    target.disk().flush()
+}
+
+/// The size of the target, which must hold the source.
+fn room(source: &dyn Disk, target: Target<'_>) -> io::Result<u64> {
+    let (capacity, room) = (source.capacity(), target.disk().capacity());
+    if room < capacity {
+        let text = format!("the target has {room} bytes, and the source {capacity}");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+    }
+    Ok(room)
+}
+
+/// Calls `work` for each cluster of a range, which begins with one: its offset, and how much of it is in the range.
+fn in_clusters(
+    cluster: u64,
+    start: u64,
+    len: u64,
+    mut work: impl FnMut(u64, u64) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut done = 0u64;
+    while done < len {
+        let part = cluster.min(len.saturating_sub(done));
+        work(start.saturating_add(done), part)?;
+        done = done.saturating_add(part);
+    }
+    Ok(())
 }
 
 fn has_data(disk: &dyn Disk, at: u64, len: u64) -> io::Result<bool> {
@@ -214,7 +274,9 @@ pub fn measure(source: Option<&dyn Disk>, options: &CreateOptions) -> Result<(u6
         }
         counted.saturating_add(blocks).saturating_add(table).saturating_mul(cluster)
     };
-    Ok((with(data), with(all)))
+    // Refcounts are foreseen for all of it.
+    let full = with(all);
+    Ok((full.saturating_sub(all.saturating_sub(data).saturating_mul(cluster)), full))
 }
 
 /// As [`measure`], for a QED image.

@@ -1,12 +1,14 @@
 //! Work on whole images. Each job hears of progress through [`Progress`] and ends early, with an error of the kind
 //! [`std::io::ErrorKind::Interrupted`], when it is told to.
 
+mod bench;
 mod compare;
 mod convert;
 mod merge;
 
+pub use bench::{Load, bench};
 pub use compare::{Difference, compare};
-pub use convert::{ConvertOptions, Target, convert, measure, measure_qed, measure_vhd};
+pub use convert::{ConvertOptions, Target, convert, convert_over, measure, measure_qed, measure_vhd};
 pub use merge::{commit, rebase};
 
 use std::io;

@@ -27,7 +27,7 @@ mod tail;
 pub(crate) mod test;
 mod write;
 
-pub use places::{Conflicts, Places, copy_row, each_piece};
+pub use places::{Conflicts, Places, Renames, copy_row, each_piece};
 pub use sectors::{Rank, SECTOR, Sectors};
 pub use tail::Tail;
 
@@ -489,20 +489,22 @@ impl<L: Layout> Disk for Mapped<L> {
             return Err(invalid("the size of a disk is a multiple of 512 bytes".into()));
         }
         self.layout.can_resize(capacity).map_err(invalid)?;
-        let old = self.capacity();
-        if capacity < old {
-            // What is cut off must not be there when the disk grows again.
-            self.write_zeroes(capacity, old.saturating_sub(capacity), true)?;
-        }
         {
             let _quiet = self.quiesce()?;
             self.begin()?;
+            let old = self.capacity();
+            // What is cut off must not be there when the disk grows again, and what the disk did not show of the one
+            // below must not show now. First of all, and whole grains, which can be noted.
+            let below = self.backing.as_ref().map_or(0, |backing| backing.capacity()).min(capacity);
+            let grain = self.layout.grain();
+            let end = below.checked_next_multiple_of(grain).unwrap_or(below);
+            let zeroes =
+                if capacity < old { capacity..old } else { old..if below > old { end } else { old } };
+            if !zeroes.is_empty() {
+                self.zero_inside(zeroes.start, zeroes.end.saturating_sub(zeroes.start), true)?;
+                self.flush_now()?;
+            }
             self.layout.resize(&self.sectors, capacity)?;
-        }
-        let below = self.backing.as_ref().map_or(0, |backing| backing.capacity()).min(capacity);
-        if below > old {
-            // What the disk did not show before must not show now.
-            self.write_zeroes(old, below.saturating_sub(old), true)?;
         }
         self.flush_all()
     }

@@ -9,6 +9,8 @@ use std::io;
 
 /// Bytes that are copied at a time.
 const PIECE: u64 = 1 << 20;
+/// Entries that are written behind one barrier.
+const RENAMES_MAX: usize = 4096;
 
 /// Rows that were met. Starts and lengths are bytes.
 #[derive(Default)]
@@ -100,6 +102,24 @@ impl Conflicts {
     /// Whether a user of the row may keep it: at most one of all who ask may.
     pub fn claim(&mut self, start: u64) -> bool {
         self.starts.get_mut(&start).is_none_or(std::mem::take)
+    }
+}
+
+/// Entries that are to name copies, written when those are stable: many at a time, since each barrier takes long.
+#[derive(Default)]
+pub struct Renames(Vec<(u64, Vec<u8>)>);
+
+impl Renames {
+    /// The entry at this place of the file is to be these bytes.
+    pub fn push(&mut self, storage: &dyn Storage, at: u64, entry: &[u8]) -> io::Result<()> {
+        self.0.push((at, entry.to_vec()));
+        if self.0.len() < RENAMES_MAX { Ok(()) } else { self.write(storage) }
+    }
+
+    /// Writes all that are left.
+    pub fn write(&mut self, storage: &dyn Storage) -> io::Result<()> {
+        storage.flush()?;
+        std::mem::take(&mut self.0).iter().try_for_each(|(at, entry)| storage.write_bytes(*at, entry))
     }
 }
 

@@ -14,6 +14,7 @@ use super::{Qcow2, lock, read_l1, words_at};
 use crate::disk::Error;
 use crate::endian::{be32, be64, bytes_be, put, size};
 use crate::format::findings::{Findings, Repair};
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::sync::atomic::Ordering;
 
@@ -28,13 +29,18 @@ struct Counts {
 impl Counts {
     /// Counts a reference to a range of the file; answers whether it is inside.
     fn add(&mut self, offset: u64, len: u64) -> bool {
+        self.add_times(offset, len, 1)
+    }
+
+    /// Counts as many references.
+    fn add_times(&mut self, offset: u64, len: u64, times: u32) -> bool {
         let first = offset >> self.bits;
         let last = offset.saturating_add(len.saturating_sub(1)) >> self.bits;
         if last >= self.counts.len() as u64 || len == 0 {
             return len == 0;
         }
         for count in self.counts.get_mut(size(first)..=size(last)).unwrap_or_default() {
-            *count = count.saturating_add(1);
+            *count = count.saturating_add(times);
         }
         true
     }
@@ -76,7 +82,13 @@ impl Qcow2 {
         if repair == Repair::All && found.findings.corruptions > 0 {
             self.repair_all(&mut found)?;
         } else if repair != Repair::Nothing && found.findings.leaks > 0 {
-            self.repair_leaks(&mut found)?;
+            self.repair_leaks(&found)?;
+            if found.findings.errors == 0 && found.cures.is_empty() {
+                // Flags follow counts: a cluster whose count was two is the image's own now.
+                self.mark_owned()?;
+                self.flush_quiet()?;
+            }
+            found.findings = self.look()?.findings.after_repair_of(&found.findings);
         }
         let clean = found.findings.corruptions == 0 && found.findings.errors == 0;
         if repair == Repair::All && dirty && clean {
@@ -108,22 +120,25 @@ impl Qcow2 {
         };
         let header = self.header();
         walk.row(0, 1, "header");
-        let l1 = read_l1(self.storage.as_ref(), header.l1_offset, header.l1_size)?.words();
+        let l1 = words_at(self.storage.as_ref(), header.l1_offset, header.l1_size.into())?;
         walk.row(header.l1_offset, (l1.len() as u64).saturating_mul(8), "active L1 table");
-        walk.tree(&l1, Some(header.l1_offset))?;
+        walk.active_tree(&l1, header.l1_offset)?;
         walk.snapshots()?;
         walk.bitmaps()?;
         walk.refcounts()?;
         let highest =
             walk.counts.counts.iter().rposition(|count| *count > 0).map_or(0, |last| last.saturating_add(1));
         walk.findings.image_end_offset = (highest as u64) << bits;
-        let leaks = walk.compare()?;
-        walk.owned_flags(&l1)?;
+        let (leaks, other) = walk.compare()?;
+        // What is counted and not used is in the file, too.
+        let last = leaks.iter().map(|(cluster, ..)| cluster.saturating_add(1)).max().unwrap_or(0);
+        walk.findings.image_end_offset = walk.findings.image_end_offset.max(last << bits);
+        walk.owned_flags(&l1, &other)?;
         let Walk { counts, findings, cures, .. } = walk;
         Ok(Found { leaked: leaks, counts, findings, cures })
     }
 
-    fn repair_leaks(&self, found: &mut Found) -> io::Result<()> {
+    fn repair_leaks(&self, found: &Found) -> io::Result<()> {
         self.open_for_change()?;
         let storage = self.storage.as_ref();
         for (cluster, stored, counted) in &found.leaked {
@@ -135,10 +150,7 @@ impl Qcow2 {
                 excess = excess.saturating_sub(step.unsigned_abs());
             }
         }
-        self.flush_quiet()?;
-        found.findings.leaks_fixed = found.findings.leaks;
-        found.findings.leaks = 0;
-        Ok(())
+        self.flush_quiet()
     }
 
     /// Empties entries that break the rules, counts again, and writes all refcounts anew.
@@ -156,7 +168,8 @@ impl Qcow2 {
         self.flush_quiet()?;
         let mut last = self.look()?;
         if last.findings.leaks > 0 {
-            self.repair_leaks(&mut last)?;
+            self.repair_leaks(&last)?;
+            last = self.look()?;
         }
         found.findings = last.findings.after_repair_of(&found.findings);
         Ok(())
@@ -164,7 +177,8 @@ impl Qcow2 {
 
     /// Reads header and tables again.
     fn reload(&self) -> io::Result<()> {
-        let header = self.header();
+        // Not as `self.header` has it: the refcounts still have the place of the old table.
+        let header = lock(&self.header).clone();
         let storage = self.storage.as_ref();
         self.refcounts.reload(storage, &header)?;
         let l1 = read_l1(storage, header.l1_offset, header.l1_size)?;
@@ -181,10 +195,7 @@ impl Qcow2 {
         let cluster = self.shape.cluster();
         let per_block = 1u64 << (block_bits(self.shape.cluster_bits, order) & 63);
         let start = counts.counts.len() as u64;
-        let old_table = {
-            let header = lock(&self.header);
-            (header.reftable_offset, header.reftable_clusters)
-        };
+        let old_table = self.refcounts.table();
         // New clusters: blocks and table, each of which must be counted too.
         let (mut blocks, mut table) = (0u64, 0u64);
         loop {
@@ -242,9 +253,11 @@ impl Qcow2 {
     }
 }
 
+/// Cluster, its stored count, its counted one.
+type Leak = (u64, u64, u64);
+
 struct Found {
-    /// Cluster, its stored count, its counted one.
-    leaked: Vec<(u64, u64, u64)>,
+    leaked: Vec<Leak>,
     counts: Counts,
     findings: Findings,
     cures: Vec<Cure>,
@@ -257,30 +270,44 @@ impl Walk<'_> {
         }
     }
 
-    /// An L1 table and all below; `active` is the place of the active one, whose entries can be cured.
-    fn tree(&mut self, l1: &[u64], active: Option<u64>) -> io::Result<()> {
+    /// Counts the table that an L1 entry refers to, and answers its place. `place` is that of an L1 table that can be cured.
+    fn l1_entry(&mut self, index: usize, word: u64, place: Option<u64>) -> Option<u64> {
         let shape = &self.image.shape;
-        for (index, word) in l1.iter().enumerate().filter(|(_, word)| **word != 0) {
-            let host = word & OFFSET;
-            let bad = word & L1_RESERVED != 0 || shape.within(host) != 0 || (host == 0 && word & COPIED != 0);
-            if host == 0 && !bad {
-                continue;
-            }
-            if bad || host < shape.cluster() || !self.counts.add(host, shape.cluster()) {
-                self.findings.corrupt(|| format!("the L1 entry {index} ({word:#x}) points at no table"));
-                if let Some(place) = active {
-                    self.cures.push((place.saturating_add((index as u64).saturating_mul(8)), vec![0]));
-                }
-                continue;
-            }
-            let words = words_at(self.image.storage.as_ref(), host, shape.cluster() / 8)?;
-            self.table(host, &words, active.is_some());
+        let host = word & OFFSET;
+        let bad = word & L1_RESERVED != 0 || shape.within(host) != 0 || (host == 0 && word & COPIED != 0);
+        if host == 0 && !bad {
+            return None;
         }
-        Ok(())
+        if bad || host < shape.cluster() || !self.counts.add(host, shape.cluster()) {
+            self.findings.corrupt(|| format!("the L1 entry {index} ({word:#x}) points at no table"));
+            if let Some(place) = place {
+                self.cures.push((place.saturating_add((index as u64).saturating_mul(8)), vec![0]));
+            }
+            return None;
+        }
+        Some(host)
     }
 
-    fn table(&mut self, host: u64, words: &[u64], active: bool) {
+    /// The active L1 table and all below.
+    fn active_tree(&mut self, l1: &[u64], place: u64) -> io::Result<()> {
+        let mut order = Vec::new();
+        let mut users: BTreeMap<u64, u32> = BTreeMap::new();
+        for (index, word) in l1.iter().enumerate() {
+            if let Some(host) = self.l1_entry(index, *word, Some(place)) {
+                let users = users.entry(host).or_insert_with(|| {
+                    order.push(host);
+                    0
+                });
+                *users = users.saturating_add(1);
+            }
+        }
+        order.into_iter().try_for_each(|host| self.table(host, users.get(&host).copied().unwrap_or(1), true))
+    }
+
+    /// A table that so many L1 tables refer to.
+    fn table(&mut self, host: u64, users: u32, active: bool) -> io::Result<()> {
         let shape = self.image.shape;
+        let words = words_at(self.image.storage.as_ref(), host, shape.cluster() / 8)?;
         let step = if shape.extended { 2 } else { 1 };
         for (index, pair) in words.chunks(step).enumerate() {
             let entry =
@@ -288,7 +315,7 @@ impl Walk<'_> {
             if entry == Entry::default() {
                 continue;
             }
-            let sound = entry.is_sound(&shape) && self.count(&entry, active);
+            let sound = entry.is_sound(&shape) && self.count(&entry, users, active);
             if !sound {
                 let word = entry.word;
                 self.findings.corrupt(|| {
@@ -298,14 +325,15 @@ impl Walk<'_> {
                 self.cures.push((at, vec![0; step]));
             }
         }
+        Ok(())
     }
 
     /// Counts what an entry refers to; answers whether all of it is in the file.
-    fn count(&mut self, entry: &Entry, active: bool) -> bool {
+    fn count(&mut self, entry: &Entry, users: u32, active: bool) -> bool {
         let shape = self.image.shape;
         if entry.word & COMPRESSED != 0 {
             let (offset, len) = shape.compressed(entry.word);
-            if offset < shape.cluster() || !self.counts.add(offset, len) {
+            if offset < shape.cluster() || !self.counts.add_times(offset, len, users) {
                 return false;
             }
             if active {
@@ -319,7 +347,9 @@ impl Walk<'_> {
             return true;
         }
         let host = entry.host();
-        if !shape.data_file && (host < shape.cluster() || !self.counts.add(host, shape.cluster())) {
+        let inside = shape.data_file
+            || (host >= shape.cluster() && self.counts.add_times(host, shape.cluster(), users));
+        if !inside {
             return false;
         }
         if active {
@@ -346,6 +376,9 @@ impl Walk<'_> {
             }
         };
         self.row(header.snapshots_offset, len, "list of snapshots");
+        // Snapshots share most of their tables: each is walked once.
+        let mut tables: BTreeMap<u64, u32> = BTreeMap::new();
+        let mut total = 0u64;
         for snapshot in list {
             let bytes = u64::from(snapshot.l1_size).saturating_mul(8);
             let bad = bytes > super::header::L1_BYTES_MAX || self.image.shape.within(snapshot.l1_offset) != 0;
@@ -355,10 +388,20 @@ impl Walk<'_> {
                     .corrupt(|| format!("the L1 table of the snapshot {name:?} is at no place that can be"));
                 continue;
             }
+            total = total.saturating_add(bytes);
+            if total > storage.len() {
+                self.findings.corrupt(|| "the L1 tables of snapshots lie over each other".to_owned());
+                break;
+            }
             let l1 = words_at(storage, snapshot.l1_offset, snapshot.l1_size.into())?;
-            self.tree(&l1, None)?;
+            for (index, word) in l1.into_iter().enumerate() {
+                if let Some(host) = self.l1_entry(index, word, None) {
+                    let users = tables.entry(host).or_default();
+                    *users = users.saturating_add(1);
+                }
+            }
         }
-        Ok(())
+        tables.into_iter().try_for_each(|(host, users)| self.table(host, users, false))
     }
 
     /// The directory of bitmaps, their tables and bits (section "Bitmaps extension").
@@ -427,8 +470,8 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// Stored against counted references; answers the leaks.
-    fn compare(&mut self) -> io::Result<Vec<(u64, u64, u64)>> {
+    /// Stored against counted references; answers the leaks, and all counts that are stored otherwise.
+    fn compare(&mut self) -> io::Result<(Vec<Leak>, HashMap<u64, u64>)> {
         let image = self.image;
         let header = image.header();
         let (order, storage) = (header.refcount_order, image.storage.as_ref());
@@ -436,7 +479,7 @@ impl Walk<'_> {
         let (offset, clusters) = image.refcounts.table();
         let table = words_at(storage, offset, u64::from(clusters).saturating_mul(image.shape.cluster()) / 8)?;
         let mut seen = std::collections::HashSet::new();
-        let mut leaks = Vec::new();
+        let (mut leaks, mut other) = (Vec::new(), HashMap::new());
         let mut bytes = vec![0; size(image.shape.cluster())];
         let total = self.counts.counts.len() as u64;
         let blocks = total
@@ -463,6 +506,7 @@ impl Walk<'_> {
                 if stored == counted {
                     continue;
                 }
+                other.insert(cluster, stored);
                 if stored > counted {
                     self.findings.leaks = self.findings.leaks.saturating_add(1);
                     self.findings.say(|| {
@@ -478,20 +522,28 @@ impl Walk<'_> {
                 }
             }
         }
-        Ok(leaks)
+        Ok((leaks, other))
     }
 
-    /// COPIED flags of the active tables against the counts.
-    fn owned_flags(&mut self, l1: &[u64]) -> io::Result<()> {
+    /// COPIED flags of the active tables against the counts as they are stored.
+    fn owned_flags(&mut self, l1: &[u64], other: &HashMap<u64, u64>) -> io::Result<()> {
         let shape = self.image.shape;
+        let bits = shape.cluster_bits & 63;
+        let alone = |counts: &Counts, host: u64| {
+            other.get(&(host >> bits)).copied().unwrap_or_else(|| counts.get(host).into()) == 1
+        };
         let broken: std::collections::HashSet<u64> = self.cures.iter().map(|(at, _)| *at).collect();
+        let mut seen = std::collections::HashSet::new();
         for word in l1.iter().filter(|word| **word & OFFSET != 0) {
             let host = word & OFFSET;
-            if shape.within(host) != 0 || host >= self.image.storage.len() || word & L1_RESERVED != 0 {
+            if !seen.insert(host)
+                || shape.within(host) != 0
+                || host >= self.image.storage.len()
+                || word & L1_RESERVED != 0
+            {
                 continue;
             }
-            let alone = self.counts.get(host) == 1;
-            if alone != (word & COPIED != 0) {
+            if alone(&self.counts, host) != (word & COPIED != 0) {
                 self.findings
                     .corrupt(|| format!("the flag of the L2 table at {host:#x} does not fit its users"));
             }
@@ -504,7 +556,7 @@ impl Walk<'_> {
                 if !entry.has_host(&shape) || broken.contains(&at) {
                     continue;
                 }
-                let alone = shape.data_file || self.counts.get(entry.host()) == 1;
+                let alone = shape.data_file || alone(&self.counts, entry.host());
                 if alone != (word & COPIED != 0) {
                     self.findings.corrupt(|| {
                         format!("the flag of the cluster at {:#x} does not fit its users", entry.host())

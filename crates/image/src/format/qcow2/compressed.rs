@@ -79,9 +79,10 @@ impl Qcow2 {
             let bytes = cluster.get(..size(on_disk)).unwrap_or_default();
             return self.write(offset, &crate::WriteFrom(bytes));
         };
-        self.open_for_change()?;
         {
             let _pass = self.gate.pass();
+            self.open_for_change()?;
+            self.live.mark(offset, on_disk);
             let number = offset >> (self.shape.cluster_bits & 63);
             let _cluster = self.lock_clusters(number, number);
             let at = self.pack(deflated.len() as u64)?;

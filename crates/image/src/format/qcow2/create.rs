@@ -197,12 +197,12 @@ impl Qcow2 {
 
     /// Gives places in the file to all clusters of a range that have none. Nothing may be below them.
     pub fn preallocate(&self, from: u64, to: u64, how: Preallocation) -> io::Result<()> {
-        self.open_for_change()?;
         let cluster = self.shape.cluster();
         let mut at = from.checked_next_multiple_of(cluster).unwrap_or(from);
         while at < to {
             {
                 let _pass = self.gate.pass();
+                self.open_for_change()?;
                 at = self.preallocate_run(at, to, how)?;
             }
             self.limit_dirty()?;

@@ -31,6 +31,8 @@ impl Qcow2 {
         self.open_for_change()?;
         {
             let _quiet = self.quiesce()?;
+            self.open_for_change()?;
+            self.live.mark(0, self.capacity());
             let old = self.map.l1().words();
             self.each_reference(&old, &mut |_| Ok(()))?;
             self.switch_l1(vec![0; old.len()], None)?;

@@ -3,6 +3,7 @@
 //! Source: QEMU's docs/interop/qcow2.rst, sections "Header" and "Header extensions".
 
 use crate::endian::{be32, be64, put, size};
+use crate::format::Refusal;
 use crate::format::container::Fact;
 
 /// "QFI\xfb".
@@ -112,15 +113,6 @@ pub struct Header {
     pub bitmaps: Option<BitmapsExtension>,
     /// Extensions that we do not know: kept as they are.
     pub unknown: Vec<(u32, Vec<u8>)>,
-}
-
-/// Why a header is refused.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Refusal {
-    /// It breaks the format's rules.
-    Corrupt(String),
-    /// It uses what we have not.
-    Unsupported(String),
 }
 
 fn corrupt<T>(what: impl Into<String>) -> Result<T, Refusal> {

@@ -20,6 +20,7 @@
 //!
 //! Source: QEMU's docs/interop/qcow2.rst.
 
+mod bitmap;
 mod check;
 mod codec;
 mod compressed;
@@ -39,6 +40,7 @@ mod table;
 mod test;
 mod write;
 
+pub use bitmap::{Bitmap, Bits, Change};
 pub use create::{CreateOptions, Preallocation};
 pub use header::{Compression, Header};
 pub use snapshot::Snapshot;
@@ -46,11 +48,11 @@ pub use snapshot::Snapshot;
 use crate::disk::{Content, Disk, Error, Status, check_range, read_only_error};
 use crate::endian::{be64, size, words_be};
 use crate::format::Format;
-use crate::format::container::{Container, Facts};
+use crate::format::container::{Container, Fact, Facts};
 use crate::format::findings::{Findings, Repair};
 use crate::format::gate::Gate;
 use crate::storage::Storage;
-use header::{INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY, Refusal};
+use header::{INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY};
 use map::{L1, Map, Metadata};
 use refcount::Refcounts;
 use std::io;
@@ -84,6 +86,7 @@ pub struct Qcow2 {
     flush: flush::State,
     packing: Mutex<compressed::Packing>,
     inflated: compressed::Inflated,
+    live: bitmap::Live,
 }
 
 /// What an image is opened with.
@@ -102,13 +105,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Qcow2 {
     /// Reads the header of an image.
     pub fn read_header(path: &Path, storage: &dyn Storage) -> Result<Header, Error> {
-        let io = |source| Error::io(path, source);
         let mut start = vec![0; size(storage.len().min(1 << 21))];
-        storage.read_bytes(0, &mut start).map_err(io)?;
-        Header::parse(&start).map_err(|refusal| match refusal {
-            Refusal::Corrupt(what) => Error::Corrupt { path: path.to_path_buf(), format: "qcow2", what },
-            Refusal::Unsupported(what) => Error::Unsupported { path: path.to_path_buf(), what },
-        })
+        let read = storage.read_bytes(0, &mut start);
+        crate::format::sound(path, "qcow2", read.map(|()| Header::parse(&start)))
     }
 
     /// Opens an image whose header was read. An image that was not closed in order is repaired if it may be written.
@@ -171,6 +170,7 @@ impl Qcow2 {
             flush: flush::State::default(),
             packing: Mutex::default(),
             inflated: compressed::Inflated::default(),
+            live: bitmap::Live::default(),
             header: Mutex::new(header),
             storage,
         })
@@ -178,7 +178,10 @@ impl Qcow2 {
 
     /// The header as it is now.
     pub fn header(&self) -> Header {
-        lock(&self.header).clone()
+        let mut header = lock(&self.header).clone();
+        // The table of refcounts moves when it must grow.
+        (header.reftable_offset, header.reftable_clusters) = self.refcounts.table();
+        header
     }
 
     /// The file.
@@ -235,16 +238,18 @@ impl Qcow2 {
         if self.damaged.load(Ordering::Acquire) {
             return self.flush_metadata();
         }
-        // The first frees clusters, the second writes that they are free.
-        self.flush_metadata()?;
-        self.flush_all()?;
+        // What requests do must not come between what is written here and the mark that says that all is written.
+        let _quiet = self.quiesce()?;
+        self.end_recording()?;
+        // The last one freed clusters; this writes that they are free.
+        self.flush_quiet()?;
         let mut header = lock(&self.header);
         if header.incompatible & INCOMPATIBLE_DIRTY != 0 {
             header.incompatible &= !INCOMPATIBLE_DIRTY;
             self.storage.write_bytes(72, &header.incompatible.to_be_bytes())?;
             self.storage.flush()?;
-            self.opened.store(false, Ordering::Release);
         }
+        self.opened.store(false, Ordering::Release);
         Ok(())
     }
 }
@@ -284,6 +289,29 @@ fn metadata_of(shape: &Shape, header: &Header, l1: &L1, refcounts: &Refcounts) -
     metadata
 }
 
+impl Qcow2 {
+    /// What the header says, and the bitmaps.
+    fn details(&self, header: &Header) -> Vec<(&'static str, Fact)> {
+        let mut details = header.details();
+        // Damage is what a check tells of.
+        let bitmaps = self.bitmaps().unwrap_or_default();
+        if !bitmaps.is_empty() {
+            let row = |bitmap: Bitmap| {
+                let flags = [(bitmap.is_stale(), "in-use"), (bitmap.records(), "auto")];
+                let flags =
+                    flags.into_iter().filter(|(is, _)| *is).map(|(_, name)| Fact::Text(name.to_owned()));
+                Fact::Row(vec![
+                    ("flags", Fact::List(flags.collect())),
+                    ("granularity", Fact::Number(1 << (bitmap.granularity_bits & 63))),
+                    ("name", Fact::Text(bitmap.name)),
+                ])
+            };
+            details.push(("bitmaps", Fact::List(bitmaps.into_iter().map(row).collect())));
+        }
+        details
+    }
+}
+
 impl Disk for Qcow2 {
     fn capacity(&self) -> u64 {
         self.capacity.load(Ordering::Acquire)
@@ -294,16 +322,17 @@ impl Disk for Qcow2 {
     }
 
     fn read(&self, offset: u64, buffers: &dyn crate::Buffers) -> io::Result<()> {
-        check_range(offset, buffers.len(), self.capacity())?;
         let _pass = self.gate.pass();
+        check_range(offset, buffers.len(), self.capacity())?;
         self.read_inside(offset, buffers, 0, buffers.len())
     }
 
     fn write(&self, offset: u64, buffers: &dyn crate::Buffers) -> io::Result<()> {
-        self.check_write(offset, buffers.len())?;
-        self.open_for_change()?;
         {
             let _pass = self.gate.pass();
+            self.check_write(offset, buffers.len())?;
+            self.open_for_change()?;
+            self.live.mark(offset, buffers.len());
             self.write_inside(offset, buffers, buffers.len())?;
         }
         self.limit_dirty()
@@ -314,28 +343,30 @@ impl Disk for Qcow2 {
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.check_write(offset, len)?;
-        self.open_for_change()?;
         {
             let _pass = self.gate.pass();
+            self.check_write(offset, len)?;
+            self.open_for_change()?;
+            self.live.mark(offset, len);
             self.discard_inside(offset, len)?;
         }
         self.limit_dirty()
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
-        self.check_write(offset, len)?;
-        self.open_for_change()?;
         {
             let _pass = self.gate.pass();
+            self.check_write(offset, len)?;
+            self.open_for_change()?;
+            self.live.mark(offset, len);
             self.zero_inside(offset, len, unmap)?;
         }
         self.limit_dirty()
     }
 
     fn block_status(&self, offset: u64, len: u64) -> io::Result<Status> {
-        check_range(offset, len, self.capacity())?;
         let _pass = self.gate.pass();
+        check_range(offset, len, self.capacity())?;
         self.status_inside(offset, len)
     }
 
@@ -358,7 +389,7 @@ impl Container for Qcow2 {
         Facts {
             cluster_size: Some(header.cluster_size()),
             dirty: header.incompatible & INCOMPATIBLE_DIRTY != 0,
-            details: header.details(),
+            details: self.details(&header),
             backing: header.backing.map(|name| (name, header.backing_format)),
         }
     }

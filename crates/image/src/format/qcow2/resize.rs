@@ -25,30 +25,36 @@ impl Qcow2 {
         if entries.saturating_mul(8) > header::L1_BYTES_MAX {
             return Err(invalid("the disk would be too large for clusters of this size"));
         }
-        let old = self.capacity();
-        if capacity < old {
-            // What is cut off must not be there when the disk grows again.
-            self.write_zeroes(capacity, old.saturating_sub(capacity), true)?;
-        }
         {
             let _quiet = self.quiesce()?;
+            self.open_for_change()?;
+            self.resize_recording(capacity)?;
             if entries > self.map.l1().slots.len() as u64 {
                 self.grow_l1(entries)?;
             }
-            if let Some(data) = &self.data {
-                data.set_len(capacity)?;
-            }
-            self.set_capacity(capacity)?;
-        }
-        let below = self.backing.as_ref().map_or(0, |backing| backing.capacity()).min(capacity);
-        if below > old {
-            // What the disk did not show before must not show now.
-            self.write_zeroes(old, below.saturating_sub(old), true)?;
+            self.resize_quiet(capacity)?;
         }
         self.flush_metadata()
     }
 
-    fn set_capacity(&self, capacity: u64) -> io::Result<()> {
+    /// The L1 table is large enough.
+    fn resize_quiet(&self, capacity: u64) -> io::Result<()> {
+        let old = self.capacity();
+        // What is cut off must not be there when the disk grows again, and what the disk did not show of the one below
+        // must not show now. The header comes last, so that this is so at every moment.
+        let below = self.backing.as_ref().map_or(0, |backing| backing.capacity()).min(capacity);
+        let cluster = self.shape.cluster();
+        let (from, to) = match capacity < old {
+            true => (capacity, old),
+            false => (old, below.checked_next_multiple_of(cluster).unwrap_or(below)),
+        };
+        if from < to {
+            self.zero_inside(from, to.saturating_sub(from), true)?;
+            self.flush_quiet()?;
+        }
+        if let Some(data) = &self.data {
+            data.set_len(capacity)?;
+        }
         self.storage.write_bytes(24, &capacity.to_be_bytes())?;
         self.storage.flush()?;
         lock(&self.header).size = capacity;

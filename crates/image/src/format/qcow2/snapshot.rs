@@ -5,7 +5,7 @@
 //!
 //! Source: docs/interop/qcow2.rst, section "Snapshots".
 
-use super::header::SNAPSHOTS_MAX;
+use super::header::{COMPATIBLE_LAZY, INCOMPATIBLE_DIRTY, SNAPSHOTS_MAX};
 use super::table::{COMPRESSED, COPIED, Entry, L1_RESERVED, OFFSET};
 use super::{Qcow2, lock, words_at};
 use crate::disk::Disk;
@@ -162,6 +162,7 @@ impl Qcow2 {
         let mut bytes = bytes_be(words.iter().map(|word| word & !COPIED));
         bytes.resize(size(clusters.saturating_mul(self.shape.cluster())), 0);
         storage.write_bytes(copy.offset, &bytes)?;
+        self.set_unfinished(true)?;
         self.mark_owned()?;
         self.flush_quiet()?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -180,7 +181,23 @@ impl Qcow2 {
         };
         list.push(snapshot.clone());
         self.write_snapshots(&list)?;
+        self.set_unfinished(false)?;
         Ok(snapshot)
+    }
+
+    /// Says in the header that counts and flags may not fit each other, or that they do again: whoever opens the image
+    /// after a cut in between, to write it, counts anew. Version 2 has no such mark.
+    fn set_unfinished(&self, is: bool) -> io::Result<()> {
+        let mut header = lock(&self.header);
+        if header.version < 3 || header.compatible & COMPATIBLE_LAZY != 0 {
+            return Ok(());
+        }
+        let rest = header.incompatible & !INCOMPATIBLE_DIRTY;
+        let incompatible = rest | if is { INCOMPATIBLE_DIRTY } else { 0 };
+        self.storage.write_bytes(72, &incompatible.to_be_bytes())?;
+        self.storage.flush()?;
+        header.incompatible = incompatible;
+        Ok(())
     }
 
     /// Forgets a snapshot, by its number or name.
@@ -193,8 +210,10 @@ impl Qcow2 {
             let words = self.snapshot_l1(&snapshot)?;
             // Everything must be readable before anything is changed.
             self.each_reference(&words, &mut |_| Ok(()))?;
+            self.set_unfinished(true)?;
             self.write_snapshots(&list)?;
             self.drop_tree(&words, snapshot.l1_offset, snapshot.l1_size)?;
+            self.set_unfinished(false)?;
         }
         self.flush_all()
     }
@@ -206,6 +225,7 @@ impl Qcow2 {
             let _quiet = self.quiesce()?;
             let list = self.snapshots()?;
             let snapshot = list.get(Self::find_snapshot(&list, name)?).ok_or_else(|| missing(name))?;
+            self.open_for_change()?;
             let old = self.map.l1().words();
             let mut words = self.snapshot_l1(snapshot)?;
             let entries = lock(&self.header).l1_entries_for(snapshot.disk_size);
@@ -216,7 +236,12 @@ impl Qcow2 {
             }
             words.resize(words.len().max(size(entries)), 0);
             self.each_reference(&old, &mut |_| Ok(()))?;
+            if snapshot.disk_size != self.capacity() {
+                self.resize_recording(snapshot.disk_size)?;
+            }
+            self.live.mark(0, snapshot.disk_size);
             self.count_tree(&words)?;
+            self.set_unfinished(true)?;
             let words = words.iter().map(|word| word & !COPIED).collect();
             self.switch_l1(words, Some(snapshot.disk_size))?;
             self.each_reference(&old, &mut |cluster| {
@@ -226,6 +251,7 @@ impl Qcow2 {
             self.flush_quiet()?;
             self.mark_owned()?;
             self.flush_quiet()?;
+            self.set_unfinished(false)?;
         }
         self.flush_all()
     }

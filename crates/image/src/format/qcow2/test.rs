@@ -399,3 +399,139 @@ fn images_of_qemu_are_read_and_written() {
         judge(directory.path(), &path, &Model { bytes: content, snapshots: Vec::new() });
     }
 }
+
+/// The header names the table of refcounts where it is, also after it had to grow and something else of the header changes.
+#[test]
+fn a_header_that_is_written_again_knows_the_grown_refcount_table() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("top.qcow2");
+    let options = CreateOptions { cluster_bits: 9, refcount_order: 6, ..CreateOptions::new(SIZE) };
+    let image = create(&path, &options, Parts::default());
+    let before = image.header().reftable_offset;
+    image.write(0, &VecBuffers::new(vec![5; SIZE as usize])).unwrap();
+    image.flush().unwrap();
+    assert_ne!(image.header().reftable_offset, before, "the table has grown");
+    image.set_backing(Some(("base.raw".into(), "raw".into()))).unwrap();
+    drop(image);
+    let image = open(&path, true, Parts::default());
+    let found = image.check(Repair::Nothing).unwrap();
+    assert!(found.is_clean(), "{found:?}");
+    assert!(read_all(&image).iter().all(|byte| *byte == 5));
+}
+
+/// However often tables are named, each is walked once.
+#[test]
+fn a_check_of_an_image_that_names_one_table_all_the_time_ends() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("top.qcow2");
+    let image = create(&path, &CreateOptions::new(1 << 40), Parts::default());
+    image.write(0, &VecBuffers::new(vec![5; 512])).unwrap();
+    image.flush().unwrap();
+    let (l1, table) = (image.header().l1_offset, image.map.l1().words()[0]);
+    drop(image);
+    // A disk of 64 TiB, all of it the same 512 MiB.
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    use std::os::unix::fs::FileExt;
+    let end = file.metadata().unwrap().len().next_multiple_of(65536);
+    file.write_all_at(&table.to_be_bytes().repeat(1 << 17), end).unwrap();
+    file.write_all_at(&(1u64 << 46).to_be_bytes(), 24).unwrap();
+    file.write_all_at(&(1u32 << 17).to_be_bytes(), 36).unwrap();
+    file.write_all_at(&end.to_be_bytes(), 40).unwrap();
+    assert_ne!(l1, end);
+    let began = std::time::Instant::now();
+    let found = open(&path, true, Parts::default()).check(Repair::Nothing).unwrap();
+    assert!(found.corruptions > 0 && began.elapsed().as_secs() < 20, "{:?}", began.elapsed());
+}
+
+/// A bitmap of qemu-img's records what is written here, says meanwhile that it is in use, and qemu-img finds it sound.
+#[test]
+fn bitmaps_record_what_is_written() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("top.qcow2");
+    let name = path.to_str().unwrap();
+    qemu_img(&["create", "-q", "-f", "qcow2", name, "3M"]);
+    qemu_img(&["bitmap", "--add", "-g", "4096", name, "fine"]);
+    qemu_img(&["bitmap", "--add", "--disable", name, "off"]);
+    let image = open(&path, false, Parts::default());
+    image.write(70_000, &VecBuffers::new(vec![7; 10_000])).unwrap();
+    image.discard(1 << 20, 1 << 16).unwrap();
+    image.flush().unwrap();
+    let flags =
+        || image.bitmaps().unwrap().iter().map(|one| (one.records(), one.is_stale())).collect::<Vec<_>>();
+    assert_eq!(flags(), [(true, true), (false, false)], "in use while it is written");
+    assert!(image.bitmap_bits("fine").is_err());
+    image.close().unwrap();
+    assert_eq!(flags(), [(true, false), (false, false)]);
+    // It can be used on, and the mark comes back.
+    image.write(2 << 20, &VecBuffers::new(vec![7; 512])).unwrap();
+    assert_eq!(flags()[0], (true, true));
+    image.resize(5 << 20).unwrap_err();
+    image.change_bitmap("off", Change::Remove).unwrap();
+    image.resize(5 << 20).unwrap();
+    drop(image);
+    qemu_img(&["check", name]);
+    let info = qemu_img(&["info", name]);
+    assert!(
+        info.contains("name: fine") && info.contains("granularity: 4096") && !info.contains("in-use"),
+        "{info}"
+    );
+    let image = open(&path, true, Parts::default());
+    let bits = image.bitmap_bits("fine").unwrap();
+    for granule in 0..(5 << 20) / 4096u64 {
+        let at = granule * 4096;
+        let touched = (69_632..81_920).contains(&at)
+            || (1 << 20..(1 << 20) + 65536).contains(&at)
+            || at == 2 << 20
+            || at >= 3 << 20;
+        assert_eq!(bits.contains(at), touched, "at {at}");
+    }
+    // A crash leaves a bitmap that says so, and everything else sound.
+    drop(image);
+    let copy = directory.path().join("crashed.qcow2");
+    let image = open(&path, false, Parts::default());
+    image.write(0, &VecBuffers::new(vec![1; 512])).unwrap();
+    image.flush().unwrap();
+    std::fs::copy(&path, &copy).unwrap();
+    drop(image);
+    qemu_img(&["check", copy.to_str().unwrap()]);
+    let crashed = open(&copy, false, Parts::default());
+    assert!(crashed.bitmaps().unwrap()[0].is_stale());
+    assert!(crashed.change_bitmap("fine", Change::Clear).is_err());
+    crashed.change_bitmap("fine", Change::Remove).unwrap();
+    assert!(crashed.bitmaps().unwrap().is_empty() && crashed.check(Repair::Nothing).unwrap().is_clean());
+}
+
+#[test]
+fn bitmaps_are_made_merged_and_cleared_as_by_qemu() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("top.qcow2");
+    let name = path.to_str().unwrap();
+    let image =
+        create(&path, &CreateOptions { cluster_bits: 12, ..CreateOptions::new(64 << 20) }, Parts::default());
+    image.change_bitmap("a", Change::Add(Some(512))).unwrap();
+    image.change_bitmap("b", Change::Add(None)).unwrap();
+    assert!(image.change_bitmap("a", Change::Add(None)).is_err());
+    assert!(image.change_bitmap("c", Change::Add(Some(1000))).is_err());
+    image.write(5 << 20, &VecBuffers::new(vec![7; 3 << 20])).unwrap();
+    image.change_bitmap("b", Change::Record(false)).unwrap();
+    image.write(0, &VecBuffers::new(vec![7; 512])).unwrap();
+    image.close().unwrap();
+    let other = image.bitmap_bits("a").unwrap();
+    assert!(other.contains(0) && other.contains(7 << 20) && !other.contains(9 << 20));
+    assert!(
+        !image.bitmap_bits("b").unwrap().contains(0) && image.bitmap_bits("b").unwrap().contains(6 << 20)
+    );
+    image.change_bitmap("b", Change::Merge(&other)).unwrap();
+    assert!(
+        image.bitmap_bits("b").unwrap().contains(4095) && !image.bitmap_bits("b").unwrap().contains(4096)
+    );
+    image.change_bitmap("a", Change::Clear).unwrap();
+    assert!(!image.bitmap_bits("a").unwrap().contains(0));
+    assert!(image.check(Repair::Nothing).unwrap().is_clean());
+    drop(image);
+    qemu_img(&["check", name]);
+    qemu_img(&["bitmap", "--merge", "b", name, "a"]);
+    let image = open(&path, true, Parts::default());
+    let bits = image.bitmap_bits("a").unwrap();
+    assert!(bits.contains(4095) && bits.contains(7 << 20) && !bits.contains(9 << 20));
+}

@@ -3,7 +3,7 @@
 //! The order for a new cluster: allocate (in memory), write the data and what it does not cover, then change the entry. A
 //! failure before the last step gives the cluster back; nobody has seen it.
 
-use super::header::{AUTOCLEAR_RAW_DATA, COMPATIBLE_LAZY, INCOMPATIBLE_DIRTY};
+use super::header::{AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW_DATA, COMPATIBLE_LAZY, INCOMPATIBLE_DIRTY};
 use super::table::{COMPRESSED, COPIED, Entry, Mapping, Table};
 use super::{Qcow2, lock, refcount};
 use crate::buffers::{Buffers, Part, ReadInto};
@@ -34,9 +34,13 @@ impl Qcow2 {
             return Ok(());
         }
         if header.version >= 3 {
-            // What writers that know no bitmaps must do (section "Autoclear feature bits"): nobody can trust them now.
-            let keeps = if header.has_data_file() { AUTOCLEAR_RAW_DATA } else { 0 };
-            let autoclear = header.autoclear & keeps;
+            // Bitmaps that cannot be kept are given up: nobody must trust them.
+            header.bitmaps =
+                header.bitmaps.take().filter(|extension| self.begin_recording(extension).is_ok());
+            // What is not known here is not kept (section "Autoclear feature bits").
+            let raw = if header.has_data_file() { AUTOCLEAR_RAW_DATA } else { 0 };
+            let bitmaps = if header.bitmaps.is_some() { AUTOCLEAR_BITMAPS } else { 0 };
+            let autoclear = header.autoclear & (raw | bitmaps);
             let lazy = header.compatible & COMPATIBLE_LAZY != 0;
             let incompatible = header.incompatible | if lazy { INCOMPATIBLE_DIRTY } else { 0 };
             if (autoclear, incompatible) != (header.autoclear, header.incompatible) {
@@ -44,7 +48,6 @@ impl Qcow2 {
                 self.storage.write_bytes(88, &autoclear.to_be_bytes())?;
                 self.storage.flush()?;
                 (header.autoclear, header.incompatible) = (autoclear, incompatible);
-                header.bitmaps = header.bitmaps.filter(|_| autoclear & super::header::AUTOCLEAR_BITMAPS != 0);
             }
         }
         self.opened.store(true, Ordering::Release);

@@ -7,7 +7,7 @@
 use super::{ENTRY, Layer, ZERO, lock};
 use crate::endian::le64;
 use crate::format::findings::{Findings, Repair};
-use crate::format::mapped::{Conflicts, Places, copy_row, each_piece};
+use crate::format::mapped::{Conflicts, Places, Renames, copy_row, each_piece};
 use crate::storage::Storage;
 use std::io;
 
@@ -162,6 +162,7 @@ fn mend(layer: &Layer, storage: &dyn Storage, found: &mut Found) -> io::Result<(
     })?;
     // What a file says about itself must not make it many times as large.
     let mut budget = len;
+    let mut renames = Renames::default();
     for table in tables {
         each_word(storage, table, bytes, |at, word| {
             if word == ZERO || found.conflicts.claim(word) || budget == 0 {
@@ -169,10 +170,10 @@ fn mend(layer: &Layer, storage: &dyn Storage, found: &mut Found) -> io::Result<(
             }
             let copy = layer.tail.append(storage, cluster, 0, cluster)?;
             budget = budget.saturating_sub(copy_row(storage, word, copy, cluster)?.max(512));
-            storage.flush()?;
-            storage.write_bytes(at, &copy.to_le_bytes())
+            renames.push(storage, at, &copy.to_le_bytes())
         })?;
     }
+    renames.write(storage)?;
     found.end = layer.tail.end();
     storage.flush()
 }

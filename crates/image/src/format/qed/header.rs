@@ -3,6 +3,7 @@
 //! Source: QEMU's docs/interop/qed_spec.txt, section "Header".
 
 use crate::endian::{le32, le64, put, size};
+use crate::format::Refusal;
 use crate::storage::Storage;
 use std::io;
 
@@ -18,11 +19,10 @@ const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 12..=26;
 const TABLE_CLUSTERS_MAX: u64 = 16;
 /// Longest name of a backing file.
 const NAME_MAX: u32 = 1023;
-/// Places of the features, of the disk's size, and of the name's place and length.
-pub const FEATURES_AT: u64 = 16;
-pub const AUTOCLEAR_AT: u64 = 32;
-pub const SIZE_AT: u64 = 48;
+/// Place of the name's place and length.
 const NAME_AT: usize = 56;
+/// Where we put names. Each is in the first cluster, whatever its size, and one is free whereever a name is.
+const NAME_PLACES: [u32; 3] = [64, 2048, 3072];
 
 /// What a header says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -35,6 +35,8 @@ pub struct Header {
     pub header_clusters: u64,
     /// Features without which the image cannot be read.
     pub features: u64,
+    /// Features that do not matter to who does not know them.
+    compatible: u64,
     /// Features that are none any more once a program that does not know them has written the image.
     pub autoclear: u64,
     /// Place of the L1 table.
@@ -43,13 +45,8 @@ pub struct Header {
     pub capacity: u64,
     /// Name of the backing file.
     pub backing: Option<String>,
-}
-
-/// Why a header cannot be used.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Refusal {
-    Corrupt(String),
-    Unsupported(String),
+    /// Its place.
+    name_at: u32,
 }
 
 impl Header {
@@ -72,7 +69,7 @@ impl Header {
         let mut name = vec![0; size(len.into())];
         storage.read_bytes(at.into(), &mut name)?;
         Ok(match String::from_utf8(name) {
-            Ok(name) => Ok(Self { backing: Some(name), ..header }),
+            Ok(name) => Ok(Self { backing: Some(name), name_at: at, ..header }),
             Err(_) => Err(Refusal::Corrupt("the name of its backing file is no text".into())),
         })
     }
@@ -97,10 +94,12 @@ impl Header {
             table_clusters: table.into(),
             header_clusters: header.into(),
             features,
+            compatible: le64(bytes, 24),
             autoclear: le64(bytes, 32),
             l1: le64(bytes, 40),
             capacity: le64(bytes, 48),
             backing: None,
+            name_at: 0,
         };
         if !table.is_power_of_two() || this.table_clusters > TABLE_CLUSTERS_MAX {
             return corrupt("its tables have a size that cannot be");
@@ -117,31 +116,56 @@ impl Header {
         Ok(this)
     }
 
-    /// Writes the header and the name behind it; `None` if they do not fit into the header's clusters.
-    pub fn encode(&self) -> Option<Vec<u8>> {
-        let mut bytes = vec![0; size(HEADER_BYTES)];
+    /// A header for a new image.
+    pub fn new(cluster_bits: u32, table_clusters: u64, capacity: u64) -> Self {
+        Self {
+            cluster_bits,
+            table_clusters,
+            header_clusters: 1,
+            features: 0,
+            compatible: 0,
+            autoclear: 0,
+            l1: 1 << (cluster_bits & 63),
+            capacity,
+            backing: None,
+            name_at: 0,
+        }
+    }
+
+    /// The fields.
+    pub fn encode(&self) -> [u8; HEADER_BYTES as usize] {
+        let mut bytes = [0; HEADER_BYTES as usize];
         put(&mut bytes, 0, MAGIC);
         put(&mut bytes, 4, &(self.cluster() as u32).to_le_bytes());
         put(&mut bytes, 8, &(self.table_clusters as u32).to_le_bytes());
         put(&mut bytes, 12, &(self.header_clusters as u32).to_le_bytes());
         put(&mut bytes, 16, &self.features.to_le_bytes());
+        put(&mut bytes, 24, &self.compatible.to_le_bytes());
         put(&mut bytes, 32, &self.autoclear.to_le_bytes());
         put(&mut bytes, 40, &self.l1.to_le_bytes());
         put(&mut bytes, 48, &self.capacity.to_le_bytes());
-        let name = self.backing.as_deref().unwrap_or_default();
-        if name.len() > NAME_MAX as usize {
-            return None;
-        }
-        if !name.is_empty() {
-            put(&mut bytes, NAME_AT, &(HEADER_BYTES as u32).to_le_bytes());
+        if let Some(name) = &self.backing {
+            put(&mut bytes, NAME_AT, &self.name_at.to_le_bytes());
             put(&mut bytes, NAME_AT.saturating_add(4), &(name.len() as u32).to_le_bytes());
-            bytes.extend_from_slice(name.as_bytes());
         }
-        (bytes.len() as u64 <= self.header_bytes()).then_some(bytes)
+        bytes
     }
 
-    /// Names another backing file. The format knows only "raw" and "look at it".
-    pub fn name_backing(&mut self, backing: Option<(&str, bool)>) {
+    /// The backing file's name, and its place.
+    pub fn name(&self) -> Option<(u64, &[u8])> {
+        Some((self.name_at.into(), self.backing.as_ref()?.as_bytes()))
+    }
+
+    /// Names another backing file, at a place where the old name is not: `false` if it is too long. The format knows only
+    /// "raw" and "look at it".
+    pub fn name_backing(&mut self, backing: Option<(&str, bool)>) -> bool {
+        if backing.is_some_and(|(name, _)| name.is_empty() || name.len() > NAME_MAX as usize) {
+            return false;
+        }
+        let old =
+            self.name_at..self.name_at.saturating_add(self.backing.as_ref().map_or(0, String::len) as u32);
+        let free = |at: &u32| old.is_empty() || at.saturating_add(NAME_MAX) <= old.start || *at >= old.end;
+        self.name_at = NAME_PLACES.into_iter().find(free).unwrap_or(0);
         self.features &= !(FEATURE_BACKING | FEATURE_BACKING_RAW);
         self.backing = backing.map(|(name, _)| name.to_owned());
         self.features |= match backing {
@@ -149,6 +173,7 @@ impl Header {
             Some((_, false)) => FEATURE_BACKING,
             Some((_, true)) => FEATURE_BACKING | FEATURE_BACKING_RAW,
         };
+        true
     }
 
     /// The image says that its backing file is raw.
@@ -162,8 +187,9 @@ impl Header {
     }
 
     /// It is in order.
-    pub fn set_checked(&mut self) {
+    pub fn set_checked(&mut self) -> bool {
         self.features &= !FEATURE_NEED_CHECK;
+        true
     }
 
     /// Bytes of a cluster.

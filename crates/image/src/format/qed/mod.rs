@@ -22,7 +22,6 @@ use super::mapped::{Layout, Mapped, Place, Rank, Room, SECTOR, Sectors, Tail, da
 use crate::disk::{Disk, Error};
 use crate::endian::{le64, size};
 use crate::storage::Storage;
-use header::{AUTOCLEAR_AT, FEATURES_AT, Refusal, SIZE_AT};
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -31,6 +30,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 /// An entry that says "zeroes".
 const ZERO: u64 = 1;
 const ENTRY: u64 = 8;
+const NAME_LENGTH: &str = "the name of a QED image's backing file has 1 to 1023 bytes";
 
 /// How a new image is made.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,16 +53,7 @@ impl CreateOptions {
 
     /// The header of such an image.
     pub fn header(&self) -> Result<Header, String> {
-        let mut header = Header {
-            cluster_bits: self.cluster_bits,
-            table_clusters: self.table_clusters,
-            header_clusters: 1,
-            features: 0,
-            autoclear: 0,
-            l1: 1 << (self.cluster_bits & 63),
-            capacity: self.size,
-            backing: None,
-        };
+        let mut header = Header::new(self.cluster_bits, self.table_clusters, self.size);
         if !(12..=26).contains(&self.cluster_bits) {
             return Err("QED clusters have 4 KiB to 64 MiB".into());
         }
@@ -75,11 +66,9 @@ impl CreateOptions {
         if self.size > header.capacity_max() {
             return Err("the disk is too large for clusters of this size: use larger clusters".into());
         }
-        header.name_backing(
-            self.backing.as_ref().map(|(name, format)| (name.as_str(), *format == Format::Raw)),
-        );
-        if header.encode().is_none() {
-            return Err("the name of the backing file is too long".into());
+        let backing = self.backing.as_ref().map(|(name, format)| (name.as_str(), *format == Format::Raw));
+        if !header.name_backing(backing) {
+            return Err(NAME_LENGTH.into());
         }
         Ok(header)
     }
@@ -106,13 +95,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Qed {
     /// Reads the header of an image.
     pub fn read_header(path: &Path, storage: &dyn Storage) -> Result<Header, Error> {
-        let path = path.to_path_buf();
-        match Header::read(storage) {
-            Ok(Ok(header)) => Ok(header),
-            Ok(Err(Refusal::Corrupt(what))) => Err(Error::Corrupt { path, format: "QED", what }),
-            Ok(Err(Refusal::Unsupported(what))) => Err(Error::Unsupported { path, what }),
-            Err(source) => Err(Error::Io { path, source }),
-        }
+        super::sound(path, "QED", Header::read(storage))
     }
 
     /// Opens an image whose header was read. One that another program has not closed in order is checked and repaired
@@ -166,12 +149,14 @@ impl Qed {
         backing: Option<Arc<dyn Disk>>,
     ) -> Result<Self, Error> {
         let header = options.header().map_err(Error::Options)?;
-        let bytes = header.encode().unwrap_or_default();
         let write = || {
             storage.set_len(header.l1.saturating_add(header.table_bytes()))?;
             // What was never written reads as zeroes, unless this is a device.
             storage.zero_range(header.l1, header.table_bytes())?;
-            storage.write_bytes(0, &bytes)?;
+            if let Some((at, name)) = header.name() {
+                storage.write_bytes(at, name)?;
+            }
+            storage.write_bytes(0, &header.encode())?;
             storage.flush()
         };
         write().map_err(|source| Error::io(path, source))?;
@@ -254,20 +239,24 @@ impl Layer {
         Ok(table)
     }
 
-    fn write_header(&self, storage: &dyn Storage, change: impl FnOnce(&mut Header)) -> io::Result<()> {
+    fn write_header(
+        &self,
+        storage: &dyn Storage,
+        change: impl FnOnce(&mut Header) -> bool,
+    ) -> io::Result<()> {
         let mut held = lock(&self.header);
         let mut header = held.clone();
-        change(&mut header);
-        let text = "the name of the backing file is too long for the image's header";
-        let bytes = header.encode().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, text))?;
-        if header.backing == held.backing {
-            // The name may be anywhere in the header's clusters: it stays where it is.
-            storage.write_bytes(FEATURES_AT, &header.features.to_le_bytes())?;
-            storage.write_bytes(AUTOCLEAR_AT, &header.autoclear.to_le_bytes())?;
-            storage.write_bytes(SIZE_AT, &header.capacity.to_le_bytes())?;
-        } else {
-            storage.write_bytes(0, &bytes)?;
+        if !change(&mut header) {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, NAME_LENGTH));
         }
+        if header.name() != held.name()
+            && let Some((at, name)) = header.name()
+        {
+            // Where the old name is not, so that one of the two holds at any moment.
+            storage.write_bytes(at, name)?;
+            storage.flush()?;
+        }
+        storage.write_bytes(0, &header.encode())?;
         storage.flush()?;
         *held = header;
         Ok(())
@@ -357,7 +346,10 @@ impl Layout for Layer {
         if lock(&self.header).autoclear == 0 {
             Ok(())
         } else {
-            self.write_header(storage, |header| header.autoclear = 0)
+            self.write_header(storage, |header| {
+                header.autoclear = 0;
+                true
+            })
         }
     }
 
@@ -380,7 +372,10 @@ impl Layout for Layer {
     }
 
     fn resize(&self, sectors: &Sectors, capacity: u64) -> io::Result<()> {
-        self.write_header(sectors.storage(), |header| header.capacity = capacity)?;
+        self.write_header(sectors.storage(), |header| {
+            header.capacity = capacity;
+            true
+        })?;
         self.capacity.store(capacity, Ordering::Release);
         Ok(())
     }

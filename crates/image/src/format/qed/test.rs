@@ -218,3 +218,34 @@ fn a_sparse_giant_is_looked_at_at_once() {
     image.resize(32 << 40).unwrap();
     assert!(began.elapsed().as_secs() < 5, "{:?}", began.elapsed());
 }
+
+#[test]
+fn at_every_moment_of_a_rebase_the_old_name_or_the_new_one_holds() {
+    let long = "b".repeat(1000);
+    let backing = Some((long.clone(), Format::Raw));
+    let options = CreateOptions { cluster_bits: 12, backing, ..CreateOptions::new(1 << 20) };
+    let first = Arc::new(Power::default());
+    drop(Qed::create(Path::new("new"), first.clone(), &options, None).unwrap());
+    let start = first.cut(&[], first.moment(), || 255);
+    let power = Arc::new(Power::new(start.clone()));
+    let header = Qed::read_header(Path::new("a"), power.as_ref()).unwrap();
+    let image = Qed::open(Path::new("a"), power.clone(), header, None).unwrap();
+    let names = [long, "c".repeat(900), "d".repeat(1023), "short".to_owned()];
+    for name in &names[1..] {
+        image.set_backing(Some((name, Format::Qcow2))).unwrap();
+        assert_eq!(&image.facts().backing.unwrap().0, name);
+    }
+    assert!(image.set_backing(Some((&"e".repeat(1024), Format::Raw))).is_err());
+    let mut seen = std::collections::HashSet::new();
+    for (moment, seed) in (0..=power.moment()).flat_map(|moment| (1u64..20).map(move |seed| (moment, seed))) {
+        let mut state = seed;
+        let bytes = power.cut(&start, moment, || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            state >> 33
+        });
+        let name = Qed::read_header(Path::new("cut"), &Power::new(bytes)).unwrap().backing.unwrap();
+        assert!(names.contains(&name), "cut at {moment}: {name}");
+        seen.insert(name);
+    }
+    assert_eq!(seen.len(), names.len());
+}

@@ -7,7 +7,7 @@ use super::header::{FOOTER, HEADER};
 use super::{ENTRY, Layer, UNUSED, lock, table_bytes};
 use crate::endian::{be32, size};
 use crate::format::findings::{Findings, Repair};
-use crate::format::mapped::{Places, SECTOR, copy_row};
+use crate::format::mapped::{Places, Renames, SECTOR, copy_row};
 use crate::storage::Storage;
 use std::io;
 use std::sync::atomic::Ordering;
@@ -120,6 +120,7 @@ fn mend(layer: &Layer, storage: &dyn Storage, found: &mut Found) -> io::Result<(
     let mut conflicts = found.places.conflicts();
     // What a file says about itself must not make it many times as large.
     let mut budget = storage.len();
+    let mut renames = Renames::default();
     let (table, entries) = (layer.table.load(Ordering::Acquire), layer.entries.load(Ordering::Acquire));
     each_entry(storage, table, entries, |at, sector| {
         let place = u64::from(sector).saturating_mul(SECTOR);
@@ -129,7 +130,7 @@ fn mend(layer: &Layer, storage: &dyn Storage, found: &mut Found) -> io::Result<(
         let copy = layer.tail.append(storage, layer.row(), layer.bitmap, super::ALIGN)?;
         let Ok(to) = u32::try_from(copy / SECTOR) else { return Ok(()) };
         budget = budget.saturating_sub(copy_row(storage, place, copy, layer.row())?.max(SECTOR));
-        storage.flush()?;
-        storage.write_bytes(at, &to.to_be_bytes())
-    })
+        renames.push(storage, at, &to.to_be_bytes())
+    })?;
+    renames.write(storage)
 }

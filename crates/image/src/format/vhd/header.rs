@@ -154,6 +154,22 @@ fn geometry(capacity: u64) -> [u8; 4] {
     [high, low, heads as u8, track as u8]
 }
 
+/// The next size that geometry can say exactly: what makers that go by it make of a size.
+pub fn with_whole_cylinders(size: u64) -> u64 {
+    let said = |capacity: u64| {
+        let [high, low, heads, track] = geometry(capacity);
+        let cylinders = u64::from(u16::from_be_bytes([high, low]));
+        cylinders.saturating_mul(heads.into()).saturating_mul(track.into()).saturating_mul(512)
+    };
+    let largest = GEOMETRY_SECTORS_MAX.saturating_mul(512);
+    let mut asked = size.min(largest);
+    // At most a cylinder's sectors.
+    while said(asked) < size.min(largest) {
+        asked = asked.saturating_add(512);
+    }
+    if said(asked) >= largest { size } else { said(asked) }
+}
+
 /// The size of the disk: by the footer's number or by its geometry, whichever its maker goes by.
 fn capacity(footer: &[u8]) -> u64 {
     let exact: [&[u8]; 6] = [b"win ", b"qem2", b"d2v ", b"tap\0", b"CTXS", b"wa\0\0"];
@@ -219,7 +235,9 @@ impl Header {
         // footer's identity. Where the two are not of one disk nothing can be believed.
         let footer = match (is_footer(&front), is_footer(&back)) {
             (true, true) if array::<16>(&front, 68) != array::<16>(&back, 68) => {
-                return Ok(Err("the footers at its beginning and end are of different disks".into()));
+                let what = "the footers at its beginning and end are of different disks; if it is a fixed disk its guest \
+                            wrote the first: open it as raw to clear its first sector";
+                return Ok(Err(what.into()));
             }
             // Changes go to the front first.
             (true, _) if kind(&front) != Ok(Kind::Fixed) => front,
@@ -273,6 +291,10 @@ impl Blocks {
             || table % 512 != 0
         {
             return Ok(Err("its block allocation table is too small, too large, or outside the file".into()));
+        }
+        let apart = at >= table.saturating_add(bytes) || at.saturating_add(HEADER) <= table;
+        if at < FOOTER || table < FOOTER || !apart {
+            return Ok(Err("its header or its block allocation table lies over something else".into()));
         }
         let mut blocks = Self { at, table, entries, block_bits, parent: None, names_end: 0 };
         if disk.kind == Kind::Differencing {
@@ -388,6 +410,12 @@ mod test {
             assert!(said <= bytes && (said + (1 << 20) > bytes || mib > 127_000), "{mib} MiB: {said}");
         }
         assert_eq!(geometry(CAPACITY_MAX), [255, 255, 16, 255]);
+        // As qemu-img makes of 10M, and of what is too large for geometry.
+        assert_eq!(with_whole_cylinders(10 << 20), 10_514_432);
+        assert_eq!(with_whole_cylinders(512), 34_816);
+        assert_eq!(with_whole_cylinders(1 << 20), 1_079_296);
+        assert_eq!(with_whole_cylinders(3000 << 20), 3_146_121_216);
+        assert_eq!(with_whole_cylinders(2 << 40), 2 << 40);
     }
 
     #[test]

@@ -13,7 +13,7 @@ mod header;
 mod test;
 
 pub(crate) use header::COOKIE;
-pub use header::{Blocks, Header, Kind, Parent, seconds};
+pub use header::{Blocks, Header, Kind, Parent, seconds, with_whole_cylinders};
 
 use super::Format;
 use super::container::Facts;
@@ -135,6 +135,8 @@ pub struct Layer {
     block_bits: u32,
     /// Bytes of the bitmap before a block's data.
     bitmap: u64,
+    /// Place of the header.
+    header_at: AtomicU64,
     /// Place and entries of the table.
     table: AtomicU64,
     entries: AtomicU64,
@@ -153,12 +155,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Vhd {
     /// Reads footer and header of an image.
     pub fn read_header(path: &Path, storage: &dyn Storage) -> Result<Header, Error> {
-        let path = path.to_path_buf();
-        match Header::read(storage) {
-            Ok(Ok(header)) => Ok(header),
-            Ok(Err(what)) => Err(Error::Corrupt { path, format: "VHD", what }),
-            Err(source) => Err(Error::Io { path, source }),
-        }
+        super::sound(path, "VHD", Header::read(storage).map(|read| read.map_err(super::Refusal::Corrupt)))
     }
 
     /// Opens an image whose header was read.
@@ -219,10 +216,12 @@ impl Layer {
     fn new(storage: &dyn Storage, header: Header) -> io::Result<Self> {
         let blocks = header.blocks.as_ref();
         let (table, entries) = blocks.map_or((0, 0), |blocks| (blocks.table, blocks.entries));
+        let header_at = blocks.map_or(0, |blocks| blocks.at);
         let this = Self {
             kind: header.kind,
             block_bits: blocks.map_or(30, |blocks| blocks.block_bits),
             bitmap: blocks.map_or(0, Blocks::bitmap),
+            header_at: AtomicU64::new(header_at),
             table: AtomicU64::new(table),
             entries: AtomicU64::new(entries),
             capacity: AtomicU64::new(header.capacity),
@@ -268,12 +267,14 @@ impl Layer {
         self.bitmap.saturating_add(self.block_bytes())
     }
 
-    /// Whether a block can be at a place of a file of `len` bytes: behind the footer's copy, not on the table.
+    /// Whether a block can be at a place of a file of `len` bytes: behind the footer's copy, not on header or table.
     fn is_place(&self, at: u64, len: u64) -> bool {
-        let table = self.table.load(Ordering::Acquire);
-        let end = table.saturating_add(table_bytes(self.entries.load(Ordering::Acquire)));
+        let (header, table) = (self.header_at.load(Ordering::Acquire), self.table.load(Ordering::Acquire));
+        let bytes = table_bytes(self.entries.load(Ordering::Acquire));
         let row_end = at.saturating_add(self.row());
-        at >= FOOTER && (row_end <= table || at >= end) && at.saturating_add(self.bitmap) < len
+        let beside = |start: u64, bytes: u64| row_end <= start || at >= start.saturating_add(bytes);
+        let free = beside(header, header::HEADER) && beside(table, bytes);
+        at >= FOOTER && free && at.saturating_add(self.bitmap) < len
     }
 
     /// Place of the table's entry for an offset of the disk.
@@ -397,6 +398,8 @@ impl Layout for Layer {
     fn store(&self, sectors: &Sectors, offset: u64, len: u64, room: Room) -> io::Result<()> {
         let within = offset & self.block_bytes().wrapping_sub(1);
         let place = room.at.saturating_sub(within).saturating_sub(self.bitmap);
+        // What can fail comes first: bits for a block that is given back would be another one's.
+        sectors.read(self.entry_at(offset) / SECTOR)?;
         // In a dynamic disk the rest of a new block is zeroes, and as well written.
         let whole = room.new.is_some() && self.kind == Kind::Dynamic;
         let (mut number, end) = match whole {
@@ -519,6 +522,7 @@ impl Layer {
         self.tail.unseal();
         self.capacity.store(header.capacity, Ordering::Release);
         if let Some(blocks) = &header.blocks {
+            self.header_at.store(blocks.at, Ordering::Release);
             self.table.store(blocks.table, Ordering::Release);
             self.entries.store(blocks.entries, Ordering::Release);
         }

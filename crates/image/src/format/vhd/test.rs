@@ -240,3 +240,27 @@ fn sizes_and_tables_have_limits() {
     assert_eq!(image.block_status(0, CAPACITY_MAX).unwrap().len, CAPACITY_MAX - (2 << 20));
     assert!(image.resize(CAPACITY_MAX + 512).is_err());
 }
+
+#[test]
+fn no_block_lies_on_the_header() {
+    let mut bytes = small();
+    // The table's first entry names the sector of the header of the dynamic disk.
+    bytes[1536..1540].copy_from_slice(&1u32.to_be_bytes());
+    let storage = Arc::new(Power::new(bytes.clone()));
+    let header = Vhd::read_header(Path::new("bad"), storage.as_ref()).unwrap();
+    let image = Vhd::open(Path::new("bad"), storage, header, None).unwrap();
+    let mut buffer = [0; 512];
+    assert_eq!(image.read(0, &ReadInto::new(&mut buffer)).unwrap_err().kind(), io::ErrorKind::InvalidData);
+    // A table over the footer's copy.
+    let mut bytes = small();
+    bytes[512 + 16..512 + 24].fill(0);
+    let header: [u8; 1024] = bytes[512..1536].try_into().unwrap();
+    let sum = !header
+        .iter()
+        .enumerate()
+        .filter(|(at, _)| !(36..40).contains(at))
+        .map(|(_, byte)| u32::from(*byte))
+        .sum::<u32>();
+    bytes[512 + 36..512 + 40].copy_from_slice(&sum.to_be_bytes());
+    assert!(read(bytes).unwrap_err().to_string().contains("over something else"));
+}

@@ -3,6 +3,7 @@
 //! Source: [MS-VHDX] sections 2.2 (header section), 2.6 (metadata region).
 
 use crate::endian::{le16, le32, le64, put, size};
+use crate::format::Refusal;
 use crate::storage::Storage;
 use std::io;
 
@@ -27,6 +28,11 @@ const METADATA: u128 = 0x8b7c_a206_4790_4b9a_b8fe_575f_050f_886e;
 const FILE_PARAMETERS: u128 = 0xcaa1_6737_fa36_4d43_b3b6_33f0_aa44_e76b;
 const DISK_SIZE: u128 = 0x2fa5_4224_cd1b_4876_b211_5dbe_d83b_f4b8;
 const SECTOR_SIZE: u128 = 0x8141_bf1d_a96f_4709_ba47_f233_a8fa_ab5f;
+const PHYSICAL_SECTOR_SIZE: u128 = 0xcda3_48c7_445d_4471_9cc9_e988_5251_c556;
+const DISK_ID: u128 = 0xbeca_12ab_b2e6_4523_93ef_c309_e000_c746;
+const PARENT_LOCATOR: u128 = 0xa8d3_5f2d_b30b_454d_abf7_d3d8_4834_ab0c;
+/// Flags of an item of metadata (section 2.6.1.2): the format's own and not a user's, and not to be ignored.
+const ITEM_REQUIRED: u32 = 4;
 
 /// What a file says of its disk, in bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,15 +45,6 @@ pub struct Header {
     pub table: u64,
     /// Blocks between two entries of sector bitmaps.
     chunk: u64,
-}
-
-/// Why it cannot be used.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Refusal {
-    /// It breaks the rules.
-    Corrupt(String),
-    /// It has what yado has not.
-    Unsupported(String),
 }
 
 fn corrupt<T>(what: &str) -> Result<T, Refusal> {
@@ -120,13 +117,16 @@ impl Header {
             let inside = at >= REGIONS_BYTES && at.saturating_add(bytes.max(8)) <= len;
             let item = || read(storage, place.saturating_add(at), 8);
             match guid(row, 0) {
-                _ if !inside && le32(row, 24) & 4 != 0 => {
+                FILE_PARAMETERS | DISK_SIZE | SECTOR_SIZE if !inside => {
                     return Ok(corrupt("an item of its metadata is outside"));
                 }
                 FILE_PARAMETERS => parameters = Some(item()?),
                 DISK_SIZE => capacity = Some(le64(&item()?, 0)),
                 SECTOR_SIZE => sector = Some(u64::from(le32(&item()?, 0))),
-                // Bit 2: whoever does not know it must not open the file.
+                PHYSICAL_SECTOR_SIZE | DISK_ID | PARENT_LOCATOR => {}
+                _ if le32(row, 24) & ITEM_REQUIRED != 0 => {
+                    return Ok(Err(Refusal::Unsupported("it has metadata that yado does not know".into())));
+                }
                 _ => {}
             }
         }
@@ -150,8 +150,9 @@ impl Header {
         }
         let chunk = BITMAP_SECTORS.saturating_mul(sector) >> (block.trailing_zeros() & 63);
         let header = Self { capacity, block, table: regions.table.0, chunk: chunk.max(1) };
-        let entries = header.entry_of(capacity.div_ceil(block));
-        if entries.saturating_mul(8) > regions.table.1 {
+        // Up to the last block; behind it nothing is looked for.
+        let last = header.entry_of(capacity.div_ceil(block).saturating_sub(1));
+        if last.saturating_add(1).saturating_mul(8) > regions.table.1 {
             return Ok(corrupt("its block allocation table is too small"));
         }
         Ok(Ok(header))

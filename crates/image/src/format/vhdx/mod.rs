@@ -22,7 +22,6 @@ use super::mapped::{Layout, Mapped, Place, SECTOR, Sectors, damaged, look_up_all
 use crate::disk::Error;
 use crate::endian::{le64, size};
 use crate::storage::Storage;
-use header::Refusal;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -49,13 +48,7 @@ pub type Vhdx = Mapped<Layer>;
 impl Vhdx {
     /// Reads headers, regions and metadata of an image.
     pub fn read_header(path: &Path, storage: &dyn Storage) -> Result<Header, Error> {
-        let path = path.to_path_buf();
-        match Header::read(storage) {
-            Ok(Ok(header)) => Ok(header),
-            Ok(Err(Refusal::Corrupt(what))) => Err(Error::Corrupt { path, format: "VHDX", what }),
-            Ok(Err(Refusal::Unsupported(what))) => Err(Error::Unsupported { path, what }),
-            Err(source) => Err(Error::Io { path, source }),
-        }
+        super::sound(path, "VHDX", Header::read(storage))
     }
 
     /// Opens an image whose header was read.

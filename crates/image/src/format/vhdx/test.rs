@@ -82,6 +82,13 @@ fn headers_that_cannot_be_are_refused() {
     };
     assert!(refused(&logged).contains("log"));
     assert!(refused(&|bytes| bytes.truncate(300 << 10)).contains("outside"));
+    // Metadata that must be known and is not: the identity of one item, the size of physical sectors.
+    let strange = |bytes: &mut Vec<u8>| {
+        let known = 0xcda3_48c7_u32.to_le_bytes();
+        let at = bytes.windows(4).position(|word| word == known).unwrap();
+        bytes[at] ^= 1;
+    };
+    assert!(refused(&strange).contains("metadata"));
 }
 
 proptest! {

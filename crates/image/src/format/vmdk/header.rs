@@ -1,6 +1,7 @@
 //! The header of a sparse VMDK, and the text inside that says whose child it is.
 
 use crate::endian::{le16, le32, le64, size};
+use crate::format::Refusal;
 use crate::storage::Storage;
 use std::io;
 
@@ -47,15 +48,6 @@ pub struct Header {
     pub create_type: String,
     /// The parent's file.
     pub parent: Option<String>,
-}
-
-/// Why it cannot be used.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Refusal {
-    /// It breaks the rules.
-    Corrupt(String),
-    /// It has what yado has not.
-    Unsupported(String),
 }
 
 impl Header {

@@ -22,7 +22,6 @@ use super::mapped::{Layout, Mapped, Packed, Place, SECTOR, Sectors, damaged, loo
 use crate::disk::{Disk, Error};
 use crate::endian::{le32, le64, size};
 use crate::storage::Storage;
-use header::Refusal;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -44,13 +43,7 @@ pub type Vmdk = Mapped<Layer>;
 impl Vmdk {
     /// Reads the header of an image.
     pub fn read_header(path: &Path, storage: &dyn Storage) -> Result<Header, Error> {
-        let path = path.to_path_buf();
-        match Header::read(storage) {
-            Ok(Ok(header)) => Ok(header),
-            Ok(Err(Refusal::Corrupt(what))) => Err(Error::Corrupt { path, format: "VMDK", what }),
-            Ok(Err(Refusal::Unsupported(what))) => Err(Error::Unsupported { path, what }),
-            Err(source) => Err(Error::Io { path, source }),
-        }
+        super::sound(path, "VMDK", Header::read(storage))
     }
 
     /// Opens an image whose header was read.

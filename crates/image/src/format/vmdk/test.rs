@@ -69,6 +69,10 @@ fn a_child_shows_its_parent() {
     let refused = crate::OpenOptions { read_only: false, ..how };
     let text = crate::Image::open(Path::new(&path("top.vmdk")), refused).err().unwrap().to_string();
     assert!(text.contains("convert"), "{text}");
+    // A parent that has changed since, or another one, has another identity.
+    run("qemu-io", &["-f", "vmdk", "-c", "write -P 9 0 64k", &path("base.vmdk")]);
+    let text = crate::Image::open(Path::new(&path("top.vmdk")), how).err().unwrap().to_string();
+    assert!(text.contains("changed since"), "{text}");
 }
 
 #[test]

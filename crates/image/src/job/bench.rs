@@ -1,0 +1,104 @@
+//! How fast requests are served.
+
+use super::Progress;
+use crate::buffers::{ReadInto, WriteFrom};
+use crate::disk::Disk;
+use crate::endian::size;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// What is asked for.
+#[derive(Debug, Clone, Copy)]
+pub struct Load {
+    /// Requests in all.
+    pub count: u64,
+    /// Requests at a time, each from a thread of its own.
+    pub depth: usize,
+    /// Where the first one begins.
+    pub offset: u64,
+    /// Bytes of a request.
+    pub len: u64,
+    /// Bytes from one to the next; the disk begins anew where it ends.
+    pub step: u64,
+    /// Writes of this byte, and not reads.
+    pub write: Option<u8>,
+    /// A flush after so many requests; zero: none.
+    pub flush_interval: u64,
+}
+
+/// Sends requests; answers how long all of them took.
+pub fn bench(disk: &dyn Disk, load: Load, progress: &Progress) -> io::Result<Duration> {
+    let room = disk.capacity().checked_sub(load.len).filter(|_| load.offset <= disk.capacity());
+    let room = room
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the disk is smaller than a request"))?;
+    let (next, failed) = (AtomicU64::new(0), AtomicBool::new(false));
+    let began = Instant::now();
+    let worker = || {
+        let mut bytes = vec![load.write.unwrap_or(0); size(load.len)];
+        loop {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            if number >= load.count || failed.load(Ordering::Relaxed) {
+                return Ok(());
+            }
+            // As qemu-img's: steps wrap around at the disk's end.
+            let at = load.offset.wrapping_add(number.wrapping_mul(load.step));
+            let at = if at <= room { at } else { at.checked_rem(room.saturating_add(1)).unwrap_or(0) };
+            let done = match load.write {
+                Some(_) => disk.write(at, &WriteFrom(&bytes)),
+                None => disk.read(at, &ReadInto::new(&mut bytes)),
+            };
+            let flushes = number.saturating_add(1).checked_rem(load.flush_interval) == Some(0);
+            let done = if flushes { done.and_then(|()| disk.flush()) } else { done };
+            let done = done.and_then(|()| progress.advance(load.len));
+            if done.is_err() {
+                failed.store(true, Ordering::Relaxed);
+                return done;
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (1..load.depth.max(1)).map(|_| scope.spawn(worker)).collect();
+        let mut result = worker();
+        for thread in threads {
+            result =
+                result.and(thread.join().unwrap_or_else(|_| Err(io::Error::other("a worker has failed"))));
+        }
+        result
+    })?;
+    Ok(began.elapsed())
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use crate::VecBuffers;
+    use crate::format::Raw;
+    use crate::storage::power::Power;
+    use std::sync::Arc;
+
+    #[test]
+    fn all_requests_are_sent() {
+        let disk = Raw::new(Arc::new(Power::new(vec![0; 1 << 20])));
+        let load = Load {
+            count: 100,
+            depth: 4,
+            offset: 4096,
+            len: 4096,
+            step: 4096,
+            write: Some(7),
+            flush_interval: 10,
+        };
+        let progress = Progress::default();
+        bench(&disk, load, &progress).unwrap();
+        assert_eq!(progress.done(), 100 * 4096);
+        let buffers = VecBuffers::new(vec![0; 1 << 20]);
+        disk.read(0, &buffers).unwrap();
+        let bytes = buffers.into_inner();
+        assert!(bytes[..4096] == [0; 4096] && bytes[4096..101 * 4096].iter().all(|byte| *byte == 7));
+        assert!(bytes[101 * 4096..].iter().all(|byte| *byte == 0));
+        // Around the end, and longer than the disk.
+        bench(&disk, Load { count: 1000, write: None, ..load }, &progress).unwrap();
+        assert!(bench(&disk, Load { len: 2 << 20, ..load }, &progress).is_err());
+    }
+}
