@@ -26,8 +26,12 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     memory::keep_heap_small();
-    if image::qemu_nbd::is_called(std::env::args_os().next().as_deref().map(Path::new)) {
+    let name = std::env::args_os().next();
+    if image::qemu_nbd::is_called(name.as_deref().map(Path::new)) {
         return ExitCode::from(image::qemu_nbd::main());
+    }
+    if image::qemu_img::is_called(name.as_deref().map(Path::new)) {
+        return ExitCode::from(image::qemu_img::run(std::env::args_os()));
     }
     let arguments = Arguments::parse();
     let result = dispatch(arguments.command);

@@ -355,3 +355,30 @@ fn clones_are_made_at_once() {
     place.yado(0, "compare -q -f qed -F raw a.qed a.raw");
     assert!(place.yado(2, "clone -q -f qed a.qed d/b").contains("is there already"));
 }
+
+/// A link stays a link, and bitmaps and benchmarks are at hand.
+#[test]
+fn links_are_followed_bitmaps_kept_and_speed_measured() {
+    let place = Place::new();
+    place.raw("a.raw");
+    std::fs::create_dir(place.path("store")).unwrap();
+    std::fs::write(place.path("store/real.qcow2"), b"old").unwrap();
+    std::os::unix::fs::symlink("store/real.qcow2", place.path("link.qcow2")).unwrap();
+    place.yado(0, "convert -f raw -O qcow2 a.raw link.qcow2");
+    assert!(place.path("link.qcow2").is_symlink());
+    assert_eq!(std::fs::read_dir(place.path("store")).unwrap().count(), 1);
+    place.qemu("compare -f raw -F qcow2 a.raw store/real.qcow2");
+    place.yado(0, "bitmap -f qcow2 --add -g 64K link.qcow2 monday");
+    place.yado(1, "bitmap -f qcow2 --add link.qcow2 monday");
+    place.yado(0, "bench -f qcow2 -w -c 64 -d 4 --pattern 9 link.qcow2");
+    let said = place.yado(0, "bench -f qcow2 -c 64 -d 4 link.qcow2");
+    assert!(said.contains("Sending 64 read requests") && said.contains("Run completed in"), "{said}");
+    let info = place.yado(0, "info -f qcow2 link.qcow2");
+    assert!(info.contains("monday"), "{info}");
+    assert!(place.qemu("info -f qcow2 link.qcow2").contains("name: monday"));
+    place.qemu("check -f qcow2 link.qcow2");
+    // An image that builds on another is not believed where its format is guessed.
+    place.yado(0, "create -q -f qcow2 -b a.raw -F raw top.qcow2");
+    place.yado(125, "bench -c 1 top.qcow2");
+    place.yado(0, "bench -f qcow2 -c 1 top.qcow2");
+}

@@ -35,6 +35,10 @@ pub enum Command {
     Commit(Commit),
     /// Tell how large a new image's file would be
     Measure(Measure),
+    /// Add, change or remove a persistent dirty bitmap of a qcow2 image
+    Bitmap(super::qemu_img::arguments::Bitmap),
+    /// Measure how fast requests are served
+    Bench(super::qemu_img::arguments::Bench),
     /// Make a copy at once: by shared blocks where the file system can, else a qcow2 image on top of the original
     Clone(CloneImage),
     /// Serve images to NBD clients until Ctrl-C

@@ -2,6 +2,7 @@
 
 pub mod arguments;
 mod options;
+pub mod qemu_img;
 pub mod qemu_nbd;
 mod report;
 mod serve;
@@ -15,6 +16,7 @@ use image::format::qcow2::Preallocation;
 use image::format::{Format, Repair};
 use image::{Image, OpenOptions};
 use options::{New, usage};
+use qemu_img::make::Guesses;
 use std::path::Path;
 
 /// Exit codes of `check`, as qemu-img has them.
@@ -40,6 +42,8 @@ pub fn run(command: arguments::Image) -> Result<u8> {
         Command::Rebase(options) => work::rebase(&options)?,
         Command::Commit(options) => work::commit(&options)?,
         Command::Measure(options) => measure(&options)?,
+        Command::Bitmap(options) => qemu_img::make::bitmap(&options, Guesses::Refuse)?,
+        Command::Bench(options) => qemu_img::make::bench(&options, Guesses::Refuse)?,
         Command::Clone(options) => work::clone(&options)?,
         Command::Serve(options) => serve::serve(&options)?,
     }

@@ -7,7 +7,7 @@ use image::format::qcow2::{Compression, CreateOptions, Preallocation};
 use image::format::{Format, qed, vhd};
 
 /// Bad usage.
-const USAGE: u8 = 2;
+pub const USAGE: u8 = 2;
 
 /// What a new image is to be.
 pub struct New {
@@ -50,6 +50,20 @@ fn log2(name: &str, number: u64) -> Result<u32> {
     }
 }
 
+/// The options of a list; two commas are one of a value.
+pub fn split(list: &str) -> Vec<String> {
+    let mut options = vec![String::new()];
+    let mut letters = list.chars().peekable();
+    while let Some(letter) = letters.next() {
+        match options.last_mut() {
+            Some(option) if letter != ',' || letters.next_if_eq(&',').is_some() => option.push(letter),
+            _ => options.push(String::new()),
+        }
+    }
+    options.retain(|option| !option.is_empty());
+    options
+}
+
 impl New {
     /// Reads the options of a format; the size is left open.
     pub fn parse(format: Format, lists: &[String]) -> Result<Self> {
@@ -68,8 +82,8 @@ impl New {
             vhd: vhd::CreateOptions::new(0),
         };
         for list in lists {
-            for option in list.split(',').filter(|option| !option.is_empty()) {
-                let (name, value) = option.split_once('=').unwrap_or((option, "on"));
+            for option in split(list) {
+                let (name, value) = option.split_once('=').unwrap_or((&option, "on"));
                 new.set(name, value)?;
             }
         }
@@ -217,6 +231,12 @@ pub fn help(format: Format) -> String {
 #[cfg(test)]
 mod test {
     use super::*;
+
+    #[test]
+    fn two_commas_are_one() {
+        assert_eq!(split("a=1,,2,b,,"), ["a=1,2", "b,"]);
+        assert!(split("").is_empty() && split(",").is_empty());
+    }
 
     #[test]
     fn options_are_read_and_nonsense_refused() {

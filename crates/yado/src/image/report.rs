@@ -54,13 +54,23 @@ fn value(fact: Fact) -> Value {
         Fact::Flag(flag) => json!(flag),
         Fact::Number(number) => json!(number),
         Fact::Text(text) => json!(text),
+        Fact::List(list) => list.into_iter().map(value).collect(),
+        Fact::Row(row) => row.into_iter().map(|(name, fact)| (name.to_owned(), value(fact))).collect(),
     }
+}
+
+/// Text from inside an image, for a terminal: what would be an order to it is shown instead.
+pub fn shown(text: &str) -> String {
+    let escape = |letter: char| {
+        if letter.is_control() { letter.escape_default().collect() } else { letter.to_string() }
+    };
+    text.chars().map(escape).collect()
 }
 
 /// `info` for people.
 pub fn info_text(report: &Value) -> String {
     let mut text = String::new();
-    let words = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    let words = |value: &Value| value.as_str().map_or_else(|| value.to_string(), shown);
     let size = |name: &str| report.get(name).and_then(Value::as_u64);
     let mut line = |name: &str, value: String| {
         let _ = writeln!(text, "{name}: {value}");
@@ -128,8 +138,8 @@ pub fn snapshots_text(list: &[Snapshot]) -> String {
         let _ = writeln!(
             text,
             "{:<8} {:<24} {:>10} {:>20} {:>13.3}s",
-            snapshot.id,
-            snapshot.name,
+            shown(&snapshot.id),
+            shown(&snapshot.name),
             Size(snapshot.vm_state).to_string(),
             date(snapshot.date.0.into()),
             clock.as_secs_f64()
@@ -139,7 +149,7 @@ pub fn snapshots_text(list: &[Snapshot]) -> String {
 }
 
 /// A moment in seconds since 1970 as a date (the civil calendar, by days since 0000-03-01).
-fn date(seconds: u64) -> String {
+pub fn date(seconds: u64) -> String {
     let (days, rest) = (seconds / 86400 + 719_468, seconds % 86400);
     let era_day = days % 146_097;
     let year_of_era = (era_day - era_day / 1460 + era_day / 36_524 - era_day / 146_096) / 365;
@@ -215,19 +225,25 @@ pub fn check_text(found: &Findings) -> String {
     text
 }
 
-/// `map`, as qemu-img's JSON has it.
-pub fn map(image: &Image) -> io::Result<Vec<Value>> {
-    let capacity = image.disk.capacity();
+/// What a part of a disk is made of: where each run begins, and what it is.
+pub fn extents(disk: &dyn image::Disk, from: u64, len: u64) -> io::Result<Vec<(u64, image::Status)>> {
+    let end = from.saturating_add(len).min(disk.capacity());
     let mut rows: Vec<(u64, image::Status)> = Vec::new();
-    let mut at = 0u64;
-    while at < capacity {
-        let status = image.disk.block_status(at, capacity - at)?;
+    let mut at = from;
+    while at < end {
+        let status = disk.block_status(at, end - at)?;
         match rows.last_mut() {
             Some((start, last)) if continues(*start, last, at, &status) => last.len += status.len,
             _ => rows.push((at, status)),
         }
         at += status.len.max(1);
     }
+    Ok(rows)
+}
+
+/// `map`, as qemu-img's JSON has it.
+pub fn map(image: &Image) -> io::Result<Vec<Value>> {
+    let rows = extents(image.disk.as_ref(), 0, image.disk.capacity())?;
     let row = |(start, status): &(u64, image::Status)| {
         let data = status.content == Content::Data;
         let mut row = json!({
@@ -282,6 +298,11 @@ pub fn map_text(image: &Image, rows: &[Value]) -> String {
 #[cfg(test)]
 mod test {
     use super::*;
+
+    #[test]
+    fn names_give_no_orders_to_a_terminal() {
+        assert_eq!(shown("a\u{1b}[2Jb\nc\u{e4}"), "a\\u{1b}[2Jb\\nc\u{e4}");
+    }
 
     #[test]
     fn dates_are_those_of_the_calendar() {

@@ -11,6 +11,7 @@ use image::format::Format;
 use image::format::qcow2::CreateOptions;
 use image::job::{self, ConvertOptions, Progress, Target};
 use image::nbd::Uri;
+use image::storage::CacheMode;
 use image::{Disk, Image, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -72,9 +73,23 @@ pub fn convert(arguments: &Convert) -> Result<()> {
     }
     let mut new = New::parse(format, &arguments.options)?;
     new.size = disk.capacity().checked_next_multiple_of(512).unwrap_or(0);
-    let job = Job { arguments, disk, new };
+    // A raw copy of a raw image shares its blocks where the file system can.
+    let plain = (source.format, format) == (Format::Raw, Format::Raw) && arguments.options.is_empty();
+    let copying = Copying {
+        disk,
+        new,
+        over: None,
+        compress: arguments.compress,
+        threads: arguments.threads,
+        sparse: arguments.sparse.0,
+        cache: CacheMode::default(),
+        share: plain.then_some(&arguments.source),
+    };
+    let watch = |total: u64, job: &(dyn Fn(&Progress) -> io::Result<()> + Sync)| {
+        with_progress(Show { name: "converting", total, quiet: arguments.quiet }, job)
+    };
     if arguments.no_create {
-        return job.fill(&arguments.target, arguments.target_is_zero);
+        return copying.fill(&arguments.target, arguments.target_is_zero, &watch);
     }
     if arguments.target.to_str().is_some_and(Uri::looks_like) {
         return Err(usage("an NBD export is there already: say -n to write into it"));
@@ -82,16 +97,7 @@ pub fn convert(arguments: &Convert) -> Result<()> {
     if same_file(&arguments.source, &arguments.target) {
         return Err(usage("source and target are the same file"));
     }
-    // What is there stays until the copy is whole.
-    let partial = beside(&arguments.target);
-    let made = job.make_and_fill(&source, &partial);
-    let moved = made.and_then(|()| {
-        std::fs::rename(&partial, &arguments.target)
-            .with_context(|| format!("cannot rename the copy to {}", arguments.target.display()))
-    });
-    moved.inspect_err(|_| {
-        let _ = std::fs::remove_file(&partial);
-    })
+    copying.make_target(&arguments.target, &watch)
 }
 
 fn same_file(a: &Path, b: &Path) -> bool {
@@ -106,39 +112,70 @@ fn beside(target: &Path) -> PathBuf {
     target.with_file_name(name)
 }
 
-struct Job<'a> {
-    arguments: &'a Convert,
-    disk: Arc<dyn Disk>,
-    new: New,
+/// Runs a job on so many bytes, and shows how far it is.
+pub type Watch<'a> = &'a dyn Fn(u64, &(dyn Fn(&Progress) -> io::Result<()> + Sync)) -> Result<()>;
+
+/// A copy of a disk, and how it is made.
+pub struct Copying<'a> {
+    pub disk: Arc<dyn Disk>,
+    pub new: New,
+    /// The disk below the target: what is the same there is not copied.
+    pub over: Option<Arc<dyn Disk>>,
+    pub compress: bool,
+    pub threads: Option<usize>,
+    /// Runs of zeroes this long are not stored.
+    pub sparse: u64,
+    /// Of the target.
+    pub cache: CacheMode,
+    /// A file that is the disk, byte for byte: the copy may share its blocks.
+    pub share: Option<&'a PathBuf>,
 }
 
-impl Job<'_> {
-    fn make_and_fill(&self, source: &Image, partial: &Path) -> Result<()> {
-        // A raw copy of a raw image shares its blocks where the file system can.
-        let plain = (source.format, self.new.format) == (Format::Raw, Format::Raw)
-            && self.arguments.options.is_empty();
-        if plain && image::share_blocks(&self.arguments.source, partial).is_ok() {
+impl Copying<'_> {
+    /// Makes the target.
+    pub fn make_target(&self, target: &Path, watch: Watch<'_>) -> Result<()> {
+        // A link stays one: what it leads to is replaced.
+        let target = target.canonicalize().unwrap_or_else(|_| target.to_path_buf());
+        if target.metadata().is_ok_and(|metadata| !metadata.is_file()) {
+            // A device is no file that another one could take the place of.
+            make(&target, &self.new)?;
+            return self.fill(&target, false, watch);
+        }
+        // What is there stays until the copy is whole.
+        let partial = beside(&target);
+        let made = self.make_and_fill(&partial, watch);
+        let moved = made.and_then(|()| {
+            std::fs::rename(&partial, &target)
+                .with_context(|| format!("cannot rename the copy to {}", target.display()))
+        });
+        moved.inspect_err(|_| {
+            let _ = std::fs::remove_file(&partial);
+        })
+    }
+
+    fn make_and_fill(&self, partial: &Path, watch: Watch<'_>) -> Result<()> {
+        if self.share.is_some_and(|from| image::share_blocks(from, partial).is_ok()) {
             return Ok(());
         }
         make(partial, &self.new)?;
-        self.fill(partial, true)
+        self.fill(partial, true, watch)
     }
 
-    fn fill(&self, file: &Path, target_is_zero: bool) -> Result<()> {
-        let how = OpenOptions { format: Some(self.new.format), ..OpenOptions::default() };
+    /// Writes the disk into an image that is there.
+    pub fn fill(&self, file: &Path, target_is_zero: bool, watch: Watch<'_>) -> Result<()> {
+        let how = OpenOptions { format: Some(self.new.format), cache: self.cache, ..OpenOptions::default() };
         let target = Image::open(file, how)?;
-        let options = ConvertOptions {
-            threads: self.arguments.threads.unwrap_or_else(job::usual_threads).clamp(1, 64),
-            sparse: self.arguments.sparse.0,
-            target_is_zero,
-        };
-        let show = Show { name: "converting", total: self.disk.capacity(), quiet: self.arguments.quiet };
-        with_progress(show, |progress| {
+        let threads = self.threads.unwrap_or_else(job::usual_threads).clamp(1, 64);
+        let options = ConvertOptions { threads, sparse: self.sparse, target_is_zero };
+        watch(self.disk.capacity(), &|progress: &Progress| {
             let to = match &target.qcow2 {
-                Some(qcow2) if self.arguments.compress => Target::Compressed(qcow2),
+                Some(qcow2) if self.compress => Target::Compressed(qcow2),
                 _ => Target::Plain(target.disk.as_ref()),
             };
-            job::convert(self.disk.as_ref(), to, options, progress)
+            match &self.over {
+                Some(below) => job::convert_over(self.disk.as_ref(), to, below.as_ref(), options, progress),
+                None => job::convert(self.disk.as_ref(), to, options, progress),
+            }
         })?;
         Ok(target.close()?)
     }
