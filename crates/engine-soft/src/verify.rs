@@ -277,7 +277,7 @@ impl Verifier {
     }
 
     /// After how many of the remembered instructions the translator stopped; `None` if that is not among them.
-    fn place(&self, core: &Core, before: &Snapshot, outcome: Outcome, log: &WriteLog) -> Option<usize> {
+    fn place(&self, core: &mut Core, before: &Snapshot, outcome: Outcome, log: &WriteLog) -> Option<usize> {
         let rip = core.state.rip;
         let stayed = rip == before.registers.rip && core.state.gpr == before.registers.gpr;
         if stayed && (outcome == Outcome::Step || self.records.is_empty()) {
@@ -291,7 +291,12 @@ impl Verifier {
             Outcome::Kicked => self.records.iter().rposition(here),
             Outcome::Step => self.records.iter().position(here),
         };
-        at.map(|at| at + 1)
+        let at = at?;
+        // A repeated instruction that was left after some turns, for the fault of the next: the other tier's are undone.
+        let turns = self.records.get(at).is_some_and(|record| record.gpr[1] != core.state.gpr[1])
+            && at + 1 == self.records.len()
+            && core.fetch_instruction().is_ok_and(|next| next.instruction.is_string_instruction());
+        (!turns).then_some(at + 1)
     }
 
     fn difference(
