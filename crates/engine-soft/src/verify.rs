@@ -294,7 +294,6 @@ impl Verifier {
         let at = at?;
         // A repeated instruction that was left after some turns, for the fault of the next: the other tier's are undone.
         let turns = self.records.get(at).is_some_and(|record| record.gpr[1] != core.state.gpr[1])
-            && at + 1 == self.records.len()
             && core.fetch_instruction().is_ok_and(|next| next.instruction.is_string_instruction());
         (!turns).then_some(at + 1)
     }

@@ -54,6 +54,8 @@ pub struct Ending {
 impl Ending {
     /// The engine did not come back, or refused.
     pub const REFUSED: u32 = 1000;
+    /// Code that was overwritten has called the kernel.
+    pub const CALLED: u32 = 1002;
     /// The native child died.
     pub const DIED: u32 = 1001;
 

@@ -275,6 +275,9 @@ impl Guest {
                 frame += 8;
                 memory.load_u64(frame - 8).unwrap_or(u64::MAX)
             };
+            if vector > 0xff {
+                return Outcome { state: after, ending: Ending { kind: Ending::CALLED, ..ending } };
+            }
             let error = if matches!(vector, 8 | 10..=14 | 17 | 21) { pop() as u32 } else { 0 };
             ending = Ending::exception(vector, error, state.cr2);
             after.rip = pop();

@@ -133,7 +133,10 @@ fn forgive(
     data: &mut [u8],
 ) {
     // Code that has overwritten itself, or was jumped into the middle of, may say what no case says.
-    if met.lost || met.instruction.is_some_and(|i| !i.is_invalid() && !codes::allowed(i.code())) {
+    if met.lost
+        || other.ending.kind == Ending::CALLED
+        || met.instruction.is_some_and(|i| !i.is_invalid() && !codes::allowed(i.code()))
+    {
         *other = *native;
         data.copy_from_slice(native_data);
         return;
