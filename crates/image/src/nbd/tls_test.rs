@@ -111,7 +111,8 @@ fn long_requests_both_ways_do_not_wait_for_each_other() {
     std::thread::spawn(move || {
         let storage = connect(&uri).unwrap();
         std::thread::scope(|scope| {
-            for number in 0..16 {
+            // More each way than both sockets hold.
+            for number in 0..48 {
                 let storage = &storage;
                 scope.spawn(move || {
                     let mut bytes = vec![number as u8; 4 << 20];
