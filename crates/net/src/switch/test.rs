@@ -137,6 +137,17 @@ impl Guest {
         }
     }
 
+    /// All at once, so that they come in one burst.
+    fn send_all(&mut self, frames: &[Vec<u8>]) {
+        for (number, frame) in (0u64..).zip(frames) {
+            let (place, bytes) = ((1 << 19) + number * 0x1000, [&[0; HEADER][..], frame].concat());
+            self.memory.write_all_at(&bytes, place).unwrap();
+            let piece = Segment { address: 0x10_0000 + place, len: bytes.len() as u32 };
+            assert!(self.front.ring(1).unwrap().post(0, &[piece], false));
+        }
+        self.front.ring(1).unwrap().publish();
+    }
+
     /// The next frame with its header, if there is one within a time.
     fn receive_within(&mut self, wait: Duration) -> Option<(Vec<u8>, Vec<u8>)> {
         let until = Instant::now() + wait;
@@ -214,6 +225,31 @@ fn frames_go_to_all_until_it_is_known_who_is_where() {
     }
     a.send(&frame(MAC_B, MAC_A, b"are you there?"));
     assert_eq!(c.receive()[14..], *b"are you there?");
+}
+
+#[test]
+fn frames_that_begin_alike_are_all_looked_at() {
+    let switch = Running::new();
+    let [mut a, mut b, mut c] = ["a", "b", "c"].map(|name| switch.guest(name, PortSpec::default()));
+    b.send(&frame(ALL, MAC_B, b""));
+    c.send(&frame(ALL, MAC_C, b""));
+    for guest in [&mut a, &mut b, &mut c] {
+        while !guest.silent() {}
+    }
+    let packet = |to: [u8; 6], port: u8, number: u8| {
+        let mut packet = [&to[..], &MAC_A, &[8, 0, 0x45, 0, 0, 29, 0, 0, 0, 0, 64, 17, 0, 0]].concat();
+        packet.extend([10, 0, 0, 1, 10, 0, 0, 2, 0, port, 0, 9, 0, 9, 0, 0, number]);
+        packet
+    };
+    let mut frames =
+        vec![packet(MAC_B, 5, 1), packet(MAC_B, 67, 2), packet(MAC_B, 5, 3), packet(MAC_C, 5, 4)];
+    frames.extend([packet(MAC_B, 5, 5), tagged(MAC_B, MAC_A, 7, b"hop"), vec![9; 4], packet(MAC_B, 5, 6)]);
+    a.send_all(&frames);
+    assert_eq!([1, 3, 5, 6].map(|_| b.receive()[42]), [1, 3, 5, 6]);
+    assert_eq!(c.receive()[42], 4);
+    assert!(b.silent() && c.silent());
+    assert_eq!(["dhcp_server", "vlan", "broken"].map(|reason| switch.dropped("a", reason)), [1, 1, 1]);
+    assert_eq!(switch.port("a")["received"], 7);
 }
 
 #[test]
