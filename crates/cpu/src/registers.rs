@@ -169,6 +169,42 @@ pub struct Registers {
     pub dr7: u64,
 }
 
+impl Registers {
+    /// Names of the general registers, in the order of [`Self::gpr`].
+    pub const GENERAL: [&'static str; 16] = [
+        "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14",
+        "r15",
+    ];
+    /// Names of the segment registers, in the order of [`Self::segments`].
+    pub const SEGMENTS: [&'static str; 6] = ["es", "cs", "ss", "ds", "fs", "gs"];
+
+    /// All that are numbers, by the names that debuggers use.
+    pub fn numbers(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        let general = Self::GENERAL.into_iter().zip(self.gpr);
+        let debug = ["dr0", "dr1", "dr2", "dr3"].into_iter().zip(self.dr);
+        let others = [
+            ("rip", self.rip),
+            ("rflags", self.rflags),
+            ("cr0", self.cr0),
+            ("cr2", self.cr2),
+            ("cr3", self.cr3),
+            ("cr4", self.cr4),
+            ("cr8", self.cr8),
+            ("efer", self.efer),
+            ("xcr0", self.xcr0),
+            ("dr6", self.dr6),
+            ("dr7", self.dr7),
+        ];
+        general.chain(others).chain(debug)
+    }
+
+    /// All segments with hidden parts, by name.
+    pub fn named_segments(&self) -> impl Iterator<Item = (&'static str, Segment)> {
+        let system = [("ldtr", self.ldtr), ("tr", self.tr)];
+        Self::SEGMENTS.into_iter().zip(self.segments).chain(system)
+    }
+}
+
 impl Default for Registers {
     /// The state after power-up (Intel SDM 3, table 10-1).
     fn default() -> Self {

@@ -101,11 +101,6 @@ impl Accesses {
         true
     }
 
-    /// Nothing is left.
-    pub(crate) fn is_empty(&self) -> bool {
-        self.waiting.is_empty() && self.awaited.is_none()
-    }
-
     /// What is left is not wanted any more: the vCPU is reset.
     pub(crate) fn forget(&mut self) {
         *self = Self::default();

@@ -37,6 +37,8 @@ struct State {
     vcpus: i32,
     closed: Vec<RawFd>,
     dirty: Vec<u64>,
+    /// KVM_VCPU_TSC_OFFSET of the vCPU that was asked last.
+    tsc_offset: u64,
 }
 
 /// See the module page.
@@ -96,11 +98,6 @@ impl Double {
         self.state().refused.insert(name, error);
     }
 
-    /// It works again.
-    pub(crate) fn take_back(&self, name: &'static str) {
-        self.state().refused.remove(name);
-    }
-
     /// The next KVM_RUN that has nothing else to do.
     pub(crate) fn then(&self, run: impl FnOnce(&mut [u8]) -> io::Result<u32> + Send + 'static) {
         self.state().runs.push_back(Box::new(run));
@@ -144,6 +141,23 @@ impl Double {
         let mut value = T::zeroed();
         crate::host::bytes_of(&mut value).copy_from_slice(&bytes[..size_of::<T>()]);
         Some(value)
+    }
+
+    /// What a later request of `GET_` answers.
+    pub(crate) fn set<T: crate::host::Plain>(&self, fd: RawFd, name: &'static str, mut value: T) {
+        self.state().kept.insert((fd, name), crate::host::bytes_of(&mut value).to_vec());
+    }
+
+    pub(crate) fn tsc_offset(&self) -> u64 {
+        self.state().tsc_offset
+    }
+
+    pub(crate) fn set_tsc_offset(&self, offset: u64) {
+        self.state().tsc_offset = offset;
+    }
+
+    pub(crate) fn forget_msr(&self, index: u32) {
+        self.state().msrs.remove(&index);
     }
 
     pub(crate) fn set_msr(&self, index: u32, value: u64) {
@@ -254,6 +268,10 @@ impl Host for Double {
                     to.copy_from_slice(&index.to_le_bytes());
                 }
             }
+            // Linux: MAX_IO_MSRS.
+            "GET_MSRS" | "SET_MSRS" if entries::<16>(buffer).count() >= 256 => {
+                return Err(io::Error::from_raw_os_error(libc::E2BIG));
+            }
             "GET_MSRS" => {
                 let mut done = 0;
                 for entry in entries::<16>(buffer) {
@@ -282,6 +300,17 @@ impl Host for Double {
                 }
             }
             "CLEAR_DIRTY_LOG" => state.dirty.fill(0),
+            "GET_DEVICE_ATTR" | "SET_DEVICE_ATTR" => {
+                let at = u64::from_le_bytes(buffer[16..24].try_into().unwrap()) as *mut u64;
+                // SAFETY: the caller's word, as for the kernel.
+                unsafe {
+                    if request.name == "GET_DEVICE_ATTR" {
+                        at.write(state.tsc_offset);
+                    } else {
+                        state.tsc_offset = at.read();
+                    }
+                }
+            }
             name => match name.strip_prefix("GET_").map(str::to_owned) {
                 Some(name) => {
                     let set = format!("SET_{name}");

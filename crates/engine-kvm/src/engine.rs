@@ -9,7 +9,7 @@
 use crate::capability::Capabilities;
 use crate::cpuid::Supported;
 use crate::dirty::DirtyLog;
-use crate::host::{Handle, Host, Linux, Plain};
+use crate::host::{Handle, Host, Linux, MsrFilter, Plain};
 use crate::ioctl;
 use crate::routing::Apics;
 use crate::vcpu::{KvmVcpu, host};
@@ -53,7 +53,7 @@ pub(crate) struct Vm {
     pub(crate) run_len: usize,
     pub(crate) capabilities: Capabilities,
     pub(crate) msr_indices: Vec<u32>,
-    /// kvmclock and the host's TSC when the machine came to stand, and how far TSCs are to be moved back since.
+    /// kvmclock and the host's TSC when the machine came to stand, and how far TSCs are to be moved back in all.
     standing: Mutex<Standing>,
     pub(crate) dirty: DirtyLog,
 }
@@ -61,6 +61,7 @@ pub(crate) struct Vm {
 #[derive(Debug, Clone, Copy, Default)]
 struct Standing {
     since: Option<(u64, u64)>,
+    /// Of all times that the machine stood: a vCPU that did not run between two of them has both to make up for.
     tsc_back: u64,
 }
 
@@ -188,13 +189,13 @@ const MACHINES: [u32; 1] = [0xc001_0015];
 #[allow(unsafe_code)]
 fn filter_msrs(vm: &Handle) -> Result<(), Error> {
     // A bitmap of one MSR each: bit 0 is clear, the access goes to the machine.
-    let mut denied = [0u8; 8];
-    let mut filter = kvm::kvm_msr_filter::zeroed();
+    let denied = [0u8; 8];
+    let mut filter = MsrFilter::zeroed();
     filter.flags = kvm::KVM_MSR_FILTER_DEFAULT_ALLOW;
     for (range, base) in filter.ranges.iter_mut().zip(MACHINES) {
         range.flags = kvm::KVM_MSR_FILTER_READ | kvm::KVM_MSR_FILTER_WRITE;
         (range.nmsrs, range.base) = (1, base);
-        range.bitmap = denied.as_mut_ptr();
+        range.bitmap = denied.as_ptr() as u64;
     }
     // SAFETY: the kernel copies each bitmap, of one bit rounded up to a long, before the call returns.
     unsafe { vm.follow(ioctl::X86_SET_MSR_FILTER, filter) }
@@ -227,10 +228,14 @@ impl Vm {
         self.standing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Moves a vCPU's TSC back by the time for which the machine stood; `None` if this kernel cannot.
+    /// How far TSCs are to be moved back since the VM was made.
+    pub(crate) fn tsc_back(&self) -> u64 {
+        self.standing().tsc_back
+    }
+
+    /// Moves a vCPU's TSC back; `None` if this kernel cannot.
     #[allow(unsafe_code)]
-    pub(crate) fn move_tsc(&self, vcpu: &Handle) -> Option<()> {
-        let back = self.standing().tsc_back;
+    pub(crate) fn move_tsc(&self, vcpu: &Handle, back: u64) -> Option<()> {
         let mut word = 0u64;
         let offset = &raw mut word;
         let attribute = kvm::kvm_device_attr {
@@ -306,9 +311,8 @@ impl Engine for KvmEngine {
 
     fn go_on(&self) {
         let mut standing = self.vm.standing();
-        let since = standing.since.take();
-        standing.tsc_back = since.map_or(0, |(_, tsc)| host_tsc().wrapping_sub(tsc));
-        let Some((clock, _)) = since else { return };
+        let Some((clock, tsc)) = standing.since.take() else { return };
+        standing.tsc_back = standing.tsc_back.wrapping_add(host_tsc().wrapping_sub(tsc));
         drop(standing);
         // Refused only if the kernel has no clock to set, and then the guest has none to see.
         let _ = self.vm.handle.set(ioctl::SET_CLOCK, kvm_clock_data { clock, ..kvm_clock_data::zeroed() });

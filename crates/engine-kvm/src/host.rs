@@ -93,7 +93,7 @@ impl Host for Linux {
 /// Structures of the kernel's: any bytes are a value of them.
 ///
 /// # Safety
-/// `#[repr(C)]`, integers only.
+/// `#[repr(C)]`, integers only, and no padding between or after them where the structure is given to the kernel.
 pub(crate) unsafe trait Plain: Copy {
     /// All zero.
     fn zeroed() -> Self {
@@ -119,7 +119,6 @@ plain!(
     kvm_dirty_log,
     kvm_enable_cap,
     kvm_guest_debug,
-    kvm_interrupt,
     kvm_ioeventfd,
     kvm_irq_routing_entry,
     kvm_irqfd,
@@ -127,7 +126,6 @@ plain!(
     kvm_mp_state,
     kvm_msi,
     kvm_msr_entry,
-    kvm_msr_filter,
     kvm_regs,
     kvm_run__bindgen_ty_1__bindgen_ty_1,
     kvm_run__bindgen_ty_1__bindgen_ty_13,
@@ -147,6 +145,29 @@ plain!(
     kvm_vcpu_events,
     kvm_xcrs,
 );
+/// `struct kvm_msr_filter`, whose padding has a name here so that all of its bytes are set.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct MsrFilter {
+    pub(crate) flags: u32,
+    pub(crate) padding: u32,
+    pub(crate) ranges: [MsrFilterRange; kvm_bindings::KVM_MSR_FILTER_MAX_RANGES as usize],
+}
+
+/// `struct kvm_msr_filter_range`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct MsrFilterRange {
+    pub(crate) flags: u32,
+    pub(crate) nmsrs: u32,
+    pub(crate) base: u32,
+    pub(crate) padding: u32,
+    /// An address.
+    pub(crate) bitmap: u64,
+}
+
+// SAFETY: integers, without padding.
+unsafe impl Plain for MsrFilter {}
 // SAFETY: integers.
 unsafe impl Plain for u8 {}
 // SAFETY: integers.

@@ -69,7 +69,6 @@ requests! {
     GET_SREGS = READ 0x83, kvm::kvm_sregs;
     SET_SREGS = WRITE 0x84, kvm::kvm_sregs;
     TRANSLATE = READ_WRITE 0x85, kvm::kvm_translation;
-    INTERRUPT = WRITE 0x86, kvm::kvm_interrupt;
     GET_MSRS = READ_WRITE 0x88, kvm::kvm_msrs;
     SET_MSRS = WRITE 0x89, kvm::kvm_msrs;
     GET_LAPIC = READ 0x8e, kvm::kvm_lapic_state;
@@ -95,7 +94,7 @@ requests! {
     SET_DEVICE_ATTR = WRITE 0xe1, kvm::kvm_device_attr, follows;
     GET_DEVICE_ATTR = WRITE 0xe2, kvm::kvm_device_attr, follows;
     CLEAR_DIRTY_LOG = READ_WRITE 0xc0, kvm::kvm_clear_dirty_log, follows;
-    X86_SET_MSR_FILTER = WRITE 0xc6, kvm::kvm_msr_filter, follows;
+    X86_SET_MSR_FILTER = WRITE 0xc6, crate::host::MsrFilter, follows;
     RESET_DIRTY_RINGS = NONE 0xc7;
     GET_STATS_FD = NONE 0xce;
 }
@@ -200,8 +199,16 @@ mod test {
         same!(rows, kvm_clock_data: clock, flags, realtime, host_tsc);
         same!(rows, kvm_device_attr: flags, group, attr, addr);
         same!(rows, kvm_enable_cap: cap, flags, args);
-        same!(rows, kvm_msr_filter: flags, ranges);
-        same!(rows, kvm_msr_filter_range: flags, nmsrs, base, bitmap);
+        {
+            use crate::host::{MsrFilter, MsrFilterRange};
+            let mut add = |what: &str, is: usize| rows.push((what.to_owned(), is));
+            add("sizeof(struct kvm_msr_filter)", size_of::<MsrFilter>());
+            add("offsetof(struct kvm_msr_filter, ranges)", offset_of!(MsrFilter, ranges));
+            add("sizeof(struct kvm_msr_filter_range)", size_of::<MsrFilterRange>());
+            add("offsetof(struct kvm_msr_filter_range, nmsrs)", offset_of!(MsrFilterRange, nmsrs));
+            add("offsetof(struct kvm_msr_filter_range, base)", offset_of!(MsrFilterRange, base));
+            add("offsetof(struct kvm_msr_filter_range, bitmap)", offset_of!(MsrFilterRange, bitmap));
+        }
         same!(rows, kvm_dirty_log: slot);
         same!(rows, kvm_clear_dirty_log: slot, num_pages, first_page);
         same!(rows, kvm_dirty_gfn: flags, slot, offset);

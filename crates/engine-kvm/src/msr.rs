@@ -6,6 +6,9 @@ use cpu::msr;
 use kvm_bindings::kvm_msr_entry;
 use std::collections::BTreeMap;
 
+/// Registers that one request may name: the kernel takes fewer than 256 (`MAX_IO_MSRS`).
+const AT_ONCE: usize = 128;
+
 fn entry(index: u32, data: u64) -> kvm_msr_entry {
     kvm_msr_entry { index, data, ..kvm_msr_entry::zeroed() }
 }
@@ -36,20 +39,34 @@ impl Msrs {
         let mut readable = Vec::new();
         let mut rest = left.as_slice();
         while !rest.is_empty() {
-            let done = vcpu.list(GET_MSRS, rest).map_or(0, |(_, done)| done as usize).min(rest.len());
-            let (good, refused) = rest.split_at(done);
+            let now = first(rest);
+            let done = vcpu.list(GET_MSRS, now).map_or(0, |(_, done)| done as usize).min(now.len());
+            let (good, left) = rest.split_at(done);
             readable.extend(good.iter().map(|entry| entry.index));
-            rest = refused.get(1..).unwrap_or_default();
+            rest = if done == now.len() { left } else { left.get(1..).unwrap_or_default() };
         }
         Self(readable)
     }
 
-    /// Their values.
+    /// Their values. One that cannot be read any more is an error: what is not saved is lost.
     pub(crate) fn read(&self, vcpu: &Handle) -> std::io::Result<BTreeMap<u32, u64>> {
-        let asked: Vec<_> = self.0.iter().map(|&index| entry(index, 0)).collect();
-        let (entries, done) = vcpu.list(GET_MSRS, &asked)?;
-        Ok(entries.iter().take(done as usize).map(|entry| (entry.index, entry.data)).collect())
+        let mut values = BTreeMap::new();
+        for indices in self.0.chunks(AT_ONCE) {
+            let asked: Vec<_> = indices.iter().map(|&index| entry(index, 0)).collect();
+            let (entries, done) = vcpu.list(GET_MSRS, &asked)?;
+            if let Some(refused) = indices.get(done as usize) {
+                let why = format!("MSR {refused:#x}, which could be read before, cannot be read now");
+                return Err(std::io::Error::other(why));
+            }
+            values.extend(entries.iter().map(|entry| (entry.index, entry.data)));
+        }
+        Ok(values)
     }
+}
+
+/// As many as one request may name.
+fn first(entries: &[kvm_msr_entry]) -> &[kvm_msr_entry] {
+    entries.get(..AT_ONCE).unwrap_or(entries)
 }
 
 /// Sets many; answers those that KVM refused although they would change something.
@@ -58,8 +75,13 @@ pub(crate) fn set_all(vcpu: &Handle, values: &BTreeMap<u32, u64>) -> Vec<u32> {
     let mut refused = Vec::new();
     let mut rest = entries.as_slice();
     while !rest.is_empty() {
-        let done = vcpu.list(SET_MSRS, rest).map_or(0, |(_, done)| done as usize).min(rest.len());
-        let Some((first, after)) = rest.get(done..).and_then(<[_]>::split_first) else { break };
+        let now = first(rest);
+        let done = vcpu.list(SET_MSRS, now).map_or(0, |(_, done)| done as usize).min(now.len());
+        rest = rest.get(done..).unwrap_or_default();
+        if done == now.len() {
+            continue;
+        }
+        let Some((first, after)) = rest.split_first() else { break };
         if get(vcpu, first.index) != Some(first.data) {
             refused.push(first.index);
         }

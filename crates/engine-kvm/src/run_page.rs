@@ -44,7 +44,7 @@ impl RunPage {
         self.0.put(offset_of!(kvm_run, request_interrupt_window), u8::from(wanted));
     }
 
-    /// Whether KVM_INTERRUPT may be used now.
+    /// Whether the guest could take an interrupt of the 8259A when KVM_RUN came back.
     pub(crate) fn ready_for_interrupt(&self) -> bool {
         self.0.get::<u8>(offset_of!(kvm_run, ready_for_interrupt_injection)) != 0
     }

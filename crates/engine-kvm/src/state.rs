@@ -7,6 +7,7 @@
 use crate::host::{Handle, Plain};
 use crate::ioctl;
 use crate::msr;
+use crate::registers::Groups;
 use crate::vcpu::{KvmVcpu, host};
 use cpu::{Activity, Error, Events, Exception, Shadow, VcpuState};
 use kvm_bindings as kvm;
@@ -108,6 +109,7 @@ pub(crate) fn restore(vcpu: &mut KvmVcpu, state: &VcpuState) -> Result<(), Error
     let VcpuState { registers, extended, msrs, events, activity: _, local_apic } = state;
     let mut groups = vcpu.groups().map_err(host("reading registers"))?;
     groups.set(registers);
+    deliver_payload(events, &mut groups);
     let mut msrs = msrs.clone();
     if let Some(base) = msrs.remove(&cpu::msr::APIC_BASE) {
         groups.sregs.apic_base = base;
@@ -140,6 +142,18 @@ pub(crate) fn restore(vcpu: &mut KvmVcpu, state: &VcpuState) -> Result<(), Error
         .set(ioctl::SET_VCPU_EVENTS, to_events(events, triple_fault))
         .map_err(host("KVM_SET_VCPU_EVENTS"))?;
     Ok(())
+}
+
+/// What a page fault does to CR2 and a debug exception to DR6 (Intel SDM 3, 6.15), of one that another engine has raised and
+/// not begun to deliver.
+fn deliver_payload(events: &Events, groups: &mut Groups) {
+    const DEBUG: u8 = 1;
+    const PAGE_FAULT: u8 = 14;
+    match events.exception {
+        Some(Exception { vector: PAGE_FAULT, payload: Some(address), .. }) => groups.sregs.cr2 = address,
+        Some(Exception { vector: DEBUG, payload: Some(causes), .. }) => groups.debug.dr6 |= causes,
+        _ => {}
+    }
 }
 
 fn from_events(events: &kvm_vcpu_events) -> Events {
@@ -181,14 +195,13 @@ fn to_events(events: &Events, triple_fault_known: bool) -> kvm_vcpu_events {
         triple_fault,
     } = *events;
     let mut raw = kvm_vcpu_events::zeroed();
-    if let Some(Exception { vector, error_code, payload, delivering }) = exception {
+    if let Some(Exception { vector, error_code, payload: _, delivering: _ }) = exception {
         raw.exception.nr = vector;
         raw.exception.has_error_code = error_code.is_some().into();
         raw.exception.error_code = error_code.unwrap_or(0);
-        // Without KVM_CAP_EXCEPTION_PAYLOAD, which yado does not enable, KVM knows one word for both and has done
-        // what the payload stands for.
-        raw.exception.injected = u8::from(delivering || payload.is_none());
-        raw.exception.pending = 0;
+        // Without KVM_CAP_EXCEPTION_PAYLOAD, which yado does not enable, KVM knows one word for what is raised and what is
+        // being delivered; what a payload stands for has been done (`deliver_payload`).
+        raw.exception.injected = 1;
     }
     raw.interrupt.injected = interrupt.is_some().into();
     raw.interrupt.nr = interrupt.unwrap_or(0);
@@ -213,6 +226,8 @@ fn to_events(events: &Events, triple_fault_known: bool) -> kvm_vcpu_events {
 #[derive(Debug, Default)]
 pub(crate) struct Frozen {
     tsc: Option<u64>,
+    /// It was restored meanwhile: it goes on from that, whatever it was before.
+    restored: bool,
     /// Of the local APIC's timer, which is off meanwhile. Its other modes run on: at worst one tick comes early. To put the
     /// page back later would lose interrupts that devices have sent in between.
     deadline: Option<u64>,
@@ -225,18 +240,41 @@ impl Frozen {
         if deadline.is_some() {
             msr::set(handle, cpu::msr::TSC_DEADLINE, 0);
         }
-        Self { tsc: msr::get(handle, cpu::msr::TSC), deadline }
+        Self { tsc: msr::get(handle, cpu::msr::TSC), deadline, restored: false }
+    }
+
+    /// Of a vCPU that has been restored while it stands.
+    pub(crate) fn restored(vcpu: &KvmVcpu, state: &VcpuState) -> Self {
+        let deadline = state.msrs.get(&cpu::msr::TSC_DEADLINE).copied().filter(|&deadline| deadline != 0);
+        if deadline.is_some() {
+            msr::set(vcpu.handle(), cpu::msr::TSC_DEADLINE, 0);
+        }
+        Self { tsc: state.msrs.get(&cpu::msr::TSC).copied(), deadline, restored: true }
+    }
+
+    /// Whether the machine stands.
+    pub(crate) fn stands(&self) -> bool {
+        self.tsc.is_some()
+    }
+
+    /// What is saved meanwhile is what will go on, not what is in KVM.
+    pub(crate) fn put_into(&self, state: &mut VcpuState) {
+        if let Some(tsc) = self.tsc {
+            state.msrs.insert(cpu::msr::TSC, tsc);
+            state.msrs.insert(cpu::msr::TSC_DEADLINE, self.deadline.unwrap_or(0));
+        }
     }
 
     pub(crate) fn thaw(self, vcpu: &mut KvmVcpu) -> Result<(), Error> {
-        let Self { tsc, deadline } = self;
+        let Self { tsc, restored, deadline } = self;
         let Some(tsc) = tsc else { return Ok(()) };
-        let handle = vcpu.handle();
-        // All vCPUs' TSCs are moved by the same amount, so that they stay in step; before Linux 5.16 KVM brings them
-        // together itself if they are set within a second.
-        if vcpu.vm().move_tsc(handle).is_none() {
-            msr::set(handle, cpu::msr::TSC, tsc);
+        // All vCPUs' TSCs are moved by the same amount, so that they stay in step; before Linux 5.16, and where states are
+        // restored, KVM brings them together itself if they are set within a second.
+        if restored || vcpu.move_tsc().is_none() {
+            msr::set(vcpu.handle(), cpu::msr::TSC, tsc);
+            vcpu.tsc_is_set();
         }
+        let handle = vcpu.handle();
         if let Some(deadline) = deadline {
             msr::set(handle, cpu::msr::TSC_DEADLINE, deadline);
         }

@@ -206,41 +206,49 @@ fn kicks_are_heard_once_and_the_rest_of_the_exits_have_their_meaning() {
 }
 
 #[test]
-fn interrupts_go_in_only_when_the_kernel_is_ready() {
+fn interrupts_go_in_only_when_the_kernel_is_ready_and_whoever_saves_sees_them() {
     let (double, _engine, mut vcpu) = vcpu();
     assert!(!vcpu.interruptible(), "before the first run nobody knows");
     let ready = std::mem::offset_of!(kvm::kvm_run, ready_for_interrupt_injection);
     double.page(FIRST_VCPU, |page| page[ready] = 1);
+    assert!(!vcpu.interruptible(), "the page may be of another life");
+    let interrupted = |vcpu: &mut dyn Vcpu| {
+        double.fails(libc::EINTR);
+        assert_eq!(vcpu.run().unwrap(), Exit::Interrupted);
+    };
+    interrupted(&mut *vcpu);
     assert!(vcpu.interruptible());
     vcpu.inject_interrupt(0x50);
     assert!(!vcpu.interruptible(), "one at a time");
-    double.fails(libc::EINTR);
-    assert_eq!(vcpu.run().unwrap(), Exit::Interrupted);
-    let irq = || double.kept::<kvm::kvm_interrupt>(FIRST_VCPU, "INTERRUPT").unwrap().irq;
-    assert_eq!(irq(), 0x50);
-    // That run ended before the guest was entered: the kernel still has it, and the next one waits here.
-    double.refuse("INTERRUPT", libc::EEXIST);
-    assert!(vcpu.interruptible());
+    assert_eq!(vcpu.save().unwrap().events.interrupt, Some(0x50));
+    let since = double.asked();
+    interrupted(&mut *vcpu);
+    let under_way = || double.kept::<kvm::kvm_vcpu_events>(FIRST_VCPU, "SET_VCPU_EVENTS").unwrap();
+    assert_eq!((under_way().interrupt.injected, under_way().interrupt.nr, under_way().flags), (1, 0x50, 0));
+    assert_eq!(double.order_since(since), ["GET_VCPU_EVENTS", "SET_VCPU_EVENTS", "GET_MP_STATE", "RUN"]);
+    // That run ended before the guest was entered: it is saved all the same.
+    assert_eq!(vcpu.save().unwrap().events.interrupt, Some(0x50));
+    // One for a vCPU in HLT wakes it.
+    double.set(FIRST_VCPU, "SET_MP_STATE", kvm::kvm_mp_state { mp_state: kvm::KVM_MP_STATE_HALTED });
     vcpu.inject_interrupt(0x51);
-    for _ in 0..2 {
-        double.fails(libc::EINTR);
-        assert_eq!(vcpu.run().unwrap(), Exit::Interrupted);
-        assert!(!vcpu.interruptible());
-    }
-    assert_eq!(vcpu.save().unwrap().events.interrupt, Some(0x51));
-    let asked = std::mem::offset_of!(kvm::kvm_run, request_interrupt_window);
-    double.page(FIRST_VCPU, |page| assert_eq!(page[asked], 1));
-    double.take_back("INTERRUPT");
-    double.fails(libc::EINTR);
-    assert_eq!(vcpu.run().unwrap(), Exit::Interrupted);
-    assert_eq!((irq(), vcpu.interruptible()), (0x51, true));
-    // Any other refusal is an error.
-    double.refuse("INTERRUPT", libc::ENXIO);
+    interrupted(&mut *vcpu);
+    assert_eq!((under_way().interrupt.nr, vcpu.activity()), (0x51, Activity::Running));
+    // In the middle of an instruction, and after a change of registers, the page says nothing.
+    double.exits(kvm::KVM_EXIT_MMIO, Mmio { phys_addr: 0xfd00_0000, data: [0; 8], len: 4, is_write: 1 });
+    assert!(matches!(vcpu.run().unwrap(), Exit::Write { .. }));
+    assert!(!vcpu.interruptible());
+    interrupted(&mut *vcpu);
+    assert!(vcpu.interruptible());
+    let registers = vcpu.registers();
+    vcpu.set_registers(&registers);
+    assert!(!vcpu.interruptible());
+    interrupted(&mut *vcpu);
+    // A refusal is an error.
+    double.refuse("SET_VCPU_EVENTS", libc::EINVAL);
     vcpu.inject_interrupt(0x52);
-    double.fails(libc::EINTR);
-    assert_eq!(vcpu.run().unwrap(), Exit::Interrupted);
+    interrupted(&mut *vcpu);
     let error = vcpu.run().unwrap_err().to_string();
-    assert!(error.starts_with("KVM_INTERRUPT: "), "{error}");
+    assert!(error.starts_with("giving KVM an interrupt of the 8259A: "), "{error}");
 }
 
 fn stopped(vcpu: &mut dyn Vcpu) -> String {
@@ -377,6 +385,99 @@ fn clocks_stand_while_the_machine_does() {
     vcpu.go_on();
     assert_eq!(double.msr(cpu::msr::TSC), Some(777));
     assert_eq!(vcpu.activity(), Activity::Running);
+}
+
+/// Sets the double's clock attribute to what was last set, as a kernel would.
+fn offset(double: &Double) -> i64 {
+    double.tsc_offset() as i64
+}
+
+#[test]
+fn a_vcpu_that_did_not_run_between_two_pauses_makes_up_for_both() {
+    let (double, engine, mut first) = vcpu();
+    let mut second = engine.create_vcpu(VcpuConfig { index: 1, cpuid: Arc::default() }).unwrap();
+    let pause = std::time::Duration::from_millis(2);
+    first.stand();
+    second.stand();
+    engine.stand();
+    std::thread::sleep(pause);
+    engine.go_on();
+    // The first runs and stands again; the second has not come to run.
+    first.go_on();
+    let once = offset(&double);
+    first.stand();
+    engine.stand();
+    std::thread::sleep(pause);
+    engine.go_on();
+    // To resume what runs changes nothing.
+    engine.go_on();
+    first.go_on();
+    let twice = offset(&double);
+    assert!(once < 0 && twice < once, "{once} {twice}");
+    double.set_tsc_offset(0);
+    second.go_on();
+    assert_eq!(offset(&double), twice, "both are as far back");
+}
+
+#[test]
+fn what_is_saved_or_restored_while_the_machine_stands_is_what_goes_on() {
+    let (double, engine, mut vcpu) = vcpu();
+    double.set_msr(cpu::msr::TSC, 1000);
+    double.set_msr(cpu::msr::TSC_DEADLINE, 5000);
+    vcpu.stand();
+    engine.stand();
+    // KVM's TSC runs on.
+    double.set_msr(cpu::msr::TSC, 1700);
+    let mut state = vcpu.save().unwrap();
+    let clocks = |state: &VcpuState| (state.msrs[&cpu::msr::TSC], state.msrs[&cpu::msr::TSC_DEADLINE]);
+    assert_eq!(clocks(&state), (1000, 5000));
+    state.msrs.insert(cpu::msr::TSC, 300);
+    state.msrs.insert(cpu::msr::TSC_DEADLINE, 400);
+    vcpu.restore(&state).unwrap();
+    assert_eq!(double.msr(cpu::msr::TSC_DEADLINE), Some(0), "no timer fires meanwhile");
+    double.set_msr(cpu::msr::TSC, 900);
+    assert_eq!(clocks(&vcpu.save().unwrap()), (300, 400));
+    engine.go_on();
+    vcpu.go_on();
+    assert_eq!((double.msr(cpu::msr::TSC), double.msr(cpu::msr::TSC_DEADLINE)), (Some(300), Some(400)));
+    assert_eq!(double.count("SET_DEVICE_ATTR"), 0, "its past is another one's");
+}
+
+#[test]
+fn more_registers_than_one_request_may_name_are_all_saved() {
+    let double = Double::linux_6_12();
+    for index in 0..300 {
+        double.set_msr(0x4b56_4d00 + index, u64::from(index));
+    }
+    let (double, _engine, mut vcpu) = vcpu_on(double);
+    let mut state = vcpu.save().unwrap();
+    assert_eq!(state.msrs[&(0x4b56_4d00 + 299)], 299);
+    for (_, value) in state.msrs.iter_mut() {
+        *value += 1;
+    }
+    vcpu.restore(&state).unwrap();
+    assert_eq!(double.msr(0x4b56_4d00 + 299), Some(300));
+    // One that was there and is not any more is not left out in silence.
+    double.forget_msr(0x4b56_4d00 + 150);
+    let error = vcpu.save().unwrap_err().to_string();
+    assert!(error.contains("0x4b564d96"), "{error}");
+}
+
+#[test]
+fn an_exception_that_another_engine_has_raised_is_not_lost() {
+    let (double, _engine, mut vcpu) = vcpu();
+    let mut state = vcpu.save().unwrap();
+    let raised = |vector, error_code, payload| {
+        Some(cpu::Exception { vector, error_code, payload: Some(payload), delivering: false })
+    };
+    state.events.exception = raised(14, Some(2), 0xdead_b000);
+    vcpu.restore(&state).unwrap();
+    let events = double.kept::<kvm::kvm_vcpu_events>(FIRST_VCPU, "SET_VCPU_EVENTS").unwrap();
+    assert_eq!((events.exception.injected, events.exception.nr, events.exception.error_code), (1, 14, 2));
+    assert_eq!(vcpu.registers().cr2, 0xdead_b000);
+    state.events.exception = raised(1, None, 1 << 14);
+    vcpu.restore(&state).unwrap();
+    assert_ne!(vcpu.registers().dr6 & 1 << 14, 0);
 }
 
 #[test]

@@ -21,7 +21,7 @@ use crate::statistics::Statistics;
 use cpu::{Activity, Error, Exit, Kick, Registers, Vcpu, VcpuState, cpuid::CpuidTable};
 use kvm_bindings as kvm;
 use kvm_bindings::{
-    kvm_interrupt, kvm_mp_state, kvm_run__bindgen_ty_1__bindgen_ty_8 as Hypercall,
+    kvm_mp_state, kvm_run__bindgen_ty_1__bindgen_ty_8 as Hypercall,
     kvm_run__bindgen_ty_1__bindgen_ty_19 as SystemEvent, kvm_run__bindgen_ty_1__bindgen_ty_21 as Eoi,
     kvm_run__bindgen_ty_1__bindgen_ty_23 as Msr,
 };
@@ -45,12 +45,16 @@ pub struct KvmVcpu {
     awaiting: Awaiting,
     /// An interrupt to be injected with the next run.
     external: Option<u8>,
+    /// The last run ended between two instructions, and nothing has been set since: what `kvm_run` says of interrupts holds.
+    settled: bool,
     failed: Option<Error>,
     msrs: Msrs,
     statistics: Option<Statistics>,
     power_up: Option<Box<VcpuState>>,
     signature: u32,
     frozen: state::Frozen,
+    /// How far the TSC has been moved back, of what the VM has stood in all.
+    moved_back: u64,
     // Last, so that the VM and its memory outlive the descriptor.
     vm: Arc<Vm>,
 }
@@ -81,12 +85,14 @@ impl KvmVcpu {
             accesses: Accesses::default(),
             awaiting: Awaiting::Nothing,
             external: None,
+            settled: false,
             failed: None,
             msrs,
             statistics,
             power_up: None,
             signature: cpuid.query(1, 0).eax,
             frozen: state::Frozen::default(),
+            moved_back: vm.tsc_back(),
             vm,
         };
         vcpu.power_up(index)?;
@@ -116,6 +122,19 @@ impl KvmVcpu {
 
     pub(crate) fn vm(&self) -> &Vm {
         &self.vm
+    }
+
+    /// Moves the TSC back by what it has not been moved yet; `None` if this kernel cannot.
+    pub(crate) fn move_tsc(&mut self) -> Option<()> {
+        let all = self.vm.tsc_back();
+        self.vm.move_tsc(&self.handle, all.wrapping_sub(self.moved_back))?;
+        self.moved_back = all;
+        Some(())
+    }
+
+    /// The TSC has been set: it has nothing to make up for.
+    pub(crate) fn tsc_is_set(&mut self) {
+        self.moved_back = self.vm.tsc_back();
     }
 
     pub(crate) fn msrs(&self) -> &Msrs {
@@ -247,17 +266,33 @@ impl KvmVcpu {
         self.set_groups(&groups)
     }
 
-    /// Gives the kernel the 8259A's vector. A run that a kick ended before the guest was entered leaves the one before it
-    /// in the kernel, where nobody sees it: then this one waits until the guest has taken that.
+    /// Gives the kernel the 8259A's vector, as an event under way: there whoever saves the vCPU sees it, even if a kick ends the
+    /// next run before the guest was entered. (KVM_INTERRUPT would keep it where nobody can read it.)
     fn inject_external(&mut self) {
         let Some(vector) = self.external.take() else { return };
-        let done = self.handle.set(ioctl::INTERRUPT, kvm_interrupt { irq: vector.into() });
-        if done.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::EEXIST)) {
-            self.external = Some(vector);
-            self.page.request_interrupt_window(true);
-        } else {
-            self.fail("KVM_INTERRUPT", done);
+        if let Err(source) = self.put_under_way(vector) {
+            self.failed.get_or_insert(Error::Host { what: "giving KVM an interrupt of the 8259A", source });
         }
+    }
+
+    fn put_under_way(&self, vector: u8) -> io::Result<()> {
+        let mut events: kvm::kvm_vcpu_events = self.handle.get(ioctl::GET_VCPU_EVENTS)?;
+        (events.interrupt.injected, events.interrupt.nr, events.interrupt.soft) = (1, vector, 0);
+        // All that the flags would set stays as it is: an NMI may have come since.
+        events.flags = 0;
+        self.handle.set(ioctl::SET_VCPU_EVENTS, events)?;
+        // An event under way does not end HLT by itself.
+        if self.activity() == Activity::Halted {
+            self.set_activity(kvm::KVM_MP_STATE_RUNNABLE)?;
+        }
+        Ok(())
+    }
+
+    /// What the last exit wanted is not wanted any more.
+    fn forget_exit(&mut self) {
+        self.accesses.forget();
+        self.awaiting = Awaiting::Nothing;
+        self.settled = false;
     }
 
     fn set_activity(&self, activity: u32) -> io::Result<u32> {
@@ -275,16 +310,19 @@ impl Vcpu for KvmVcpu {
                 return Ok(exit);
             }
             self.inject_external();
+            self.settled = false;
             let (kicker, handle) = (&self.kicker, &self.handle);
             match kicker.inside(|| handle.number(ioctl::RUN, 0)) {
                 Ok(_) => {
                     if let Some(exit) = self.exit()? {
+                        self.settled = exit.pausable();
                         return Ok(exit);
                     }
                 }
                 Err(error) => match error.raw_os_error() {
                     Some(libc::EINTR) => {
                         self.kicker.heard();
+                        self.settled = true;
                         return Ok(Exit::Interrupted);
                     }
                     // A processor that waited for start-up has been started.
@@ -331,10 +369,7 @@ impl Vcpu for KvmVcpu {
     }
 
     fn interruptible(&self) -> bool {
-        self.external.is_none()
-            && self.accesses.is_empty()
-            && self.awaiting == Awaiting::Nothing
-            && self.page.ready_for_interrupt()
+        self.external.is_none() && self.settled && self.page.ready_for_interrupt()
     }
 
     fn request_interrupt_window(&mut self, wanted: bool) {
@@ -346,8 +381,7 @@ impl Vcpu for KvmVcpu {
     }
 
     fn set_registers(&mut self, registers: &Registers) {
-        self.accesses.forget();
-        self.awaiting = Awaiting::Nothing;
+        self.forget_exit();
         if let Err(error) = self.try_set_registers(registers) {
             self.failed.get_or_insert(error);
         }
@@ -388,8 +422,7 @@ impl Vcpu for KvmVcpu {
     }
 
     fn reset(&mut self, init: bool) {
-        self.accesses.forget();
-        self.awaiting = Awaiting::Nothing;
+        self.forget_exit();
         self.external = None;
         self.page.request_interrupt_window(false);
         let Some(state) = self.power_up.clone() else { return };
@@ -424,15 +457,18 @@ impl Vcpu for KvmVcpu {
     fn save(&self) -> Result<VcpuState, Error> {
         let mut state = state::save(self)?;
         state.events.interrupt = state.events.interrupt.or(self.external);
+        self.frozen.put_into(&mut state);
         Ok(state)
     }
 
     fn restore(&mut self, state: &VcpuState) -> Result<(), Error> {
-        self.accesses.forget();
-        self.awaiting = Awaiting::Nothing;
+        self.forget_exit();
         self.external = None;
         state::restore(self, state)?;
         self.set_activity(state::mp_state(state.activity)).map_err(host("KVM_SET_MP_STATE"))?;
+        if self.frozen.stands() {
+            self.frozen = state::Frozen::restored(self, state);
+        }
         Ok(())
     }
 

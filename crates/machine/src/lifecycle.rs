@@ -52,13 +52,9 @@ pub struct Crash {
 
 impl std::fmt::Display for Crash {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        const NAMES: [&str; 16] = [
-            "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13",
-            "r14", "r15",
-        ];
         writeln!(f, "vCPU {} stopped after {} ms: {}", self.vcpu, self.at.0 / 1_000_000, self.why)?;
         let r = &self.registers;
-        for (names, values) in NAMES.chunks(4).zip(r.gpr.chunks(4)) {
+        for (names, values) in Registers::GENERAL.chunks(4).zip(r.gpr.chunks(4)) {
             for (name, value) in names.iter().zip(values) {
                 write!(f, "  {name:>3} {value:016x}")?;
             }
@@ -66,7 +62,7 @@ impl std::fmt::Display for Crash {
         }
         writeln!(f, "  rip {:016x}  rflags {:08x}  efer {:04x}  cr8 {:x}", r.rip, r.rflags, r.efer, r.cr8)?;
         writeln!(f, "  cr0 {:08x}  cr2 {:016x}  cr3 {:016x}  cr4 {:08x}", r.cr0, r.cr2, r.cr3, r.cr4)?;
-        for (name, segment) in ["es", "cs", "ss", "ds", "fs", "gs"].iter().zip(&r.segments) {
+        for (name, segment) in Registers::SEGMENTS.iter().zip(&r.segments) {
             writeln!(
                 f,
                 "  {name} {:04x} base {:016x} limit {:08x} attr {:04x}",

@@ -152,7 +152,7 @@ impl Runner {
             Wanted::Run => {}
             Wanted::Stop => return false,
             // Not in the middle of an instruction: run to an exit that is between two.
-            Wanted::Pause if !self.pausable => slot.wake_self(),
+            Wanted::Pause | Wanted::Restart if !self.pausable => slot.wake_self(),
             Wanted::Pause => {
                 if !self.park(slot) {
                     return false;

@@ -137,59 +137,19 @@ impl Report {
 
     /// The registers, in the notation of debuggers.
     pub(crate) fn inspect(&self) -> Value {
-        const GENERAL: [&str; 16] = [
-            "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13",
-            "r14", "r15",
-        ];
-        const SEGMENTS: [&str; 6] = ["es", "cs", "ss", "ds", "fs", "gs"];
-        let Registers {
-            gpr,
-            rip,
-            rflags,
-            segments,
-            ldtr,
-            tr,
-            gdtr,
-            idtr,
-            cr0,
-            cr2,
-            cr3,
-            cr4,
-            cr8,
-            efer,
-            xcr0,
-            dr,
-            dr6,
-            dr7,
-        } = &self.registers;
-        let hex = |value: &u64| Value::from(format!("{value:#x}"));
+        let registers = &self.registers;
         let mut tree = Map::new();
         tree.insert("state".into(), self.doing().into());
-        let named = [
-            ("rip", rip),
-            ("rflags", rflags),
-            ("cr0", cr0),
-            ("cr2", cr2),
-            ("cr3", cr3),
-            ("cr4", cr4),
-            ("cr8", cr8),
-            ("efer", efer),
-            ("xcr0", xcr0),
-            ("dr6", dr6),
-            ("dr7", dr7),
-        ];
-        tree.extend(GENERAL.iter().zip(gpr).map(|(name, value)| ((*name).to_owned(), hex(value))));
-        tree.extend(named.iter().map(|(name, value)| ((*name).to_owned(), hex(value))));
-        tree.extend(dr.iter().enumerate().map(|(number, value)| (format!("dr{number}"), hex(value))));
-        let segments = SEGMENTS.iter().zip(segments).chain([(&"ldtr", ldtr), (&"tr", tr)]);
-        tree.extend(segments.map(|(name, segment)| {
+        let number = |(name, value): (&str, u64)| (name.to_owned(), Value::from(format!("{value:#x}")));
+        tree.extend(registers.numbers().map(number));
+        tree.extend(registers.named_segments().map(|(name, segment)| {
             let text = format!(
                 "{:#06x} base {:#x} limit {:#x} attr {:#06x}",
                 segment.selector, segment.base, segment.limit, segment.attr
             );
-            ((*name).to_owned(), Value::from(text))
+            (name.to_owned(), Value::from(text))
         }));
-        tree.extend([("gdtr", gdtr), ("idtr", idtr)].map(|(name, table)| {
+        tree.extend([("gdtr", registers.gdtr), ("idtr", registers.idtr)].map(|(name, table)| {
             (name.to_owned(), Value::from(format!("base {:#x} limit {:#x}", table.base, table.limit)))
         }));
         Value::Object(tree)
