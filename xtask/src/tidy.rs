@@ -21,6 +21,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("guest", &[]),
     ("ext4", &[]),
     ("debian", &["ext4"]),
+    ("sandbox", &[]),
     (
         "machine",
         &[
@@ -34,10 +35,14 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "memory",
             "net",
             "nvme",
+            "sandbox",
             "virtio",
         ],
     ),
-    ("yado", &["cpu", "debian", "engine-kvm", "engine-soft", "guest", "image", "machine", "memory", "net"]),
+    (
+        "yado",
+        &["cpu", "debian", "engine-kvm", "engine-soft", "guest", "image", "machine", "memory", "net", "sandbox"],
+    ),
     ("xtask", &[]),
 ];
 

@@ -70,7 +70,10 @@ impl Agent {
         port.connect(true);
         let inner = Arc::new(Inner { port, shared: Mutex::new(shared), changed: Condvar::new() });
         let weak = Arc::downgrade(&inner);
-        thread::Builder::new().name("agent".into()).spawn(move || serve(&weak))?;
+        thread::Builder::new().name("agent".into()).spawn(move || {
+            sandbox::narrow(sandbox::Role::Port);
+            serve(&weak);
+        })?;
         Ok(Self(inner))
     }
 

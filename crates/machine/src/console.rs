@@ -39,7 +39,10 @@ impl Console {
         let shared = Shared { past: VecDeque::new(), viewers: Vec::new(), log, logged: 0, closed: false };
         let console = Self { port, shared: Arc::new(Mutex::new(shared)) };
         let drain = console.clone();
-        thread::Builder::new().name("console".into()).spawn(move || drain.drain())?;
+        thread::Builder::new().name("console".into()).spawn(move || {
+            sandbox::narrow(sandbox::Role::Port);
+            drain.drain();
+        })?;
         Ok(console)
     }
 

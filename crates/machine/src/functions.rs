@@ -48,9 +48,6 @@ pub enum Error {
     /// No slot is left.
     #[error("the PCI bus is full: use fewer disks")]
     BusFull,
-    /// The host has no thread left.
-    #[error("cannot start a disk's thread: {0}")]
-    Thread(io::Error),
     /// The guest's network cannot be made.
     #[error(transparent)]
     Network(#[from] net::gateway::Error),
@@ -60,15 +57,21 @@ pub enum Error {
     /// Another process cannot carry frames.
     #[error(transparent)]
     BackEnd(#[from] crate::lending::Error),
-    /// The host has no event counter or thread left.
+    /// The host has no event counter left.
     #[error("cannot serve a network card: {0}")]
     Card(io::Error),
 }
 
-/// Threads that serve functions; each ends when its wake is closed.
+/// Starts threads.
+pub(crate) type Start = Box<dyn FnOnce() -> io::Result<Vec<JoinHandle<()>>> + Send>;
+
+/// Threads that serve functions; each ends when its wake is closed. They start with the machine: until then its process has
+/// one thread, and can give up what the machine does not need.
 #[derive(Default)]
 pub(crate) struct Workers {
     pub(crate) wakes: Vec<Wake>,
+    /// What starts those that have not been started.
+    pub(crate) starts: Vec<Start>,
     pub(crate) threads: Vec<JoinHandle<()>>,
     /// One for each disk.
     pub(crate) traffic: Vec<Traffic>,
@@ -81,6 +84,14 @@ pub(crate) struct Workers {
 }
 
 impl Workers {
+    /// Starts all threads.
+    pub(crate) fn start(&mut self) -> io::Result<()> {
+        for start in self.starts.drain(..) {
+            self.threads.extend(start()?);
+        }
+        Ok(())
+    }
+
     /// Ends all threads, flushing images, and waits for them.
     pub(crate) fn end(&mut self) {
         self.wakes.iter().for_each(Wake::close);
@@ -112,7 +123,7 @@ impl Slots<'_> {
         self.pci.attach(function).map(|_| ()).ok_or(Error::BusFull)
     }
 
-    /// Attaches all disks in order and starts their workers.
+    /// Attaches all disks in order.
     pub(crate) fn disks(&self, disks: &[DiskConfig], cpus: u32, workers: &mut Workers) -> Result<(), Error> {
         for (number, config) in disks.iter().enumerate() {
             let disk = open(config)?;
@@ -143,9 +154,8 @@ impl Slots<'_> {
                 tell: Box::new(tell),
             };
             let worker = Worker { controller, disk, memory: self.memory.clone(), traffic, errors };
-            let threads = worker.serve(&name, &wake, DISK_THREADS);
-            workers.wakes.push(wake);
-            workers.threads.extend(threads.map_err(Error::Thread)?);
+            workers.wakes.push(wake.clone());
+            workers.starts.push(Box::new(move || worker.serve(&name, &wake, DISK_THREADS)));
         }
         Ok(())
     }

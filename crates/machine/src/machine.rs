@@ -1,7 +1,7 @@
 //! A whole machine and its life.
 //!
 //! States: built (the kernel is loaded, nothing runs), running, paused, restarting, ended. Threads: one per vCPU, one for
-//! timers, some per disk, one per network card; all are joined when the machine is dropped.
+//! timers, some per disk, one per network card; all start with the machine and are joined when it is dropped.
 //!
 //! Lock order: `threads` alone.
 
@@ -253,6 +253,7 @@ impl Machine {
         let host = |source| Error::Host { what: "thread", source };
         self.common.clock.run();
         let common = self.common.clone();
+        self.workers.lock().unwrap_or_else(PoisonError::into_inner).start().map_err(host)?;
         let cpus = self.cpus;
         let fire = move |timer: usize| match common.slots.get(timer).filter(|_| timer < cpus) {
             Some(slot) => slot.wake(),
@@ -264,6 +265,7 @@ impl Machine {
             let Some(runner) = Runner::new(vcpu, index, self.common.clone()) else { continue };
             let lifecycle = self.common.lifecycle.clone();
             let thread = std::thread::Builder::new().name(format!("vcpu{index}")).spawn(move || {
+                sandbox::narrow(sandbox::Role::Vcpu);
                 let vcpu = runner.run();
                 lifecycle.leave();
                 vcpu
@@ -364,6 +366,7 @@ impl Machine {
             .collect();
         serde_json::json!({
             "engine": self.engine.name(),
+            "sandbox": sandbox::report(),
             "cpus": self.cpus,
             "memory_bytes": self.common.memory.len(),
             "kernel": self.config.kernel,

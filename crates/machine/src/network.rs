@@ -73,7 +73,7 @@ fn count_rings(mut front: Frontend, back_end: &BackEnd) -> Result<(Frontend, u16
 }
 
 impl Slots<'_> {
-    /// Attaches all network cards in order and starts their threads.
+    /// Attaches all network cards in order.
     pub(crate) fn networks(
         &self,
         networks: &[NetworkConfig],
@@ -115,11 +115,12 @@ impl Slots<'_> {
             workers.bells.push(bell.clone());
             let notices = self.notices.clone();
             let serve = move || {
+                sandbox::narrow(sandbox::Role::Network);
                 let lost = |why| notices.tell(Notice::NetworkLost { card: number, why });
                 carrier.serve(&GuestCard(card), &bell, &lost);
             };
-            let thread = thread::Builder::new().name(format!("net{number}")).spawn(serve);
-            workers.threads.push(thread.map_err(Error::Card)?);
+            let name = format!("net{number}");
+            workers.starts.push(Box::new(move || Ok(vec![thread::Builder::new().name(name).spawn(serve)?])));
         }
         Ok(())
     }

@@ -149,7 +149,10 @@ impl Worker {
         });
         let spawn = |number| {
             let crew = crew.clone();
-            thread::Builder::new().name(format!("{name}.{number}")).spawn(move || crew.run())
+            thread::Builder::new().name(format!("{name}.{number}")).spawn(move || {
+                sandbox::narrow(sandbox::Role::Disk);
+                crew.run();
+            })
         };
         (0..threads).map(spawn).collect()
     }

@@ -46,7 +46,10 @@ impl Timers {
     /// Starts the thread: `fire(slot)` is called at each deadline, which is cleared first.
     pub fn spawn(self: &Arc<Self>, fire: impl Fn(usize) + Send + 'static) -> io::Result<JoinHandle<()>> {
         let timers = self.clone();
-        std::thread::Builder::new().name("timer".into()).spawn(move || timers.serve(&fire))
+        std::thread::Builder::new().name("timer".into()).spawn(move || {
+            sandbox::narrow(sandbox::Role::Timer);
+            timers.serve(&fire);
+        })
     }
 
     /// Sets or clears the deadline of `slot`.

@@ -208,6 +208,17 @@ pub struct Run {
     /// Say nothing but errors
     #[arg(long, short = 'q')]
     pub quiet: bool,
+
+    /// Once the guest runs, let its process open no file, reach no other process, and make only the system calls that it needs;
+    /// `yado inspect` shows how, `yado doctor` what this host offers for it
+    #[arg(long, value_enum, default_value_t = Switched::On, value_name = "on|off")]
+    pub sandbox: Switched,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Switched {
+    On,
+    Off,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -444,10 +455,14 @@ pub struct Named {
 #[derive(Debug, Args)]
 pub struct Stats {
     /// Name of the guest (`yado ps`)
-    pub name: String,
+    #[arg(required_unless_present = "prometheus")]
+    pub name: Option<String>,
     /// As JSON: all counters
     #[arg(long)]
     pub json: bool,
+    /// In Prometheus' text format; without a name, of all guests that run
+    #[arg(long, conflicts_with_all = ["json", "watch", "profile", "perf_map"])]
+    pub prometheus: bool,
     /// Again every second, with what happened in it, until Ctrl-C
     #[arg(long)]
     pub watch: bool,

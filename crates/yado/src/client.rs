@@ -15,15 +15,24 @@ const LEAVE: u8 = 0x1d;
 const INPUT_FRAMES_MAX: u32 = 8;
 const SIGPIPE: u8 = 13;
 
-/// Connects to the guest and asks; a refusal is an error.
-pub fn ask(name: &str, request: &Request) -> anyhow::Result<(UnixStream, serde_json::Value)> {
+/// Connects to the guest.
+pub fn connect(name: &str) -> anyhow::Result<UnixStream> {
     let path = registry::socket(name)?;
-    let mut stream = UnixStream::connect(&path).with_context(|| {
+    UnixStream::connect(&path).with_context(|| {
         format!(
             "the guest {name} does not answer at {}: it may be starting or stopping; try again",
             path.display()
         )
-    })?;
+    })
+}
+
+/// Connects to the guest and asks; a refusal is an error.
+pub fn ask(name: &str, request: &Request) -> anyhow::Result<(UnixStream, serde_json::Value)> {
+    ask_on(connect(name)?, request)
+}
+
+/// Asks on a fresh connection.
+fn ask_on(mut stream: UnixStream, request: &Request) -> anyhow::Result<(UnixStream, serde_json::Value)> {
     write_json(&mut stream, Kind::Request, request).context("the guest's process is gone")?;
     match read(&mut stream).context("the guest's process is gone")? {
         Some((Kind::Reply, payload)) => match serde_json::from_slice(&payload)? {
@@ -46,9 +55,9 @@ pub enum ConsoleEnd {
     Off,
 }
 
-/// Joins the terminal and the guest's console.
-pub fn console(name: &str) -> anyhow::Result<ConsoleEnd> {
-    let (stream, _) = ask(name, &Request::Console)?;
+/// Joins the terminal and the guest's console, over a fresh connection.
+pub fn console(stream: UnixStream) -> anyhow::Result<ConsoleEnd> {
+    let (stream, _) = ask_on(stream, &Request::Console)?;
     let mut output = stream.try_clone()?;
     let _ending = signals::end_console(stream.try_clone()?);
     let raw = terminal::Raw::enter();
@@ -90,11 +99,11 @@ pub fn console(name: &str) -> anyhow::Result<ConsoleEnd> {
     }
 }
 
-/// Runs a command in the guest with this process's standard streams; answers its exit code.
-pub fn exec(name: &str, request: ExecRequest) -> anyhow::Result<u8> {
+/// Runs a command in the guest with this process's standard streams, over a fresh connection; answers its exit code.
+pub fn exec(stream: UnixStream, request: ExecRequest) -> anyhow::Result<u8> {
     let tty = request.terminal.is_some();
     let program = String::from_utf8_lossy(request.argv.first().map_or(&[], Vec::as_slice)).into_owned();
-    let (stream, _) = ask(name, &Request::Exec(request))?;
+    let (stream, _) = ask_on(stream, &Request::Exec(request))?;
     let mut output = stream.try_clone()?;
     let input = Arc::new(Mutex::new(stream));
     let _forwarding = signals::forward(input.clone(), tty);

@@ -36,7 +36,7 @@ fn finding(what: &'static str, state: State, found: impl Into<String>, cure: Opt
 
 /// Looks, and prints.
 pub fn doctor(options: &Doctor) -> anyhow::Result<()> {
-    let findings = [cpu(), kvm(), soft(), memory(), huge_pages(), cache(), sources(), network(), io_uring()];
+    let findings = [cpu(), kvm(), soft(), memory(), huge_pages(), cache(), sources(), network(), io_uring(), confinement()];
     if options.json {
         let models: Vec<_> = MODELS
             .iter()
@@ -184,6 +184,31 @@ fn network() -> Finding {
         let found = "guests reach what you reach, but ping only their gateway: this host lets no user ping";
         let cure = "as root: sysctl -w net.ipv4.ping_group_range='0 2147483647'".to_owned();
         finding("network", State::Lacking, found, Some(cure))
+    }
+}
+
+fn confinement() -> Finding {
+    match sandbox::files::version() {
+        Some(version @ 6..) => finding(
+            "sandbox",
+            State::Good,
+            format!("guests' processes are confined by seccomp and Landlock {version}"),
+            None,
+        ),
+        Some(version) => finding(
+            "sandbox",
+            State::Lacking,
+            format!(
+                "Landlock {version} confines files; only system calls are between a guest's process and its neighbours"
+            ),
+            Some("Linux 6.12 has Landlock 6, which minds ports and signals too".into()),
+        ),
+        None => finding(
+            "sandbox",
+            State::Lacking,
+            "no Landlock: a guest's process is confined by its list of system calls alone, which lets it open files",
+            Some("Linux 5.13 has it: add landlock to the lsm= that the host's kernel is started with".into()),
+        ),
     }
 }
 

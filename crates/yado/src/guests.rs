@@ -64,7 +64,7 @@ pub fn console(named: &Named) -> anyhow::Result<()> {
     if terminal::is_interactive() {
         eprintln!("yado: console of {}; Ctrl-] leaves", guest.record.name);
     }
-    match client::console(&named.name)? {
+    match client::console(client::connect(&named.name)?)? {
         client::ConsoleEnd::Left => eprintln!("\nyado: left; {} runs on", named.name),
         client::ConsoleEnd::Off => eprintln!("\nyado: {} is off", named.name),
     }
@@ -107,7 +107,7 @@ pub fn exec(options: Exec) -> anyhow::Result<u8> {
     let wait = Duration::from_secs(options.timeout);
     let tty = (options.tty, options.no_tty);
     let request = exec_request(options.argv, &options.env, &options.workdir, &options.user, tty, wait)?;
-    client::exec(&options.name, request)
+    client::exec(client::connect(&options.name)?, request)
 }
 
 /// `yado stop`

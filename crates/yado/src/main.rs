@@ -10,6 +10,7 @@ mod exit;
 mod guests;
 mod image;
 mod progress;
+mod prometheus;
 mod registry;
 mod run;
 mod signals;

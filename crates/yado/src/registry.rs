@@ -2,10 +2,11 @@
 //!
 //! Each guest has a directory `vms/NAME` under yado's state directory: `guest.json` (what it is), `disk.raw` (named
 //! Debian guests), `console.log`, `vmm.log`, and `lock`, on which the process that runs it holds an exclusive lock
-//! for as long as it lives. Its control socket is `NAME.sock` in the runtime directory. Nothing needs a daemon.
+//! for as long as it lives. Its control socket is `NAME.vm/control` in the runtime directory. Nothing needs a daemon.
 
 use anyhow::{Context, bail, ensure};
 use rustix::fs::{FlockOperation, flock};
+use sandbox::{Grant, May};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, DirBuilder, File};
 use std::io::ErrorKind;
@@ -99,6 +100,10 @@ pub fn runtime_directory() -> anyhow::Result<PathBuf> {
 }
 
 fn make_private(path: &Path) -> anyhow::Result<()> {
+    // A process in the sandbox makes no directories, and needs none.
+    if path.is_dir() {
+        return Ok(());
+    }
     DirBuilder::new()
         .recursive(true)
         .mode(0o700)
@@ -106,9 +111,15 @@ fn make_private(path: &Path) -> anyhow::Result<()> {
         .with_context(|| format!("cannot make the directory {}", path.display()))
 }
 
+/// The directory of a guest's control socket: one for each, so that the guest's process can be let to remove its own
+/// socket and no other.
+fn socket_directory(name: &str) -> anyhow::Result<PathBuf> {
+    Ok(runtime_directory()?.join(format!("{name}.vm")))
+}
+
 /// The control socket of a guest.
 pub fn socket(name: &str) -> anyhow::Result<PathBuf> {
-    Ok(runtime_directory()?.join(format!("{name}.sock")))
+    Ok(socket_directory(name)?.join("control"))
 }
 
 /// Refuses names that are no file names or do not read well in a table.
@@ -186,9 +197,35 @@ impl Place {
             .with_context(|| format!("cannot write {}", path.display()))
     }
 
+    /// Makes room for the guest's control socket; answers where it will be.
+    pub fn socket(&self) -> anyhow::Result<PathBuf> {
+        make_private(&socket_directory(&self.name)?)?;
+        socket(&self.name)
+    }
+
+    /// What a process must be able to do here later, when the guest has stopped.
+    pub fn grants(&self, ephemeral: bool) -> anyhow::Result<Vec<Grant>> {
+        let grant = |path, may| Grant { path, may };
+        let sockets = socket_directory(&self.name)?;
+        let mut grants =
+            vec![grant(runtime_directory()?, May::RemoveEmpty), grant(sockets, May::Clear)];
+        if ephemeral {
+            grants.push(grant(state_directory()?.join("vms"), May::RemoveEmpty));
+            grants.push(grant(self.directory.clone(), May::Clear));
+        }
+        Ok(grants)
+    }
+
+    /// The guest has stopped: nobody answers at its socket any more.
+    pub fn leave(&self) -> anyhow::Result<()> {
+        let _ = fs::remove_file(socket(&self.name)?);
+        let _ = fs::remove_dir(socket_directory(&self.name)?);
+        Ok(())
+    }
+
     /// Removes the guest with all it has.
     pub fn remove(self) -> anyhow::Result<()> {
-        let _ = fs::remove_file(socket(&self.name)?);
+        self.leave()?;
         fs::remove_dir_all(&self.directory)
             .with_context(|| format!("cannot remove {}", self.directory.display()))
     }

@@ -26,15 +26,40 @@ enum Sink {
     Console(UnixStream),
 }
 
+/// The thread that handles signals; it answers their source when it is asked to end.
+static THREAD: Mutex<Option<thread::JoinHandle<Signals>>> = Mutex::new(None);
+static END: AtomicBool = AtomicBool::new(false);
+
 /// Starts to catch signals. Nothing terminates yado silently from here on.
 pub fn install() -> std::io::Result<()> {
-    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGWINCH])?;
-    thread::Builder::new().name("signals".into()).spawn(move || {
-        for signal in signals.forever() {
-            handle(signal);
+    listen(Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGWINCH])?)
+}
+
+fn listen(mut signals: Signals) -> std::io::Result<()> {
+    let thread = thread::Builder::new().name("signals".into()).spawn(move || {
+        loop {
+            signals.wait().for_each(handle);
+            if END.load(Ordering::Acquire) {
+                return signals;
+            }
         }
     })?;
+    *THREAD.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
     Ok(())
+}
+
+/// Does something while no thread handles signals; those that come are handled afterwards.
+pub fn aside<R>(act: impl FnOnce() -> R) -> std::io::Result<R> {
+    let thread = THREAD.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let Some(thread) = thread else { return Ok(act()) };
+    END.store(true, Ordering::Release);
+    // One that is of no consequence makes it look.
+    rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::WINCH)?;
+    let signals = thread.join().map_err(|_| std::io::Error::other("the thread that handles signals failed"))?;
+    END.store(false, Ordering::Release);
+    let result = act();
+    listen(signals)?;
+    Ok(result)
 }
 
 fn handle(signal: i32) {

@@ -1,6 +1,7 @@
 //! `yado stats`: what a guest's vCPUs have done, and where its time goes.
 
 use crate::arguments::Stats;
+use crate::prometheus::{self, Guest};
 use crate::{client, registry};
 use anyhow::{Context, ensure};
 use machine::control::protocol::{Kind, Request, read};
@@ -15,20 +16,24 @@ const PERIOD: Duration = Duration::from_secs(1);
 
 /// `yado stats`
 pub fn stats(options: &Stats) -> anyhow::Result<()> {
-    let guest = registry::find_running(&options.name)?;
+    if options.prometheus {
+        return prometheus(options.name.as_deref());
+    }
+    let name = options.name.as_deref().unwrap_or_default();
+    let guest = registry::find_running(name)?;
     if let Some(path) = &options.perf_map {
         let place = || PathBuf::from(format!("/tmp/perf-{}.map", guest.record.pid));
-        return perf_map(&options.name, &path.clone().unwrap_or_else(place));
+        return perf_map(name, &path.clone().unwrap_or_else(place));
     }
     if let Some(seconds) = options.profile {
         let request = Request::Profile { milliseconds: seconds.saturating_mul(1000), rate_hz: options.rate };
-        let (_, told) = client::ask(&options.name, &request)?;
+        let (_, told) = client::ask(name, &request)?;
         print(options.json, &told, || profile(&told, options.top))?;
         return Ok(());
     }
     let mut before = Value::Null;
     loop {
-        let (_, now) = client::ask(&options.name, &Request::Stats)?;
+        let (_, now) = client::ask(name, &Request::Stats)?;
         print(options.json, &now, || table(&now, &before))?;
         if !options.watch {
             return Ok(());
@@ -36,7 +41,7 @@ pub fn stats(options: &Stats) -> anyhow::Result<()> {
         before = now;
         std::thread::sleep(PERIOD);
         // A guest that is gone is no error of somebody who only watches.
-        if registry::find_running(&options.name).is_err() {
+        if registry::find_running(name).is_err() {
             return Ok(());
         }
     }
@@ -57,6 +62,31 @@ fn perf_map(name: &str, path: &Path) -> anyhow::Result<()> {
     written.with_context(|| format!("cannot write {}", path.display()))?;
     println!("{}: {names} pieces of code have names; run this again after `perf record`", path.display());
     Ok(())
+}
+
+/// One guest, or all that run. One that stops meanwhile is not among them.
+fn prometheus(name: Option<&str>) -> anyhow::Result<()> {
+    let listed = match name {
+        Some(name) => vec![registry::find_running(name)?],
+        None => registry::list()?.into_iter().filter(|guest| guest.running).collect(),
+    };
+    let told = listed.iter().map(|guest| (guest, client::ask(&guest.record.name, &Request::Stats)));
+    let guests: Vec<_> = told
+        .filter_map(|(guest, told)| {
+            let (_, told) = told.ok()?;
+            let record = &guest.record;
+            Some(Guest { name: &record.name, memory: record.memory, resident: resident(record.pid), told })
+        })
+        .collect();
+    print!("{}", prometheus::text(&guests));
+    Ok(())
+}
+
+/// Bytes of memory that a process has.
+fn resident(process: u32) -> Option<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    line.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
 }
 
 fn print(json: bool, value: &Value, table: impl FnOnce() -> String) -> anyhow::Result<()> {

@@ -5,4 +5,4 @@
 pub mod protocol;
 mod server;
 
-pub use server::{Operations, Server};
+pub use server::{Listener, Operations, Server};

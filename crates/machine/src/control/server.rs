@@ -9,7 +9,7 @@ use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -48,27 +48,44 @@ struct Shared {
     connections: AtomicUsize,
     /// Connections to shut down when the machine goes.
     open: Mutex<BTreeMap<u64, UnixStream>>,
+    /// How many there have been.
+    count: AtomicU64,
+}
+
+/// A socket at which nobody answers yet.
+#[derive(Debug)]
+pub struct Listener {
+    path: PathBuf,
+    listener: UnixListener,
+}
+
+impl Listener {
+    /// Listens at `path`, replacing a socket that a dead machine left there.
+    pub fn new(path: &Path) -> io::Result<Self> {
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        Ok(Self { path: path.to_path_buf(), listener: UnixListener::bind(path)? })
+    }
 }
 
 /// The socket's server; dropping it closes all connections and removes the socket.
 pub struct Server {
     path: PathBuf,
+    listener: UnixListener,
     shared: Arc<Shared>,
 }
 
 impl Server {
-    /// Listens at `path`, replacing a socket that a dead machine left there.
+    /// Answers at a socket.
     pub fn new(
-        path: &Path,
+        listener: Listener,
         operations: Arc<dyn Operations>,
         console: Console,
         agent: Option<Agent>,
     ) -> io::Result<Self> {
-        match std::fs::remove_file(path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        let listener = UnixListener::bind(path)?;
+        let Listener { path, listener } = listener;
         let shared = Arc::new(Shared {
             operations,
             console,
@@ -76,10 +93,21 @@ impl Server {
             closing: AtomicBool::new(false),
             connections: AtomicUsize::new(0),
             open: Mutex::new(BTreeMap::new()),
+            count: AtomicU64::new(0),
         });
-        let accepting = shared.clone();
-        thread::Builder::new().name("control".into()).spawn(move || accept(&listener, &accepting))?;
-        Ok(Self { path: path.to_path_buf(), shared })
+        let (accepting, accepted) = (shared.clone(), listener.try_clone()?);
+        thread::Builder::new().name("control".into()).spawn(move || {
+            sandbox::narrow(sandbox::Role::Control);
+            accept(&accepted, &accepting);
+        })?;
+        Ok(Self { path, listener, shared })
+    }
+
+    /// A connection for this process itself.
+    pub fn connect(&self) -> io::Result<UnixStream> {
+        let (ours, theirs) = UnixStream::pair()?;
+        begin(theirs, &self.shared)?;
+        Ok(ours)
     }
 }
 
@@ -87,7 +115,7 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.shared.closing.store(true, Ordering::Release);
         // Wakes the accepting thread, which then sees that it is over.
-        let _ = UnixStream::connect(&self.path);
+        let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
         let _ = std::fs::remove_file(&self.path);
         for stream in self.shared.open.lock().unwrap_or_else(PoisonError::into_inner).values() {
             let _ = stream.shutdown(Shutdown::Read);
@@ -103,30 +131,41 @@ impl Drop for Server {
 }
 
 fn accept(listener: &UnixListener, shared: &Arc<Shared>) {
-    for (number, stream) in (0u64..).zip(listener.incoming()) {
+    for stream in listener.incoming() {
         if shared.closing.load(Ordering::Acquire) {
             return;
         }
         let Ok(stream) = stream else { continue };
-        if shared.connections.fetch_add(1, Ordering::AcqRel) >= CONNECTIONS_MAX {
-            shared.connections.fetch_sub(1, Ordering::AcqRel);
-            continue;
-        }
-        if let Ok(copy) = stream.try_clone() {
-            shared.open.lock().unwrap_or_else(PoisonError::into_inner).insert(number, copy);
-        }
-        let serving = shared.clone();
-        let spawned = thread::Builder::new().name("control-client".into()).spawn(move || {
-            // A client that goes away is its own affair.
-            let _ = serve(stream, &serving);
-            serving.open.lock().unwrap_or_else(PoisonError::into_inner).remove(&number);
-            serving.connections.fetch_sub(1, Ordering::AcqRel);
-        });
-        if spawned.is_err() {
-            shared.open.lock().unwrap_or_else(PoisonError::into_inner).remove(&number);
-            shared.connections.fetch_sub(1, Ordering::AcqRel);
-        }
+        // A client too many is told by the end of its connection.
+        let _ = begin(stream, shared);
     }
+}
+
+/// Serves a connection from a thread of its own.
+fn begin(stream: UnixStream, shared: &Arc<Shared>) -> io::Result<()> {
+    let number = shared.count.fetch_add(1, Ordering::Relaxed);
+    if shared.connections.fetch_add(1, Ordering::AcqRel) >= CONNECTIONS_MAX {
+        shared.connections.fetch_sub(1, Ordering::AcqRel);
+        return Err(io::ErrorKind::ResourceBusy.into());
+    }
+    if let Ok(copy) = stream.try_clone() {
+        shared.open.lock().unwrap_or_else(PoisonError::into_inner).insert(number, copy);
+    }
+    let serving = shared.clone();
+    let over = move |shared: &Shared| {
+        shared.open.lock().unwrap_or_else(PoisonError::into_inner).remove(&number);
+        shared.connections.fetch_sub(1, Ordering::AcqRel);
+    };
+    let spawned = thread::Builder::new().name("control-client".into()).spawn(move || {
+        sandbox::narrow(sandbox::Role::Control);
+        // A client that goes away is its own affair.
+        let _ = serve(stream, &serving);
+        over(&serving);
+    });
+    if spawned.is_err() {
+        over(shared);
+    }
+    spawned.map(drop)
 }
 
 fn serve(mut stream: UnixStream, shared: &Shared) -> io::Result<()> {

@@ -58,7 +58,12 @@ impl Resolvers {
         let modified = std::fs::metadata(&self.path).and_then(|about| about.modified()).ok();
         if modified != self.modified || self.servers.is_empty() {
             self.modified = modified;
-            self.servers = servers(&std::fs::read_to_string(&self.path).unwrap_or_default());
+            match std::fs::read_to_string(&self.path) {
+                Ok(text) => self.servers = servers(&text),
+                // A file that was put in the place of the first may be out of this process's reach: who answered may still.
+                Err(_) if !self.servers.is_empty() => {}
+                Err(_) => self.servers = servers(""),
+            }
         }
     }
 

@@ -17,15 +17,29 @@ pub fn is_background() -> bool {
     std::env::var_os(VARIABLE).is_some()
 }
 
-/// Says to the process that started this one that the guest runs, and lets go of it.
-pub fn ready(name: &str) -> anyhow::Result<()> {
-    let mut out = std::io::stdout().lock();
-    writeln!(out, "{READY}{name}")?;
-    out.flush()?;
-    let nowhere = File::options().write(true).open("/dev/null")?;
-    rustix::stdio::dup2_stdout(&nowhere)?;
-    rustix::stdio::dup2_stderr(&nowhere)?;
-    Ok(())
+/// What a background process does when its guest runs. Made while it can still open files.
+pub struct Parting {
+    nowhere: File,
+}
+
+impl Parting {
+    /// `None` if this is not the background process.
+    pub fn new() -> anyhow::Result<Option<Self>> {
+        if !is_background() {
+            return Ok(None);
+        }
+        Ok(Some(Self { nowhere: File::options().write(true).open("/dev/null")? }))
+    }
+
+    /// Says to the process that started this one that the guest runs, and lets go of it.
+    pub fn ready(self, name: &str) -> anyhow::Result<()> {
+        let mut out = std::io::stdout().lock();
+        writeln!(out, "{READY}{name}")?;
+        out.flush()?;
+        rustix::stdio::dup2_stdout(&self.nowhere)?;
+        rustix::stdio::dup2_stderr(&self.nowhere)?;
+        Ok(())
+    }
 }
 
 /// Starts the guest in the background; answers its name when it runs.

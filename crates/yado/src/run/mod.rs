@@ -1,10 +1,11 @@
 //! `yado run`: from a word to a running guest, and its end.
 
 mod background;
+mod confine;
 mod network;
 mod source;
 
-use crate::arguments::{self, DiskBus, Run};
+use crate::arguments::{self, DiskBus, Run, Switched};
 use crate::exit::{self, with_code};
 use crate::progress::Phases;
 use crate::registry::{self, Place, Record};
@@ -15,10 +16,11 @@ use image::format::Format;
 use image::storage::CacheMode;
 use machine::agent::Agent;
 use machine::console::Console;
-use machine::control::Server;
+use machine::control::{Listener, Server};
 use machine::{DiskConfig, DiskInterface, EngineKind, Machine, MachineConfig, Notice, Outcome};
 use source::{Root, Source};
 use std::fs::File;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -49,6 +51,8 @@ pub fn run(options: Run) -> anyhow::Result<u8> {
     // A guest that never started leaves nothing behind.
     if ephemeral || (result.is_err() && !had_record && !place.directory.join("guest.json").exists()) {
         let _ = place.remove();
+    } else {
+        let _ = place.leave();
     }
     result
 }
@@ -77,9 +81,11 @@ fn run_at(options: &Run, place: &Place, phases: &mut Phases) -> anyhow::Result<u
         engine: choice.name().to_owned(),
         boot: source.keeps.then(|| stored_boot(&source, options)),
     })?;
+    phases.finish();
+    let parting = background::Parting::new()?;
     let guest = Guest::start(options, place, &source, choice.kind)?;
-    if background::is_background() {
-        background::ready(&place.name)?;
+    if let Some(parting) = parting {
+        parting.ready(&place.name)?;
     }
     let code = guest.attend(options, phases);
     guest.finish();
@@ -114,15 +120,24 @@ struct Guest {
 impl Guest {
     fn start(options: &Run, place: &Place, source: &Source, engine: EngineKind) -> anyhow::Result<Self> {
         let config = MachineConfig { engine, ..configuration(options, place, source)? };
-        let machine = Arc::new(Machine::new(config)?);
+        let plan = confine::plan(&config);
+        let machine = Arc::new(Machine::new(config).map_err(|error| {
+            let of_kvm = engine == EngineKind::Kvm && matches!(error, machine::Error::Engine(_));
+            let error = anyhow::Error::from(error);
+            if of_kvm { error.context("KVM does not run this guest; --engine soft may") } else { error }
+        })?);
         let path = place.directory.join("console.log");
         let log = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
+        let socket = place.socket()?;
+        let listener = Listener::new(&socket).with_context(|| format!("cannot listen at {}", socket.display()))?;
+        if options.sandbox == Switched::On {
+            confine::put_on(plan, place, options.name.is_none())?;
+        }
         let console = Console::new(machine.serial(), Some(log))?;
         let agent = match machine.port(guest::PORT_NAME) {
             Some(port) => Some(Agent::new(port)?),
             None => None,
         };
-        let socket = registry::socket(&place.name)?;
         let (printed, commands, name) = (console.clone(), agent.clone(), place.name.clone());
         machine.on_notice(move |notice| match notice {
             Notice::Restarted { starts } => {
@@ -149,8 +164,7 @@ impl Guest {
                 say(&printed, &format!("network card {card} is cut off: {why}"));
             }
         });
-        let server = Server::new(&socket, machine.clone(), console.clone(), agent.clone())
-            .with_context(|| format!("cannot listen at {}", socket.display()))?;
+        let server = Server::new(listener, machine.clone(), console.clone(), agent.clone())?;
         machine.start()?;
         // A machine's end is seen by consoles and commands only once somebody has waited for it.
         let ends = machine.clone();
@@ -180,7 +194,8 @@ impl Guest {
         std::thread::scope(|scope| {
             // Ctrl-C where no terminal makes it a byte for the guest.
             let end = scope.spawn(|| self.wait());
-            let left = client::console(&self.name).inspect_err(|_| self.machine.stop())?;
+            let console = self.connect().and_then(client::console);
+            let left = console.inspect_err(|_| self.machine.stop())?;
             if left == client::ConsoleEnd::Left && self.machine.outcome().is_none() {
                 eprintln!("\nyado: powering off");
                 self.power_off();
@@ -190,6 +205,12 @@ impl Guest {
         })
     }
 
+    /// A connection to the guest of this process itself, which may reach no socket by its path.
+    fn connect(&self) -> anyhow::Result<UnixStream> {
+        let server = self.server.as_ref().context("the guest is off")?;
+        Ok(server.connect()?)
+    }
+
     /// Waits for the end, or for Ctrl-C.
     fn wait(&self) -> Outcome {
         loop {
@@ -197,6 +218,7 @@ impl Guest {
                 return outcome;
             }
             if signals::cancelled() {
+                eprintln!("yado: asking the guest to power off; Ctrl-C again stops it at once");
                 self.power_off();
                 return Outcome::Stopped;
             }
@@ -218,7 +240,7 @@ impl Guest {
             wait,
         )?;
         let starts = self.machine.starts();
-        let result = client::exec(&self.name, request);
+        let result = self.connect().and_then(|stream| client::exec(stream, request));
         let lost = result.as_ref().is_err_and(|error| exit::code_of(error) == exit::YADO_FAILED);
         match (&result, self.machine.wait_timeout(Duration::ZERO)) {
             // The guest went down under the command: how, says more than that the command was lost.
@@ -295,7 +317,8 @@ impl Guest {
         signals::CANCELLED.store(false, std::sync::atomic::Ordering::Release);
         while self.machine.wait_timeout(TURN).is_none() {
             if Instant::now() > until || signals::cancelled() {
-                eprintln!("yado: the guest does not power off; stopping it by force");
+                let why = if signals::cancelled() { "" } else { "the guest does not power off; " };
+                eprintln!("yado: {why}stopping it by force");
                 self.machine.stop();
                 return;
             }

@@ -29,7 +29,7 @@ use pipe::{Answer, Failure, Pipe};
 use session::Terms;
 use std::cell::Cell;
 use std::io;
-use std::net::{TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -88,7 +88,7 @@ impl NbdStorage {
         {
             return Err(Error::Options(format!("{uri}: the parameter {name:?} is not known")));
         }
-        let target = Target { uri: uri.clone(), tls: tls_of(uri)? };
+        let target = Target { uri: uri.clone(), tls: tls_of(uri)?, addresses: Mutex::default() };
         let timeout = seconds(uri, "timeout", TIMEOUT_SECONDS)?.max(Duration::from_secs(1));
         let reconnect = seconds(uri, "reconnect", RECONNECT_SECONDS)?;
         let fail = |source| Error::Open { path: PathBuf::from(uri.to_string()), source };
@@ -268,6 +268,8 @@ fn request(kind: u16, flags: u16, offset: u64, len: u64) -> Request {
 struct Target {
     uri: Uri,
     tls: Option<ClientTls>,
+    /// The server's addresses, as its name was last resolved: a process that has been confined since may not ask again.
+    addresses: Mutex<Vec<SocketAddr>>,
 }
 
 /// TLS where the URI wants it.
@@ -288,11 +290,34 @@ impl Target {
     fn open(&self, timeout: Duration) -> io::Result<Pipe> {
         let stream: Stream = match &self.uri.place {
             Place::Unix(path) => unix(path)?.into(),
-            Place::Tcp { host, port } => tcp(host, *port, timeout)?.into(),
+            Place::Tcp { host, port } => self.tcp(host, *port, timeout)?.into(),
         };
         let deadline = Instant::now().checked_add(timeout);
         let session = self.tls.as_ref().map(ClientTls::session).transpose()?;
         Ok(Pipe::new(session::open(stream, &self.uri.export, session, deadline)?, timeout))
+    }
+
+    fn tcp(&self, host: &str, port: u16, timeout: Duration) -> io::Result<TcpStream> {
+        let mut last = io::Error::new(io::ErrorKind::NotFound, format!("{host} has no address"));
+        for address in self.resolved(host, port)? {
+            match TcpStream::connect_timeout(&address, timeout.max(Duration::from_secs(1))) {
+                Ok(stream) => return Ok(stream),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
+    /// The server's addresses; those of before, if its name cannot be resolved any more.
+    fn resolved(&self, host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
+        let now = (host, port).to_socket_addrs().map(Vec::from_iter);
+        let mut known = self.addresses.lock().unwrap_or_else(PoisonError::into_inner);
+        match now {
+            Ok(now) => known.clone_from(&now),
+            Err(error) if known.is_empty() => return Err(error),
+            Err(_) => {}
+        }
+        Ok(known.clone())
     }
 }
 
@@ -303,17 +328,6 @@ fn unix(path: &Path) -> io::Result<UnixStream> {
         None => UnixStream::connect(path),
         Some(name) => UnixStream::connect_addr(&std::os::unix::net::SocketAddr::from_abstract_name(name)?),
     }
-}
-
-fn tcp(host: &str, port: u16, timeout: Duration) -> io::Result<TcpStream> {
-    let mut last = io::Error::new(io::ErrorKind::NotFound, format!("{host} has no address"));
-    for address in (host, port).to_socket_addrs()? {
-        match TcpStream::connect_timeout(&address, timeout.max(Duration::from_secs(1))) {
-            Ok(stream) => return Ok(stream),
-            Err(error) => last = error,
-        }
-    }
-    Err(last)
 }
 
 impl Storage for NbdStorage {

@@ -1,0 +1,40 @@
+//! `--sandbox`: what the guest's process keeps.
+
+use crate::registry::Place;
+use crate::signals;
+use machine::{MachineConfig, EngineKind, NetworkKind};
+use sandbox::{Grant, May, Plan};
+use std::path::{Path, PathBuf};
+
+/// What a machine needs of the host once it runs, as far as its configuration tells.
+pub fn plan(config: &MachineConfig) -> Plan {
+    let to_network = |kind: &NetworkKind| matches!(kind, NetworkKind::User(_));
+    Plan {
+        makes_code: config.engine == EngineKind::Soft,
+        internet: config.networks.iter().any(|card| to_network(&card.kind)),
+        ..Plan::default()
+    }
+}
+
+/// Puts the sandbox on. Everything that the guest needs is open; its threads have not started.
+pub fn put_on(mut plan: Plan, place: &Place, ephemeral: bool) -> anyhow::Result<()> {
+    plan.add_open_sockets();
+    plan.grants.extend(place.grants(ephemeral)?);
+    if plan.makes_code {
+        // The accounts that the host keeps of a vCPU's thread, from which the guest hears of stolen time.
+        plan.grants.push(Grant { path: "/proc/self/task".into(), may: May::Read });
+    }
+    if plan.internet {
+        plan.grants.extend(resolvers(Path::new("/etc/resolv.conf")));
+    }
+    signals::aside(|| sandbox::put_on(&plan))??;
+    Ok(())
+}
+
+/// Where the host says who resolves names, and says it anew: a file, or the directory of one that is replaced, unless that holds
+/// more than such files.
+fn resolvers(file: &Path) -> Option<Grant> {
+    let path = file.canonicalize().ok()?;
+    let own = path.parent().filter(|directory| *directory != Path::new("/etc")).map(PathBuf::from);
+    Some(Grant { path: own.unwrap_or(path), may: May::Read })
+}
