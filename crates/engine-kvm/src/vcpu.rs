@@ -465,7 +465,10 @@ impl Vcpu for KvmVcpu {
         self.forget_exit();
         self.external = None;
         state::restore(self, state)?;
-        self.set_activity(state::mp_state(state.activity)).map_err(host("KVM_SET_MP_STATE"))?;
+        // An event under way does not end HLT by itself.
+        let woken = state.events.interrupt.is_some() || state.events.exception.is_some();
+        let activity = if woken { Activity::Running } else { state.activity };
+        self.set_activity(state::mp_state(activity)).map_err(host("KVM_SET_MP_STATE"))?;
         if self.frozen.stands() {
             self.frozen = state::Frozen::restored(self, state);
         }

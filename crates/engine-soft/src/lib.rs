@@ -26,6 +26,7 @@ mod host;
 pub mod io;
 pub mod mmu;
 mod peers;
+mod saved;
 mod segmentation;
 pub mod signal;
 pub mod state;

@@ -12,6 +12,7 @@ use crate::direct::{Direct, Next};
 use crate::engine::Options;
 use crate::exception::Stop;
 use crate::peers::{Flag, Peers, Requests, Watch, kick};
+use crate::saved;
 use crate::signal;
 use crate::state::seg;
 use crate::step::step;
@@ -287,6 +288,21 @@ impl Vcpu for SoftVcpu {
         core.state.shadow = crate::state::Shadow::None;
         core.pending = crate::cpu_core::Pending::default();
         self.set_registers(&registers);
+    }
+
+    fn activity(&self) -> cpu::Activity {
+        if self.core.state.halted { cpu::Activity::Halted } else { cpu::Activity::Running }
+    }
+
+    fn save(&self) -> Result<cpu::VcpuState, Error> {
+        Ok(saved::save(&self.core))
+    }
+
+    fn restore(&mut self, state: &cpu::VcpuState) -> Result<(), Error> {
+        if let Some(translator) = &mut self.translator {
+            translator.flush(&mut self.core);
+        }
+        saved::restore(&mut self.core, state)
     }
 
     fn kick_handle(&self) -> Arc<dyn Kick> {

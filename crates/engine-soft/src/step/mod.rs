@@ -28,7 +28,7 @@ mod string;
 mod syscall;
 #[cfg(test)]
 mod test;
-mod xstate;
+pub(crate) mod xstate;
 
 /// Executes one instruction.
 pub(crate) type Execute = fn(&mut Core, &Decoded) -> Result<(), Trap>;

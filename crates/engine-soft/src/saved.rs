@@ -1,0 +1,206 @@
+//! A vCPU to and from yado's saved form ([`cpu::VcpuState`]), the same that other engines have.
+//!
+//! Between two runs everything is in memory: general registers and flags in their fields, vectors in `ymm`, x87 in an FXSAVE
+//! image. What of the form is not this engine's (the local APIC, its timer, paravirtual registers) is the machine's.
+
+use crate::cpu_core::{Core, attention};
+use crate::exception::{Exception, Stop, vector};
+use crate::state::Shadow;
+use crate::step::xstate::AREA;
+use cpu::{Activity, Error, Events, VcpuState, msr};
+
+/// Parts of an XSAVE area in the standard form (Intel SDM 1, 13.4).
+const MXCSR: std::ops::Range<usize> = 24..28;
+const X87: [std::ops::Range<usize>; 2] = [0..24, 32..160];
+const XMM: usize = 160;
+const XSTATE_BV: std::ops::Range<usize> = 512..520;
+const YMM_HIGH: usize = 576;
+const X87_PART: u64 = 1 << 0;
+const SSE_PART: u64 = 1 << 1;
+const AVX_PART: u64 = 1 << 2;
+/// Bits of MXCSR that LDMXCSR takes on every processor that runs guests.
+const MXCSR_KNOWN: u32 = 0xffff;
+
+/// Registers of the engine's own that nothing else of the form holds; of memory types, which are sixteen and eleven more.
+const SAVED: [u32; 16] = [
+    msr::TSC,
+    msr::TSC_ADJUST,
+    msr::STAR,
+    msr::LSTAR,
+    msr::CSTAR,
+    msr::SFMASK,
+    msr::KERNEL_GS_BASE,
+    msr::TSC_AUX,
+    msr::SYSENTER_CS,
+    msr::SYSENTER_ESP,
+    msr::SYSENTER_EIP,
+    msr::PAT,
+    msr::MISC_ENABLE,
+    msr::SPEC_CTRL,
+    msr::XSS,
+    msr::MTRR_DEF_TYPE,
+];
+const MEMORY_TYPES: std::ops::RangeInclusive<u32> = 0x200..=0x26f;
+
+/// Everything, between two runs.
+pub(crate) fn save(core: &Core) -> VcpuState {
+    let numbers = SAVED.into_iter().chain(MEMORY_TYPES);
+    VcpuState {
+        registers: core.state.registers(),
+        extended: extended(core),
+        msrs: numbers.filter_map(|number| Some((number, core.msr(number)?))).collect(),
+        events: events(core),
+        activity: if core.state.halted { Activity::Halted } else { Activity::Running },
+        local_apic: None,
+    }
+}
+
+fn extended(core: &Core) -> Vec<u8> {
+    let state = &core.state;
+    let mut area = vec![0; AREA];
+    for part in X87 {
+        area[part.clone()].copy_from_slice(&state.x87.0[part]);
+    }
+    area[MXCSR].copy_from_slice(&state.mxcsr.to_le_bytes());
+    let mut avx = false;
+    for (number, register) in state.ymm.0.iter().enumerate() {
+        for (quad, value) in register.iter().enumerate() {
+            let at = if quad < 2 { XMM + number * 16 + quad * 8 } else { YMM_HIGH + number * 16 + (quad - 2) * 8 };
+            area[at..at + 8].copy_from_slice(&value.to_le_bytes());
+            avx |= quad >= 2 && *value != 0;
+        }
+    }
+    let parts = X87_PART | SSE_PART | if avx { AVX_PART } else { 0 };
+    area[XSTATE_BV].copy_from_slice(&parts.to_le_bytes());
+    if !avx {
+        area.truncate(YMM_HIGH);
+    }
+    area
+}
+
+fn events(core: &Core) -> Events {
+    let pending = &core.pending;
+    let debug = pending.debug | pending.held;
+    Events {
+        exception: (debug != 0).then_some(cpu::Exception {
+            vector: vector::DB,
+            error_code: None,
+            payload: Some(debug),
+            delivering: false,
+        }),
+        interrupt: pending.interrupt,
+        nmi_pending: pending.nmi,
+        nmi_blocked: core.state.nmi_blocked,
+        shadow: match core.state.shadow {
+            Shadow::None => cpu::Shadow::None,
+            Shadow::Sti => cpu::Shadow::Sti,
+            Shadow::MovSs => cpu::Shadow::MovSs,
+        },
+        ..Events::default()
+    }
+}
+
+fn refused(why: impl Into<String>) -> Error {
+    Error::Unsupported { engine: "soft", why: why.into() }
+}
+
+/// Becomes what was saved. The caller forgets what was translated.
+pub(crate) fn restore(core: &mut Core, saved: &VcpuState) -> Result<(), Error> {
+    let VcpuState { registers, extended, msrs, events, activity, local_apic: _ } = saved;
+    if events.triple_fault {
+        return Err(refused("the guest was saved in a triple fault: start it anew"));
+    }
+    if registers.xcr0 & !7 != 0 {
+        let why = format!("the guest has enabled processor state that it does not have (XCR0 {:#x})", registers.xcr0);
+        return Err(refused(why));
+    }
+    restore_extended(core, extended)?;
+    core.state.set_registers(registers);
+    core.state.attention |= attention::MODE;
+    core.io.commit();
+    core.mmu.flush_all(&mut core.state);
+    for (&number, &value) in msrs {
+        // One that is not held here is the machine's, or of no consequence.
+        if core.msr(number).is_some_and(|now| now != value) && !core.set_msr(number, value, true) {
+            return Err(refused(format!("it refuses the saved value {value:#x} of MSR {number:#x}")));
+        }
+    }
+    restore_events(core, events)?;
+    core.state.halted = *activity == Activity::Halted;
+    Ok(())
+}
+
+fn restore_extended(core: &mut Core, area: &[u8]) -> Result<(), Error> {
+    let short = || refused(format!("the saved XSAVE area of {} bytes is cut off", area.len()));
+    let word = |range: std::ops::Range<usize>| area.get(range).ok_or_else(short);
+    let quad = |at: usize| -> Result<u64, Error> {
+        Ok(u64::from_le_bytes(word(at..at + 8)?.try_into().map_err(|_| short())?))
+    };
+    let parts = quad(XSTATE_BV.start)?;
+    let more = area.get(YMM_HIGH + 256..).is_some_and(|rest| rest.iter().any(|&byte| byte != 0));
+    if parts & !7 != 0 || more {
+        return Err(refused(format!("the guest has used processor state that it does not have ({parts:#x})")));
+    }
+    let mxcsr = u32::from_le_bytes(word(MXCSR)?.try_into().map_err(|_| short())?);
+    if mxcsr & !MXCSR_KNOWN != 0 {
+        return Err(refused(format!("no processor has the saved MXCSR {mxcsr:#x}")));
+    }
+    // What an area does not have is as after power-up.
+    let fresh = crate::state::X87::default();
+    for part in X87 {
+        let from = if parts & X87_PART != 0 { word(part.clone())? } else { &fresh.0[part.clone()] };
+        core.state.x87.0[part].copy_from_slice(from);
+    }
+    core.state.mxcsr = if parts & (SSE_PART | AVX_PART) != 0 { mxcsr } else { 0x1f80 };
+    for number in 0..16 {
+        let part = |has: u64, at: usize| if parts & has != 0 { quad(at) } else { Ok(0) };
+        let (low, high) = (XMM + number * 16, YMM_HIGH + number * 16);
+        core.state.ymm.0[number] = [
+            part(SSE_PART, low)?,
+            part(SSE_PART, low + 8)?,
+            part(AVX_PART, high)?,
+            part(AVX_PART, high + 8)?,
+        ];
+    }
+    Ok(())
+}
+
+fn restore_events(core: &mut Core, events: &Events) -> Result<(), Error> {
+    let Events {
+        exception,
+        interrupt,
+        interrupt_soft,
+        nmi_pending,
+        nmi_delivering,
+        nmi_blocked,
+        shadow,
+        triple_fault: _,
+    } = *events;
+    let window = core.pending.window;
+    core.pending = crate::cpu_core::Pending { window, ..Default::default() };
+    // An INT that had begun begins again: it is the instruction at RIP.
+    core.pending.interrupt = interrupt.filter(|_| !interrupt_soft);
+    core.pending.nmi = nmi_pending || nmi_delivering;
+    core.state.nmi_blocked = nmi_blocked && !nmi_delivering;
+    core.state.shadow = match shadow {
+        cpu::Shadow::None => Shadow::None,
+        cpu::Shadow::Sti => Shadow::Sti,
+        cpu::Shadow::MovSs => Shadow::MovSs,
+    };
+    match exception {
+        None => Ok(()),
+        Some(cpu::Exception { vector: vector::DB, payload, delivering: false, .. }) => {
+            core.pending.debug = payload.unwrap_or(0);
+            Ok(())
+        }
+        Some(cpu::Exception { vector, error_code, payload, .. }) => {
+            let detail = payload.unwrap_or(if vector == vector::PF { core.state.cr2 } else { 0 });
+            // The guest is at its handler, or, where that cannot be reached, at a double fault's.
+            match core.raise(Exception { vector, error: error_code, detail }) {
+                Stop::Continue => Ok(()),
+                Stop::Fail(error) => Err(error),
+                Stop::Exit(_) => Err(refused(format!("the guest has no handler for exception {vector}: start it anew"))),
+            }
+        }
+    }
+}
