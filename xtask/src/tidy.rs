@@ -41,7 +41,18 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ),
     (
         "yado",
-        &["cpu", "debian", "engine-kvm", "engine-soft", "guest", "image", "machine", "memory", "net", "sandbox"],
+        &[
+            "cpu",
+            "debian",
+            "engine-kvm",
+            "engine-soft",
+            "guest",
+            "image",
+            "machine",
+            "memory",
+            "net",
+            "sandbox",
+        ],
     ),
     ("xtask", &[]),
 ];

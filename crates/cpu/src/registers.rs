@@ -172,8 +172,8 @@ pub struct Registers {
 impl Registers {
     /// Names of the general registers, in the order of [`Self::gpr`].
     pub const GENERAL: [&'static str; 16] = [
-        "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14",
-        "r15",
+        "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13",
+        "r14", "r15",
     ];
     /// Names of the segment registers, in the order of [`Self::segments`].
     pub const SEGMENTS: [&'static str; 6] = ["es", "cs", "ss", "ds", "fs", "gs"];

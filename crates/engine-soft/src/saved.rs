@@ -65,7 +65,8 @@ fn extended(core: &Core) -> Vec<u8> {
     let mut avx = false;
     for (number, register) in state.ymm.0.iter().enumerate() {
         for (quad, value) in register.iter().enumerate() {
-            let at = if quad < 2 { XMM + number * 16 + quad * 8 } else { YMM_HIGH + number * 16 + (quad - 2) * 8 };
+            let at =
+                if quad < 2 { XMM + number * 16 + quad * 8 } else { YMM_HIGH + number * 16 + (quad - 2) * 8 };
             area[at..at + 8].copy_from_slice(&value.to_le_bytes());
             avx |= quad >= 2 && *value != 0;
         }
@@ -111,7 +112,10 @@ pub(crate) fn restore(core: &mut Core, saved: &VcpuState) -> Result<(), Error> {
         return Err(refused("the guest was saved in a triple fault: start it anew"));
     }
     if registers.xcr0 & !7 != 0 {
-        let why = format!("the guest has enabled processor state that it does not have (XCR0 {:#x})", registers.xcr0);
+        let why = format!(
+            "the guest has enabled processor state that it does not have (XCR0 {:#x})",
+            registers.xcr0
+        );
         return Err(refused(why));
     }
     restore_extended(core, extended)?;
@@ -139,7 +143,9 @@ fn restore_extended(core: &mut Core, area: &[u8]) -> Result<(), Error> {
     let parts = quad(XSTATE_BV.start)?;
     let more = area.get(YMM_HIGH + 256..).is_some_and(|rest| rest.iter().any(|&byte| byte != 0));
     if parts & !7 != 0 || more {
-        return Err(refused(format!("the guest has used processor state that it does not have ({parts:#x})")));
+        return Err(refused(format!(
+            "the guest has used processor state that it does not have ({parts:#x})"
+        )));
     }
     let mxcsr = u32::from_le_bytes(word(MXCSR)?.try_into().map_err(|_| short())?);
     if mxcsr & !MXCSR_KNOWN != 0 {
@@ -199,7 +205,9 @@ fn restore_events(core: &mut Core, events: &Events) -> Result<(), Error> {
             match core.raise(Exception { vector, error: error_code, detail }) {
                 Stop::Continue => Ok(()),
                 Stop::Fail(error) => Err(error),
-                Stop::Exit(_) => Err(refused(format!("the guest has no handler for exception {vector}: start it anew"))),
+                Stop::Exit(_) => {
+                    Err(refused(format!("the guest has no handler for exception {vector}: start it anew")))
+                }
             }
         }
     }

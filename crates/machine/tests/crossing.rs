@@ -4,7 +4,9 @@
 mod engines;
 
 use cpu::cpuid::{Model, Topology};
-use cpu::{Activity, Engine, Exit, Registers, Segment, Space, Vcpu, VcpuConfig, VcpuState, attr, cr0, cr4, efer};
+use cpu::{
+    Activity, Engine, Exit, Registers, Segment, Space, Vcpu, VcpuConfig, VcpuState, attr, cr0, cr4, efer,
+};
 use engine_kvm::KvmEngine;
 use engine_soft::SoftEngine;
 use machine::EngineKind;
@@ -63,9 +65,7 @@ fn vcpu(kind: EngineKind, memory: &GuestMemory) -> (Box<dyn Engine>, Box<dyn Vcp
         EngineKind::Soft => {
             Box::new(SoftEngine::new(memory.clone(), engine_soft::Options::default()).unwrap())
         }
-        EngineKind::Kvm => {
-            Box::new(KvmEngine::new(memory.clone(), engine_kvm::Options::default()).unwrap())
-        }
+        EngineKind::Kvm => Box::new(KvmEngine::new(memory.clone(), engine_kvm::Options::default()).unwrap()),
     };
     let table = Model::named("host").unwrap().table(topology, engine.tsc_hz()).unwrap();
     let cpuid = Arc::new(engine.offer(table));
@@ -122,12 +122,15 @@ fn a_loop_goes_on_and_nothing_is_lost() {
         let memory = memory();
         // inc rbx; mov [0x5000], rbx; mov al, bl; out 0x80, al; jmp
         let code = [
-            0x48, 0xff, 0xc3, 0x48, 0x89, 0x1c, 0x25, 0x00, 0x50, 0x00, 0x00, 0x88, 0xd8, 0xe6, 0x80, 0xeb, 0xef,
+            0x48, 0xff, 0xc3, 0x48, 0x89, 0x1c, 0x25, 0x00, 0x50, 0x00, 0x00, 0x88, 0xd8, 0xe6, 0x80, 0xeb,
+            0xef,
         ];
         memory.write(CODE, &code).unwrap();
         let (mut engine, mut running) = vcpu(first, &memory);
         let mut registers = start();
-        for (number, value) in registers.gpr.iter_mut().enumerate().filter(|(number, _)| ![0, 3, 4].contains(number)) {
+        for (number, value) in
+            registers.gpr.iter_mut().enumerate().filter(|(number, _)| ![0, 3, 4].contains(number))
+        {
             *value = 0x1111_0000_2222_0000 + number as u64;
         }
         (registers.dr[0], registers.cr2) = (0x1234, 0x5678_9000);
@@ -154,7 +157,11 @@ fn a_loop_goes_on_and_nothing_is_lost() {
         for turn in 0..6u64 {
             for step in 1..=3 {
                 let value = (turn * 3 + step) & 0xff;
-                assert_eq!(run_to_write(&mut *running), (0x80, value), "{first:?} to {second:?}, on {kind:?}");
+                assert_eq!(
+                    run_to_write(&mut *running),
+                    (0x80, value),
+                    "{first:?} to {second:?}, on {kind:?}"
+                );
             }
             settle(&mut *running);
             let saved = running.save().unwrap();
@@ -164,7 +171,11 @@ fn a_loop_goes_on_and_nothing_is_lost() {
             (engine, running) = vcpu(kind, &memory);
             running.restore(&stored(&saved)).unwrap();
             let again = running.save().unwrap();
-            assert_eq!(essence(&again), essence(&saved), "turn {turn}: {first:?} to {second:?}, now {kind:?}");
+            assert_eq!(
+                essence(&again),
+                essence(&saved),
+                "turn {turn}: {first:?} to {second:?}, now {kind:?}"
+            );
             let late = again.msrs[&cpu::msr::TSC].wrapping_sub(tsc);
             // PVM keeps no TSC of a guest's own.
             assert!(late < engine.tsc_hz() || engines::faults().contains(&engines::TIME), "{late} ticks");
@@ -229,7 +240,7 @@ fn what_an_engine_cannot_take_is_refused_by_name() {
     assert!(refused(&mut *vcpu, &|bad| bad.extended[26] = 1).contains("MXCSR 0x11f80"));
     assert!(refused(&mut *vcpu, &|bad| bad.registers.xcr0 = 0xe7).contains("XCR0 0xe7"));
     assert!(refused(&mut *vcpu, &|bad| bad.events.triple_fault = true).contains("triple fault"));
-    let pat = |bad: &mut VcpuState| drop(bad.msrs.insert(cpu::msr::PAT, 2));
+    let pat = |bad: &mut VcpuState| _ = bad.msrs.insert(cpu::msr::PAT, 2);
     assert!(refused(&mut *vcpu, &pat).contains("0x277"));
     vcpu.restore(&good).unwrap();
     assert_eq!(essence(&vcpu.save().unwrap()), essence(&good));

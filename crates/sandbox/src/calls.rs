@@ -33,8 +33,7 @@ pub enum Role {
 }
 
 impl Role {
-    const ALL: [Self; 6] =
-        [Self::Vcpu, Self::Disk, Self::Network, Self::Timer, Self::Port, Self::Control];
+    const ALL: [Self; 6] = [Self::Vcpu, Self::Disk, Self::Network, Self::Timer, Self::Port, Self::Control];
 }
 
 /// A call, and what must hold of its arguments.
@@ -117,10 +116,7 @@ const EVERYBODY_WHEN: &[Call] = &[
 const STOPS: &[Call] = &[when(libc::SYS_kill, &[When::One(0), When::Is(1, libc::SIGUSR1 as u64)])];
 
 /// New threads.
-const THREADS: &[Call] = &[
-    call(libc::SYS_clone3),
-    when(libc::SYS_clone, &[When::Bits(0, THREAD, THREAD)]),
-];
+const THREADS: &[Call] = &[call(libc::SYS_clone3), when(libc::SYS_clone, &[When::Bits(0, THREAD, THREAD)])];
 const THREAD: u64 = libc::CLONE_THREAD as u64;
 
 /// A vCPU of KVM: all requests of /dev/kvm's kind.

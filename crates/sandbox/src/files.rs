@@ -33,8 +33,10 @@ fn scopes(plan: &Plan) -> BitFlags<Scope> {
 
 /// Confines the calling thread; answers how, for people.
 pub(crate) fn confine(plan: &Plan) -> Result<String, Error> {
-    let refused =
-        |error: landlock::RulesetError| Error::Host { what: "Landlock", source: std::io::Error::other(error) };
+    let refused = |error: landlock::RulesetError| Error::Host {
+        what: "Landlock",
+        source: std::io::Error::other(error),
+    };
     let mut rules = Ruleset::default()
         .handle_access(AccessFs::from_all(VERSION))
         .and_then(|rules| rules.handle_access(network(plan)))
@@ -49,9 +51,7 @@ pub(crate) fn confine(plan: &Plan) -> Result<String, Error> {
     }
     let status = rules.restrict_self().map_err(refused)?;
     let version = match status.landlock {
-        LandlockStatus::Available { effective_abi, kernel_abi } => {
-            kernel_abi.unwrap_or(effective_abi as i32)
-        }
+        LandlockStatus::Available { effective_abi, kernel_abi } => kernel_abi.unwrap_or(effective_abi as i32),
         _ => 0,
     };
     Ok(match status.ruleset {

@@ -129,13 +129,8 @@ pub fn put_on(plan: &Plan) -> Result<Report, Error> {
     let files = files::confine(plan)?;
     let capabilities = privileges::drop_capabilities()?;
     programs.apply()?;
-    let report = Report {
-        no_new_privileges: true,
-        files,
-        system_calls: programs.about(),
-        namespaces,
-        capabilities,
-    };
+    let report =
+        Report { no_new_privileges: true, files, system_calls: programs.about(), namespaces, capabilities };
     Ok(STATE.get_or_init(|| (report, programs)).0.clone())
 }
 

@@ -36,7 +36,18 @@ fn finding(what: &'static str, state: State, found: impl Into<String>, cure: Opt
 
 /// Looks, and prints.
 pub fn doctor(options: &Doctor) -> anyhow::Result<()> {
-    let findings = [cpu(), kvm(), soft(), memory(), huge_pages(), cache(), sources(), network(), io_uring(), confinement()];
+    let findings = [
+        cpu(),
+        kvm(),
+        soft(),
+        memory(),
+        huge_pages(),
+        cache(),
+        sources(),
+        network(),
+        io_uring(),
+        confinement(),
+    ];
     if options.json {
         let models: Vec<_> = MODELS
             .iter()

@@ -50,16 +50,21 @@ impl Families {
     }
 }
 
-const UP: (&str, Kind, &str) = ("yado_guest_up", Kind::Gauge, "The guest runs; by the CPU engine that runs it.");
-const STARTS: (&str, Kind, &str) =
-    ("yado_guest_starts_total", Kind::Counter, "How often the guest has started: once, and once more for every reset.");
+const UP: (&str, Kind, &str) =
+    ("yado_guest_up", Kind::Gauge, "The guest runs; by the CPU engine that runs it.");
+const STARTS: (&str, Kind, &str) = (
+    "yado_guest_starts_total",
+    Kind::Counter,
+    "How often the guest has started: once, and once more for every reset.",
+);
 const TIME: (&str, Kind, &str) = ("yado_guest_time_seconds", Kind::Counter, "The guest's own time.");
 const MEMORY: (&str, Kind, &str) = ("yado_guest_memory_bytes", Kind::Gauge, "RAM of the guest.");
 const RESIDENT: (&str, Kind, &str) =
     ("yado_process_resident_bytes", Kind::Gauge, "Memory of the host that the guest's process has.");
 const HOST_TIME: (&str, Kind, &str) =
     ("yado_vcpu_host_cpu_seconds_total", Kind::Counter, "CPU time of the vCPU's thread on the host.");
-const HALTED: (&str, Kind, &str) = ("yado_vcpu_halted_seconds_total", Kind::Counter, "Time that the vCPU slept in HLT.");
+const HALTED: (&str, Kind, &str) =
+    ("yado_vcpu_halted_seconds_total", Kind::Counter, "Time that the vCPU slept in HLT.");
 const HALTS: (&str, Kind, &str) = ("yado_vcpu_halts_total", Kind::Counter, "Sleeps in HLT.");
 const EXITS: (&str, Kind, &str) =
     ("yado_vcpu_exits_total", Kind::Counter, "Exits of the vCPU to yado, by what the guest wanted.");
@@ -70,8 +75,11 @@ const PAGE_FAULTS: (&str, Kind, &str) = (
     Kind::Counter,
     "Translations of addresses that the engine did not have: page faults of KVM's, TLB misses of the software engine's.",
 );
-const EMULATED: (&str, Kind, &str) =
-    ("yado_vcpu_instructions_emulated_total", Kind::Counter, "Instructions that the engine made one at a time.");
+const EMULATED: (&str, Kind, &str) = (
+    "yado_vcpu_instructions_emulated_total",
+    Kind::Counter,
+    "Instructions that the engine made one at a time.",
+);
 const ENGINE: (&str, Kind, &str) =
     ("yado_vcpu_engine_total", Kind::Counter, "Whatever else the engine counts, by its own names.");
 
@@ -147,8 +155,12 @@ mod test {
             }] }),
         };
         let soft = guest("a", "soft", json!({ "tlb_misses": 7, "steps": 8 }));
-        let kvm = guest("b\"", "kvm", json!({ "halt_wait_ns": 250_000_000, "halt_exits": 9, "irq_injections": 10,
-            "pf_taken": 11, "insn_emulation": 12 }));
+        let kvm = guest(
+            "b\"",
+            "kvm",
+            json!({ "halt_wait_ns": 250_000_000, "halt_exits": 9, "irq_injections": 10,
+            "pf_taken": 11, "insn_emulation": 12 }),
+        );
         let text = text(&[soft, kvm]);
         for line in [
             "yado_guest_up{guest=\"a\",engine=\"soft\"} 1",

@@ -207,8 +207,7 @@ impl Place {
     pub fn grants(&self, ephemeral: bool) -> anyhow::Result<Vec<Grant>> {
         let grant = |path, may| Grant { path, may };
         let sockets = socket_directory(&self.name)?;
-        let mut grants =
-            vec![grant(runtime_directory()?, May::RemoveEmpty), grant(sockets, May::Clear)];
+        let mut grants = vec![grant(runtime_directory()?, May::RemoveEmpty), grant(sockets, May::Clear)];
         if ephemeral {
             grants.push(grant(state_directory()?.join("vms"), May::RemoveEmpty));
             grants.push(grant(self.directory.clone(), May::Clear));

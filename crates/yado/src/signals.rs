@@ -55,7 +55,8 @@ pub fn aside<R>(act: impl FnOnce() -> R) -> std::io::Result<R> {
     END.store(true, Ordering::Release);
     // One that is of no consequence makes it look.
     rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::WINCH)?;
-    let signals = thread.join().map_err(|_| std::io::Error::other("the thread that handles signals failed"))?;
+    let signals =
+        thread.join().map_err(|_| std::io::Error::other("the thread that handles signals failed"))?;
     END.store(false, Ordering::Release);
     let result = act();
     listen(signals)?;

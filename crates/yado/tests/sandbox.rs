@@ -38,13 +38,13 @@ struct Guest {
 impl Guest {
     fn start(home: &Home, options: &[&str]) -> Self {
         let kernel = kernel(home);
-        let line = [&["run", "-q", "--name", "g", "--memory", "8M", "--kernel", kernel.to_str().unwrap()], options];
+        let line =
+            [&["run", "-q", "--name", "g", "--memory", "8M", "--kernel", kernel.to_str().unwrap()], options];
         let mut command = home.command(&line.concat());
-        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::inherit()).spawn().unwrap();
+        let child =
+            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::inherit()).spawn().unwrap();
         let guest = Self { child };
-        story::until("the guest runs", story::LIMIT, || {
-            home.yado(&["logs", "g"]).text().contains("up")
-        });
+        story::until("the guest runs", story::LIMIT, || home.yado(&["logs", "g"]).text().contains("up"));
         guest
     }
 
@@ -93,7 +93,11 @@ impl Drop for Victim {
 
 fn status(process: u32, thread: libc::pid_t, key: &str) -> String {
     let text = std::fs::read_to_string(format!("/proc/{process}/task/{thread}/status")).unwrap();
-    text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':')).unwrap_or_default().trim().to_owned()
+    text.lines()
+        .find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))
+        .unwrap_or_default()
+        .trim()
+        .to_owned()
 }
 
 #[test]
@@ -140,8 +144,10 @@ fn nothing_outside_is_reached() {
         for name in THREADS {
             let mut intruder = Intruder::into(guest.id(), name);
             let here = libc::AT_FDCWD as u64;
-            let texts = [secret, new.to_str().unwrap(), other.to_str().unwrap(), "/proc/1/environ", "/dev/kvm"];
-            let [secret, new, other, environ, kvm] = [0, 1, 2, 3, 4].map(|at| intruder.text(at as u64, texts[at]));
+            let texts =
+                [secret, new.to_str().unwrap(), other.to_str().unwrap(), "/proc/1/environ", "/dev/kvm"];
+            let [secret, new, other, environ, kvm] =
+                [0, 1, 2, 3, 4].map(|at| intruder.text(at as u64, texts[at]));
             let create = (libc::O_CREAT | libc::O_WRONLY) as u64;
             let own_group = (own as i64).wrapping_neg() as u64;
             let tries: &[(&str, libc::c_long, &[u64])] = &[
@@ -185,7 +191,11 @@ fn nothing_outside_is_reached() {
                     ("kill", libc::SYS_kill, [process, libc::SIGKILL as u64, 0, 0, 0]),
                     ("signal a group", libc::SYS_kill, [0, libc::SIGUSR1 as u64, 0, 0, 0]),
                     ("trace", libc::SYS_ptrace, [libc::PTRACE_SEIZE.into(), process, 0, 0, 0]),
-                    ("execute", libc::SYS_execveat, [0, intruder.text(5, "/bin/true"), 0, 0, libc::AT_EMPTY_PATH as u64]),
+                    (
+                        "execute",
+                        libc::SYS_execveat,
+                        [0, intruder.text(5, "/bin/true"), 0, 0, libc::AT_EMPTY_PATH as u64],
+                    ),
                 ] {
                     match intruder.call(number, &arguments) {
                         Answer::Refused(libc::EPERM | libc::EACCES | libc::ESRCH) => {}

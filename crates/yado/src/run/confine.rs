@@ -2,7 +2,7 @@
 
 use crate::registry::Place;
 use crate::signals;
-use machine::{MachineConfig, EngineKind, NetworkKind};
+use machine::{EngineKind, MachineConfig, NetworkKind};
 use sandbox::{Grant, May, Plan};
 use std::path::{Path, PathBuf};
 

@@ -129,7 +129,8 @@ impl Guest {
         let path = place.directory.join("console.log");
         let log = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
         let socket = place.socket()?;
-        let listener = Listener::new(&socket).with_context(|| format!("cannot listen at {}", socket.display()))?;
+        let listener =
+            Listener::new(&socket).with_context(|| format!("cannot listen at {}", socket.display()))?;
         if options.sandbox == Switched::On {
             confine::put_on(plan, place, options.name.is_none())?;
         }
