@@ -97,7 +97,7 @@ fn stored(state: &VcpuState) -> VcpuState {
 /// What of a state no engine may change: all but its clocks, and registers of which another engine knows nothing.
 fn essence(state: &VcpuState) -> (Registers, Vec<u8>, Vec<(u32, u64)>) {
     use cpu::msr;
-    let kept = [msr::STAR, msr::LSTAR, msr::SFMASK, msr::KERNEL_GS_BASE, msr::PAT, msr::TSC_AUX];
+    let kept = [msr::STAR, msr::LSTAR, msr::SFMASK, msr::KERNEL_GS_BASE, msr::PAT];
     let values = kept.iter().filter_map(|&number| Some((number, *state.msrs.get(&number)?))).collect();
     let mut extended = state.extended.clone();
     // Which parts are in use, and that the area may end earlier, are a matter of taste.
