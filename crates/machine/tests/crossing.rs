@@ -100,8 +100,9 @@ fn essence(state: &VcpuState) -> (Registers, Vec<u8>, Vec<(u32, u64)>) {
     let kept = [msr::STAR, msr::LSTAR, msr::SFMASK, msr::KERNEL_GS_BASE, msr::PAT];
     let values = kept.iter().filter_map(|&number| Some((number, *state.msrs.get(&number)?))).collect();
     let mut extended = state.extended.clone();
-    // Which parts are in use, and that the area may end earlier, are a matter of taste.
+    // Which parts are in use, and that the area may end earlier, are a matter of taste. Which bits MXCSR has is the host's word.
     extended.resize(832, 0);
+    extended[28..32].fill(0);
     extended[512..520].fill(0);
     (state.registers.clone(), extended, values)
 }
