@@ -172,9 +172,18 @@ impl Mirror {
         }
     }
 
-    /// Has the process stop before the instructions at these addresses of one page, which is going to be executable. If there are
-    /// not enough breakpoints, other pages that need some are not executable any more.
-    pub(super) fn stop_at(&mut self, addresses: impl ExactSizeIterator<Item = u64> + Clone) {
+    /// Has the process stop before the instructions at these offsets of a page, which is going to be executable, and at no other
+    /// there. If there are not enough breakpoints, other pages that need some are not executable any more.
+    pub(super) fn stop_at(&mut self, page: u64, offsets: &[u16]) {
+        let inside = |address: u64| address & !(PAGE - 1) == page;
+        let has = self.breakpoints.iter().filter(|&&address| inside(address));
+        let addresses = offsets.iter().map(|&offset| page + u64::from(offset));
+        if has.copied().eq(addresses.clone()) {
+            return;
+        }
+        for breakpoint in self.breakpoints.iter_mut().filter(|address| inside(**address)) {
+            *breakpoint = 0;
+        }
         let wanted = addresses.len().min(SITES_MAX);
         let executable = |mirror: &Self, address: u64| mirror.rights(address & !(PAGE - 1)) & EXECUTE != 0;
         for i in 0..SITES_MAX {

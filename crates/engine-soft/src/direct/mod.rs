@@ -320,9 +320,12 @@ impl Direct {
             store_vectors(&mut core.state, mirror, self.ymm_high)?;
             for page in mirror.rewritten.due(now) {
                 let Some(linear) = mirror.place(page) else { continue };
-                if !sites_now(core, linear, page).none() {
-                    mirror.rewritten.close(page);
-                    mirror.forget_physical(page, EXECUTE);
+                match sites_now(core, linear, page).offsets() {
+                    Some(offsets) => mirror.stop_at(linear, offsets),
+                    None => {
+                        mirror.rewritten.close(page);
+                        mirror.forget_physical(page, EXECUTE);
+                    }
                 }
             }
         }
@@ -355,18 +358,21 @@ impl Direct {
         };
         // What is written to and run at once is looked through whenever it comes in.
         let mut open = mirror.rewritten.is_open(walk.physical);
-        if open && !sites_now(core, page, walk.physical).none() {
-            mirror.rewritten.close(walk.physical);
-            open = false;
+        if open {
+            match sites_now(core, page, walk.physical).offsets() {
+                Some(offsets) => mirror.stop_at(page, offsets),
+                None => {
+                    mirror.rewritten.close(walk.physical);
+                    open = false;
+                }
+            }
         }
         if open {
             mirror.process.stop_at_more();
         } else if fetch {
             let sites = look_through(&mut self.known, core, page, walk.physical);
             let Some(offsets) = sites.offsets() else { return Some(Next::Translate) };
-            if !offsets.is_empty() {
-                mirror.stop_at(offsets.iter().map(|&offset| page + u64::from(offset)));
-            }
+            mirror.stop_at(page, offsets);
         }
         let pages = if walk.page_shift > 12 { LARGE } else { AROUND };
         if pages == LARGE && self.large.insert(walk.physical & !(LARGE * PAGE - 1)) {
@@ -417,7 +423,7 @@ impl Direct {
         }
         if !wanted.iter().any(|wanted| wanted.linear == page) {
             // Not RAM, or a write to a page with code.
-            if access == Access::Write && !mirror.rewritten.is_closed(walk.physical) {
+            if access == Access::Write {
                 core.drop_code(walk.physical);
             }
             return Some(Next::Step);
