@@ -33,6 +33,8 @@ pub struct Client {
     size: u64,
     random: u64,
     buffer: Vec<u8>,
+    /// What a write carries but for its numbers.
+    filling: Vec<u8>,
 }
 
 /// What came back.
@@ -59,7 +61,7 @@ impl Client {
         let mut export = [0; 10];
         stream.read_exact(&mut export)?;
         let size = u64::from_be_bytes(export[..8].try_into()?);
-        Ok(Self { stream, size, random: seed | 1, buffer: vec![0; 1 << 20] })
+        Ok(Self { stream, size, random: seed | 1, buffer: vec![0; 1 << 20], filling: vec![] })
     }
 
     fn place(&mut self, bytes: usize) -> u64 {
@@ -81,7 +83,8 @@ impl Client {
         out.extend((load.bytes as u32).to_be_bytes());
         if load.writes {
             let start = out.len();
-            out.resize(start + load.bytes, 0x5a);
+            self.filling.resize(load.bytes, 0x5a);
+            out.extend_from_slice(&self.filling);
             for number in 0..load.bytes / BLOCK {
                 let place = at / BLOCK as u64 + number as u64;
                 out[start + number * BLOCK..][..8].copy_from_slice(&place.to_le_bytes());
