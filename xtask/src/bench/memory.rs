@@ -43,7 +43,8 @@ impl Usage {
         match name {
             "" if size == ram => &mut self.guest,
             _ if name.starts_with("/memfd:yado-ram") => &mut self.guest,
-            _ if name.starts_with("/memfd:yado-") => &mut self.code,
+            // Shared memory without a file.
+            _ if name.starts_with("/memfd:yado-") || name == "/dev/zero" => &mut self.code,
             _ if name.starts_with('/') => &mut self.program,
             _ => &mut self.heap,
         }
@@ -89,7 +90,7 @@ mod test {
 55d0-65d0 r-xp 00000000 fe:00 12    /usr/bin/yado\nRss: 9 kB\nPss:                   4 kB\nPss_Dirty: 3 kB\n\
 7fb0000000-7fb0100000 rw-p 00000000 00:00 0 \nPss:                 100 kB\n\
 7fb0200000-7fb0201000 rw-p 00000000 00:00 0 \nPss:                  10 kB\n\
-7fb0300000-7fb0400000 rw-s 00000000 00:01 13874    /memfd:yado-code (deleted)\nPss:  50 kB\n\
+7fb0300000-7fb0400000 rw-s 00000000 00:01 13874    /dev/zero (deleted)\nPss:  50 kB\n\
 7fb0500000-7fb0510000 rw-s 00000000 00:01 13875    /memfd:yado-ram (deleted)\nPss:  7 kB\n\
 7ffc000000-7ffc001000 rw-p 00000000 00:00 0    [stack]\nPss:   1 kB\nVmFlags: rd wr\n";
         let usage = Usage::parse(text, 0x10_0000);
