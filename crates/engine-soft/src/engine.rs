@@ -22,11 +22,21 @@ pub struct Options {
     pub direct: bool,
     /// Compare every translated block with the single-step tier and fail where they differ (very slow, one vCPU).
     pub verify: bool,
+    /// The guest's time-stamp counter runs so many times slower than the host's, and so shall the machine's clocks: a guest that
+    /// is very slow gets as far between two ticks as others do.
+    pub clock_divisor: u32,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { translate: true, code_cache_bytes: 64 << 20, single_cpu: false, direct: true, verify: false }
+        Self {
+            translate: true,
+            code_cache_bytes: 64 << 20,
+            single_cpu: false,
+            direct: true,
+            verify: false,
+            clock_divisor: 1,
+        }
     }
 }
 
@@ -55,7 +65,8 @@ impl Engine for SoftEngine {
     }
 
     fn create_vcpu(&self, config: VcpuConfig) -> Result<Box<dyn Vcpu>, Error> {
-        let offset = self.tsc_start.wrapping_neg();
+        let divisor = u64::from(self.options.clock_divisor.max(1));
+        let offset = self.tsc_start.checked_div(divisor).unwrap_or(0).wrapping_neg();
         let clock = (self.tsc_hz, offset);
         let vcpu = SoftVcpu::new(self.memory.clone(), &config, &self.options, &self.watch, clock)?;
         Ok(Box::new(vcpu))

@@ -159,14 +159,18 @@ pub struct CpuState {
     pub attention: u32,
     /// The host's stack pointer while translated code runs.
     pub host_rsp: u64,
-    /// Guest TSC less host TSC.
+    /// Guest TSC less host TSC, divided by `tsc_divisor`.
     pub tsc_offset: u64,
+    /// The guest's TSC is so many times slower than the host's; translated code knows 1 only.
+    pub tsc_divisor: u64,
     /// Spill slots and parameters of translated code.
     pub scratch: [u64; 16],
     /// MXCSR of the guest.
     pub mxcsr: u32,
     /// MXCSR of the host.
     pub host_mxcsr: u32,
+    /// Selector of the host's data segment.
+    pub host_data: u16,
     /// ES, CS, SS, DS, FS, GS.
     pub segments: [Segment; 6],
     /// LDTR.
@@ -303,6 +307,8 @@ impl CpuState {
         state.select_space(0);
         state.mxcsr = 0x1f80;
         state.host_mxcsr = 0x1f80;
+        state.host_data = crate::host::data_segment();
+        state.tsc_divisor = 1;
         state.msrs.pat = 0x0007_0406_0007_0406;
         state.msrs.misc_enable = 1;
         state.msrs.mtrr_def_type = 0x806;

@@ -54,6 +54,7 @@ impl SoftVcpu {
     ) -> Result<Self, Error> {
         let mut core = Core::new(memory, config.cpuid.clone(), config.index, tsc_hz)?;
         core.state.tsc_offset = tsc_offset;
+        core.state.tsc_divisor = options.clock_divisor.max(1).into();
         let translator = if options.translate {
             let config =
                 Config { code_cache_bytes: options.code_cache_bytes, single_cpu: options.single_cpu };

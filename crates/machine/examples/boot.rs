@@ -2,9 +2,10 @@
 //!
 //!     boot --kernel K [--initrd I] [--cmdline S] [--disk F]... [--memory 512M] [--cpus N] [--test-devices]
 //!          [--log-exits] [--single-step] [--limit SECONDS] [--inspect]
-//!          [--verify INSTRUCTIONS]
+//!          [--verify INSTRUCTIONS] [--clock-divisor N]
 //!
-//! With --verify both tiers of the software engine run in lock-step until so many instructions agreed.
+//! With --verify both tiers of the software engine run in lock-step until so many instructions agreed; a guest that is a
+//! hundred times slower needs clocks that are, or it finds that everything takes too long.
 //!
 //! Leaves with 0 after a power-off, 3 after a reset, 4 after a guest panic, 5 after a crash, 6 when the limit is
 //! over, and with the guest's own code after a debug exit.
@@ -62,6 +63,7 @@ fn options() -> Result<Options, String> {
                         config.verify = true;
                         verify = Some(value.parse().map_err(|_| wrong)?);
                     }
+                    "--clock-divisor" => config.clock_divisor = value.parse().map_err(|_| wrong)?,
                     "--limit" => limit = Some(Duration::from_secs(value.parse().map_err(|_| wrong)?)),
                     "--disk" | "--virtio-disk" => config.disks.push(DiskConfig {
                         interface: if name == "--disk" { DiskInterface::Nvme } else { DiskInterface::Virtio },

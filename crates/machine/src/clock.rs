@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 #[derive(Debug)]
 pub struct Clock {
     state: RwLock<State>,
+    /// Host time over VM time.
+    divisor: u32,
     /// Serialises [`Self::run`] and [`Self::stand`].
     change: Mutex<()>,
 }
@@ -24,16 +26,22 @@ enum State {
 
 impl Default for Clock {
     fn default() -> Self {
-        Self { state: RwLock::new(State::Standing(VmTime(0))), change: Mutex::new(()) }
+        Self::slower(1)
     }
 }
 
 impl Clock {
+    /// One that runs `divisor` times slower than the host's, for guests that do.
+    pub fn slower(divisor: u32) -> Self {
+        let state = RwLock::new(State::Standing(VmTime(0)));
+        Self { state, divisor: divisor.max(1), change: Mutex::new(()) }
+    }
+
     /// VM time now.
     pub fn now(&self) -> VmTime {
         match *self.state.read().unwrap_or_else(PoisonError::into_inner) {
             State::Standing(at) => at,
-            State::Running(since, at) => at.after(since.elapsed()),
+            State::Running(since, at) => at.after(self.passed(since)),
         }
     }
 
@@ -41,8 +49,16 @@ impl Clock {
     pub fn until(&self, deadline: VmTime) -> Option<Duration> {
         match *self.state.read().unwrap_or_else(PoisonError::into_inner) {
             State::Standing(_) => None,
-            State::Running(since, at) => Some(deadline.since(at.after(since.elapsed()))),
+            State::Running(since, at) => {
+                let left = deadline.since(at.after(self.passed(since)));
+                Some(left.saturating_mul(self.divisor))
+            }
         }
+    }
+
+    /// VM time since then.
+    fn passed(&self, since: Instant) -> Duration {
+        since.elapsed().checked_div(self.divisor).unwrap_or_default()
     }
 
     /// Time passes from now on.
@@ -81,5 +97,15 @@ mod test {
         clock.run();
         assert!(clock.now() >= stood && clock.now().0 < stood.0 + 1_000_000_000);
         assert!(clock.until(VmTime(u64::MAX)).unwrap() > Duration::from_secs(1000));
+    }
+
+    #[test]
+    fn a_slower_clock_waits_longer() {
+        let clock = Clock::slower(100);
+        clock.run();
+        std::thread::sleep(Duration::from_millis(2));
+        assert!((20_000..20_000_000).contains(&clock.now().0));
+        let left = clock.until(VmTime(1_000_000_000)).unwrap();
+        assert!((Duration::from_secs(98)..Duration::from_secs(100)).contains(&left), "{left:?}");
     }
 }

@@ -171,6 +171,9 @@ pub struct MachineConfig {
     pub translate: bool,
     /// The software engine compares every translated block with the single-step tier: very slow, one vCPU.
     pub verify: bool,
+    /// The guest's clocks run so many times slower than the host's, so that one in lock-step finds itself in time. Software
+    /// engine only.
+    pub clock_divisor: u32,
     /// Print every exit to standard error: for those who work on engines and devices.
     pub log_exits: bool,
 }
@@ -211,6 +214,7 @@ impl MachineConfig {
             test_devices: false,
             translate: true,
             verify: false,
+            clock_divisor: 1,
             log_exits: false,
         }
     }

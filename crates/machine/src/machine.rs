@@ -141,7 +141,7 @@ impl Machine {
         engine: Arc<dyn Engine>,
     ) -> Result<Self, Error> {
         let cpus = config.cpus as usize;
-        let clock = Arc::new(Clock::default());
+        let clock = Arc::new(Clock::slower(config.clock_divisor));
         let timers = Timers::new(clock.clone(), board::timer_slots(cpus))
             .map(Arc::new)
             .map_err(|source| Error::Host { what: "timer", source })?;
@@ -522,6 +522,7 @@ fn make_engine(config: &MachineConfig, memory: &GuestMemory) -> Result<Arc<dyn E
             let options = engine_soft::Options {
                 translate: config.translate,
                 verify: config.verify,
+                clock_divisor: config.clock_divisor,
                 single_cpu: config.cpus == 1,
                 ..engine_soft::Options::default()
             };

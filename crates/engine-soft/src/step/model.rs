@@ -32,7 +32,12 @@ enum Refused {
 impl Core {
     /// The guest's TSC now.
     pub fn tsc(&self) -> u64 {
-        host_tsc().wrapping_add(self.state.tsc_offset)
+        self.ticks().wrapping_add(self.state.tsc_offset)
+    }
+
+    /// What the guest's TSC is an offset from.
+    fn ticks(&self) -> u64 {
+        host_tsc().checked_div(self.state.tsc_divisor).unwrap_or(0)
     }
 
     /// What CPUID answers at this moment.
@@ -114,10 +119,11 @@ impl Core {
 
     fn set_engine_msr(&mut self, index: u32, value: u64, host: bool) -> Result<(), Refused> {
         let canonical = Mmu::canonical(value);
+        let ticks = self.ticks();
         let s = &mut self.state;
         match index {
             msr::TSC => {
-                let offset = value.wrapping_sub(host_tsc());
+                let offset = value.wrapping_sub(ticks);
                 if !host {
                     let by = offset.wrapping_sub(s.tsc_offset);
                     s.msrs.tsc_adjust = s.msrs.tsc_adjust.wrapping_add(by);

@@ -687,7 +687,7 @@ fn mode(state: &CpuState) -> Option<Mode> {
     let x87 = state.cr0 & (cr0::EM | cr0::TS) == 0 && thunk::x87_exceptions_masked();
     let sse = x87 && state.cr4_has(cr4::OSFXSR) && state.mxcsr & 0x1f80 == 0x1f80;
     let avx = sse && state.cr4_has(cr4::OSXSAVE) && state.xcr0 & 6 == 6;
-    let clock = !user || !state.cr4_has(cr4::TSD);
+    let clock = (!user || !state.cr4_has(cr4::TSD)) && state.tsc_divisor == 1;
     Some(Mode { user, x87, sse, avx, clock })
 }
 
