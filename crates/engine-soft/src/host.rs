@@ -45,6 +45,20 @@ pub(crate) fn random() -> u64 {
     if got == 8 { seed } else { std::ptr::from_ref(&seed) as u64 ^ u64::from(std::process::id()) }
 }
 
+/// Selector of the data segment in use.
+pub(crate) fn data_segment() -> u16 {
+    let selector: u16;
+    // SAFETY: reads a register.
+    unsafe { std::arch::asm!("mov {0:x}, ss", out(reg) selector, options(nomem, nostack, preserves_flags)) };
+    selector
+}
+
+/// Has the CPU forget what is in its buffers, on CPUs whose microcode does that (Linux, admin-guide/hw-vuln).
+pub(crate) fn forget_buffers(selector: &u16) {
+    // SAFETY: looks at a descriptor; the form with memory is the one that does more.
+    unsafe { std::arch::asm!("verw word ptr [{}]", in(reg) selector, options(readonly, nostack)) };
+}
+
 /// Stops a traced process of ours.
 pub(crate) fn interrupt(process: libc::pid_t) {
     // SAFETY: sends a signal to a child that is not reaped while it may be sent one.

@@ -101,7 +101,7 @@ mod test {
         for closed in 1..20 {
             assert!(pages.is_open(99));
             pages.close(99);
-            for _ in 0..(PROVEN.1 << closed.min(15)).min(TURNS.1) {
+            for _ in 0..(PROVEN.1 << closed.min(11)).min(TURNS.1) {
                 assert!(!pages.is_open(99));
                 pages.turned(99);
             }

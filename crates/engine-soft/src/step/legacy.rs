@@ -207,6 +207,9 @@ pub(crate) fn verify(core: &mut Core, d: &Decoded) -> Result<(), Trap> {
     }
     let selector = selector_operand(core, d, 0)?;
     let write = d.instruction.mnemonic() == Mnemonic::Verw;
+    if write {
+        crate::host::forget_buffers(&core.state.host_data);
+    }
     let good = inspect(core, selector)?.is_some_and(|descriptor| {
         let right = if write { descriptor.writable() } else { descriptor.readable() };
         right && descriptor.attr() & attr::S != 0 && visible(core, selector, descriptor)

@@ -39,7 +39,8 @@ impl Mode {
     }
 
     fn allows(self, template: &Template) -> bool {
-        let system = matches!(template.kind, Kind::PopFlags | Kind::SetInterrupt | Kind::SwapBase);
+        let system =
+            matches!(template.kind, Kind::PopFlags | Kind::SetInterrupt | Kind::SwapBase | Kind::VerifyWrite);
         if self.user && system || template.kind == Kind::ReadClock && !self.clock {
             return false;
         }

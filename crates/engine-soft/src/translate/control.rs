@@ -69,6 +69,7 @@ impl Generator {
             Kind::ReadClock => self.read_clock(instruction, site),
             Kind::Repeat => return self.repeat(instruction, site),
             Kind::SwapBase => self.swap_base(),
+            Kind::VerifyWrite => return self.verify_write(instruction, site),
             Kind::Return => {
                 let top = self.pop_check(site);
                 self.out.load(r::ADDR, top);

@@ -251,6 +251,56 @@ impl Generator {
         self.out.store(kernel, r::T1);
     }
 
+    /// VERW of a selector of the GDT in memory. Kernels execute it before each return to the user on CPUs that must be told to
+    /// forget what is in their buffers, so the host's CPU is told too.
+    pub(super) fn verify_write(&mut self, instruction: &Instruction, site: Site) -> Option<()> {
+        if instruction.op0_kind() != OpKind::Memory {
+            return None;
+        }
+        let saved = site.live;
+        if saved {
+            self.save_flags();
+        }
+        let place = self.place(instruction, false, false)?;
+        let selector = self.reach_plain(place, Check::read(2), site, saved);
+        self.out.op_mem(false, &[0x0f, 0xb7], r::T2, selector);
+        // In the GDT, not null, asked for by CPL 0 itself, and inside the limit.
+        self.out.lea(r::T1, Mem::at(r::T2, -8));
+        imm_reg(&mut self.out, AND, r::T1, !0xfff8);
+        let odd = self.out.jump_if(cc::NE);
+        self.step_when(odd, site, saved);
+        let table = offset_of!(CpuState, gdtr);
+        let limit = Mem::state(table + offset_of!(cpu::DescriptorTable, limit));
+        self.out.op_mem(false, &[0x0f, 0xb7], r::T1, limit);
+        self.out.lea(r::ADDR, Mem::at(r::T2, 7));
+        self.out.op_reg(false, &[0x39], r::T1, r::ADDR); // cmp ADDR, T1
+        let beyond = self.out.jump_if(cc::A);
+        self.step_when(beyond, site, saved);
+        self.out.load(r::ADDR, Mem::state(table + offset_of!(cpu::DescriptorTable, base)));
+        self.out.op_reg(true, &[0x01], r::T2, r::ADDR); // add ADDR, T2
+        let place = Place { register: r::ADDR, disp: 0, hint: self.fresh_hint() };
+        let descriptor = self.reach_plain(place, Check::read(8), site, saved);
+        let out = &mut self.out;
+        out.load(r::T1, descriptor);
+        out.op_mem(false, &[0x0f, 0x00], 5, Mem::state(offset_of!(CpuState, host_data)));
+        out.op_reg(true, &[0xc1], 5, r::T1); // shr T1, 32
+        out.byte(32);
+        // A writable data segment: S and W, but not "code" (Intel SDM 3, 3.4.5.1).
+        out.and_imm(false, r::T1, 0x1a00);
+        out.cmp_imm(r::T1, 0x1200);
+        if saved && site.live_after {
+            const ZF_IN_AH: u8 = 14;
+            out.op_reg(false, &[0x0f, 0x94], 0, r::T1); // sete
+            out.op_reg(false, &[0x0f, 0xb6], r::T1, r::T1);
+            out.op_reg(false, &[0xc1], 4, r::T1);
+            out.byte(ZF_IN_AH);
+            imm_mem(out, AND, linked!(flags_saved), !(1 << ZF_IN_AH));
+            out.op_mem(false, &[0x09], r::T1, linked!(flags_saved));
+            self.restore_flags();
+        }
+        Some(())
+    }
+
     /// BT, BTS, BTR, BTC of a bit string in memory: the register's upper bits move the address.
     pub(super) fn bit_string(&mut self, instruction: &Instruction, site: Site) -> Option<()> {
         if !self.bmi2 || narrow(instruction) {

@@ -63,6 +63,8 @@ pub(super) enum Kind {
     Repeat,
     /// SWAPGS at CPL 0.
     SwapBase,
+    /// VERW of a selector in memory at CPL 0.
+    VerifyWrite,
 }
 
 /// Where a general register is named in the encoding; the number of the operand it belongs to.
@@ -268,6 +270,7 @@ fn kind(code: Code, domain: Domain) -> Kind {
         // Writes to code are seen at once by all that follows.
         Code::Serialize => return Kind::Nop,
         Code::Swapgs => return Kind::SwapBase,
+        Code::Verw_rm16 | Code::Verw_r32m16 | Code::Verw_r64m16 => return Kind::VerifyWrite,
         _ => {}
     }
     if info.is_privileged() || info.is_input_output() || info.must_be_cpl0() {

@@ -478,6 +478,49 @@ fn flags_clock_and_bit_strings() {
     assert!(tsc > 1 << 60, "{tsc:#x}");
 }
 
+guest!(verify: "mov r15, 0x300000" "mov al, 0x80" "add al, 0x80" "verw word ptr [r15]" "pushfq" "setz bl" "verw word ptr [r15]" "setz bh");
+
+#[test]
+fn whether_a_segment_is_writable_is_asked_without_the_other_tier() {
+    // Null; 64-bit code; writable data; read-only data; writable data of the user; a busy TSS.
+    let table: [u64; 6] = [
+        0,
+        0x00af_9b00_0000_ffff,
+        0x00cf_9300_0000_ffff,
+        0x00cf_9100_0000_ffff,
+        0x00cf_f300_0000_ffff,
+        0x0000_8b00_0000_0067,
+    ];
+    let other_tier = [0, 0x30, 0x13, 0x23, 0x14, 0xfff8];
+    for (selector, writable) in [(0x08, false), (0x10, true), (0x18, false), (0x20, true), (0x28, false)]
+        .into_iter()
+        .chain(other_tier.map(|selector| (selector, selector == 0x23)))
+    {
+        let mut machine = Machine::new(verify);
+        let memory = &machine.core.mmu.memory;
+        memory.write(DATA, &(selector as u16).to_le_bytes()).unwrap();
+        for (number, descriptor) in table.iter().enumerate() {
+            memory.write(0x8000 + number as u64 * 8, &descriptor.to_le_bytes()).unwrap();
+        }
+        machine.core.state.gdtr = cpu::DescriptorTable { base: 0x8000, limit: table.len() as u16 * 8 - 1 };
+        let mut steps = 0;
+        loop {
+            assert_eq!(machine.translator.run(&mut machine.core), Outcome::Step);
+            if machine.bytes(machine.core.state.rip) == [0xf4] {
+                break;
+            }
+            assert!(matches!(crate::step::step(&mut machine.core), crate::exception::Stop::Continue));
+            steps += 1;
+        }
+        assert_eq!(steps, if other_tier.contains(&selector) { 2 } else { 0 }, "{selector:#x}");
+        // The others stay as 80h + 80h left them.
+        let flags = machine.u64(STACK - 8) & STATUS;
+        let zero = if writable { rflags::ZF } else { 0 };
+        assert_eq!(flags, rflags::CF | rflags::OF | rflags::PF | zero, "{selector:#x}");
+        assert_eq!(machine.core.state.gpr[3] & 0xffff, u64::from(writable) * 0x0101, "{selector:#x}");
+    }
+}
+
 guest!(enable: "cli" "nop" "sti" "inc eax" "inc eax");
 
 #[test]
