@@ -15,9 +15,9 @@ const STEPS: u32 = 64;
 const PERIOD: f64 = 0.05;
 /// Share of the time that must be spent in the guest's code: the translator's takes about twice as long.
 const SHARE_MIN: f64 = 0.5;
-/// Stops so far apart, in seconds, need not be reckoned with.
+/// Stops so far apart, in seconds, need not be reckoned with; interrupts that are nearer would be many stops.
 const RARE: f64 = 400e-6;
-/// Interrupts that must have found a process in user mode, and none in the kernel, for it to be tried before its time.
+/// Rare interrupts that must have found a process in user mode, and none in the kernel, for it to be tried before its time.
 const STREAK: u32 = 16;
 /// Seconds that a process waits after it failed for the first time, and at most.
 const WAIT: (f64, f64) = (0.03, 20.0);
@@ -28,6 +28,7 @@ const PROCESSES_MAX: usize = 256;
 struct Record {
     hits: u8,
     streak: u32,
+    sampled: f64,
     active: bool,
     /// Not before this time, and how long the wait was.
     until: f64,
@@ -68,7 +69,8 @@ impl Policy {
         self.last = None;
         let record = self.records.entry(tables).or_default();
         record.hits = if user { (record.hits + 1).min(HITS_MAX) } else { record.hits.saturating_sub(1) };
-        record.streak = if user { record.streak + 1 } else { 0 };
+        let rare = now - std::mem::replace(&mut record.sampled, now) >= RARE;
+        record.streak = if user && rare { record.streak + 1 } else { 0 };
         if record.hits >= HITS && now >= record.until || record.streak >= STREAK {
             (record.active, record.streak) = (true, 0);
         }
@@ -161,15 +163,30 @@ mod test {
     #[test]
     fn what_begins_to_compute_need_not_wait() {
         let mut policy = tried();
+        let mut now = 0.1;
+        let mut tick = || {
+            now += 0.001;
+            now
+        };
         for _ in 0..10 {
             while policy.active(TABLES) {
                 policy.ran(TABLES, (12e-6, 9e-6), (1, true), 0.1, || 8e-6);
             }
-            (1..STREAK).for_each(|_| policy.sample(TABLES, true, 0.1));
+            (1..STREAK).for_each(|_| policy.sample(TABLES, true, tick()));
             assert!(!policy.active(TABLES));
-            policy.sample(TABLES, true, 0.1);
+            policy.sample(TABLES, true, tick());
             assert!(policy.active(TABLES));
         }
+    }
+
+    #[test]
+    fn what_is_interrupted_all_the_time_waits() {
+        let mut policy = tried();
+        while policy.active(TABLES) {
+            policy.ran(TABLES, (30e-6, 20e-6), (1, false), 0.1, || 10e-6);
+        }
+        (0..1000).for_each(|i| policy.sample(TABLES, true, 0.1 + f64::from(i) * 20e-6));
+        assert!(!policy.active(TABLES));
     }
 
     #[test]
