@@ -86,6 +86,19 @@ impl Home {
         path
     }
 
+    /// Writes a multiboot image of this 32-bit code.
+    pub fn bare_kernel(&self, code: &[u8]) -> PathBuf {
+        let load = 0x10_0000u32;
+        let flags = 0x1_0000u32;
+        let checksum = 0u32.wrapping_sub(0x1bad_b002).wrapping_sub(flags);
+        let mut image = Vec::new();
+        for word in [0x1bad_b002, flags, checksum, load, load, 0, 0, load + 32] {
+            image.extend_from_slice(&word.to_le_bytes());
+        }
+        image.extend_from_slice(code);
+        self.file("kernel", &image)
+    }
+
     /// Makes `command` one of this home's.
     pub fn adopt(&self, command: &mut Command) {
         command.env("XDG_STATE_HOME", self.path().join("state"));

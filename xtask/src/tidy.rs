@@ -22,6 +22,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("ext4", &[]),
     ("debian", &["ext4"]),
     ("sandbox", &[]),
+    ("resources", &[]),
     (
         "machine",
         &[
@@ -35,6 +36,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "memory",
             "net",
             "nvme",
+            "resources",
             "sandbox",
             "virtio",
         ],
@@ -51,6 +53,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "machine",
             "memory",
             "net",
+            "resources",
             "sandbox",
         ],
     ),

@@ -101,6 +101,21 @@ pub fn isa_line(pic: &Pic8259, ioapic: &IoApic, irq: u8) -> Line {
     })
 }
 
+/// A NUMA node: processors and memory that are near to each other.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Node {
+    /// APIC ids of its processors.
+    pub cpus: Vec<u32>,
+    /// Its memory: guest-physical start and bytes of each range.
+    pub memory: Vec<(u64, u64)>,
+    /// How far each node is, itself among them: 10 is here (ACPI 6.5, 5.2.17).
+    pub distances: Vec<u8>,
+    /// Of an access to its memory by the nearest processor, in nanoseconds.
+    pub latency_ns: Option<u32>,
+    /// Of its memory to the nearest processor, in megabytes (10^6) per second.
+    pub bandwidth_mb_s: Option<u32>,
+}
+
 /// What the ACPI tables tell a kernel about the board.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Board {
@@ -114,11 +129,20 @@ pub struct Board {
     pub mmio32: Window,
     /// Memory BARs above 4 GiB.
     pub mmio64: Window,
+    /// Its NUMA nodes; none: all is equally near.
+    pub nodes: Vec<Node>,
 }
 
 impl Board {
     /// The usual board with COM1 and COM2.
     pub fn pc(vcpus: u32) -> Self {
-        Self { vcpus, serial: vec![COM1, COM2], ecam: ECAM, mmio32: MMIO32, mmio64: MMIO64 }
+        Self {
+            vcpus,
+            serial: vec![COM1, COM2],
+            ecam: ECAM,
+            mmio32: MMIO32,
+            mmio64: MMIO64,
+            nodes: Vec::new(),
+        }
     }
 }

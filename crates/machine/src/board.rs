@@ -77,6 +77,8 @@ impl Resets {
 /// What the board is made with.
 pub(crate) struct Parts<'a> {
     pub(crate) config: &'a MachineConfig,
+    /// NUMA nodes, if the guest is to know of any.
+    pub(crate) nodes: &'a [at::Node],
     pub(crate) clock: Arc<Clock>,
     pub(crate) timers: Arc<Timers>,
     pub(crate) lifecycle: Arc<Lifecycle>,
@@ -181,6 +183,7 @@ impl Board {
         put(&mut buses, panic, &[(Space::Port, at::PVPANIC, PvPanic::LEN, 0)])?;
         let mut description = at::Board::pc(parts.config.cpus);
         description.serial = vec![at::COM1];
+        description.nodes = parts.nodes.to_vec();
         if parts.config.test_devices {
             test_devices(&mut buses, &parts.lifecycle, &pic, &ioapic)?;
         }

@@ -1,5 +1,6 @@
 //! What a machine is made from.
 
+use crate::numa::NumaConfig;
 use std::path::PathBuf;
 
 /// Which CPU engine runs the guest.
@@ -138,6 +139,19 @@ pub struct NetworkConfig {
     pub kind: NetworkKind,
 }
 
+/// How the host holds the guest's RAM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct MemoryPolicy {
+    /// In which pages.
+    pub pages: memory::Pages,
+    /// All of it is found before the guest starts, by so many threads.
+    pub populate: Option<usize>,
+    /// Whether it may be paged out.
+    pub lock: memory::Lock,
+    /// The kernel may merge pages that are alike (KSM).
+    pub mergeable: bool,
+}
+
 /// One machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MachineConfig {
@@ -145,6 +159,14 @@ pub struct MachineConfig {
     pub cpus: u32,
     /// RAM in bytes, rounded up to whole mebibytes.
     pub memory: u64,
+    /// How the host holds it.
+    pub memory_policy: MemoryPolicy,
+    /// Which vCPUs and which RAM are near to each other.
+    pub numa: NumaConfig,
+    /// On which CPUs of the host its threads run, and how urgently; prepared.
+    pub scheduling: resources::Scheduling,
+    /// Control groups that its process is in: only shown.
+    pub groups: resources::Groups,
     /// The engine.
     pub engine: EngineKind,
     /// CPU model (`cpu::cpuid`), the best this host can offer if `None`.
@@ -201,6 +223,10 @@ impl MachineConfig {
         Self {
             cpus: 1,
             memory: 512 << 20,
+            memory_policy: MemoryPolicy::default(),
+            numa: NumaConfig::default(),
+            scheduling: resources::Scheduling::default(),
+            groups: resources::Groups::default(),
             engine: EngineKind::default(),
             cpu_model: None,
             kernel: kernel.into(),

@@ -30,9 +30,11 @@ mod linux;
 mod machine;
 mod network;
 mod notice;
+pub mod numa;
 mod observe;
 mod panic_watch;
 pub mod port;
+mod ram;
 mod restart;
 mod standstill;
 pub mod storage;
@@ -40,9 +42,11 @@ mod timers;
 mod vcpu;
 
 pub use config::{
-    BackEnd, DiskConfig, DiskInterface, EngineKind, MachineConfig, NetworkConfig, NetworkKind, OnError,
+    BackEnd, DiskConfig, DiskInterface, EngineKind, MachineConfig, MemoryPolicy, NetworkConfig, NetworkKind,
+    OnError,
 };
 pub use functions::Error as FunctionError;
 pub use lifecycle::{Crash, Outcome};
 pub use machine::{CPUS_MAX, Error, Machine};
 pub use notice::Notice;
+pub use numa::{NodeConfig, NumaConfig};

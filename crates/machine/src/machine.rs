@@ -14,6 +14,7 @@ use crate::kernel::Kernel;
 use crate::lifecycle::{Lifecycle, Outcome};
 use crate::notice::{Notice, Notices};
 use crate::port::{Port, Wake};
+use crate::ram::{self, Ram};
 use crate::restart::Restart;
 use crate::standstill::{Brakes, Standstill};
 use crate::timers::Timers;
@@ -21,14 +22,15 @@ use crate::vcpu::paravirtual::SystemClock;
 use crate::vcpu::report::Report;
 use crate::vcpu::slot::Slot;
 use crate::vcpu::{Common, Runner};
+use chipset::board::Node;
 use chipset::power::Power;
 use cpu::cpuid::{CpuidTable, MODELS, Model, ModelError, Topology};
 use cpu::{Engine, Vcpu, VcpuConfig};
-use memory::{Backing, GuestMemory};
+use memory::GuestMemory;
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -64,6 +66,18 @@ pub enum Error {
     /// Guest RAM cannot be made.
     #[error(transparent)]
     Memory(#[from] memory::Error),
+    /// Huge pages that the software engine cannot use.
+    #[error(
+        "huge pages of the host's pool need --engine kvm: the software engine maps 4 KiB pages of the guest's RAM one by one; \
+         hugepages=thp works on both"
+    )]
+    HugePagesOfPool,
+    /// NUMA nodes that make no sense.
+    #[error(transparent)]
+    Numa(#[from] crate::numa::Error),
+    /// A vCPU cannot run where or how it is to.
+    #[error(transparent)]
+    Scheduling(#[from] resources::scheduling::Error),
     /// A CPU model that this host cannot offer.
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -91,10 +105,6 @@ pub enum Error {
 
 /// The most vCPUs that one machine may have: what xAPIC ids and the MADT's processor entries reach.
 pub const CPUS_MAX: u32 = 255;
-/// RAM below the hole in which devices are.
-const LOW_MEMORY_MAX: u64 = chipset::board::LOW_RAM_END;
-const HIGH_MEMORY_BASE: u64 = 4 << 30;
-const MIB: u64 = 1 << 20;
 
 #[derive(Default)]
 struct Threads {
@@ -121,25 +131,28 @@ pub struct Machine {
     workers: Mutex<Workers>,
     engine: Arc<dyn Engine>,
     config: MachineConfig,
+    nodes: Vec<Node>,
     _memory: GuestMemory,
 }
 
 impl Machine {
     /// Makes a machine and loads its kernel. Nothing runs until [`Self::start`].
     pub fn new(config: MachineConfig) -> Result<Self, Error> {
+        Self::prepared(config, |_, _| {})
+    }
+
+    /// The same; `progress` hears how many bytes of how many of its RAM the host has found, if it is to find all now.
+    pub fn prepared(config: MachineConfig, progress: impl FnMut(u64, u64)) -> Result<Self, Error> {
         if config.cpus == 0 || config.cpus > CPUS_MAX {
             return Err(Error::Cpus(config.cpus));
         }
-        let memory = make_memory(config.memory, backing(&config))?;
-        let engine = make_engine(&config, &memory)?;
-        Self::with_engine(config, memory, engine)
+        let ram = ram::make(&config, progress)?;
+        let engine = make_engine(&config, &ram.memory)?;
+        Self::with_engine(config, ram, engine)
     }
 
-    fn with_engine(
-        config: MachineConfig,
-        memory: GuestMemory,
-        engine: Arc<dyn Engine>,
-    ) -> Result<Self, Error> {
+    fn with_engine(config: MachineConfig, ram: Ram, engine: Arc<dyn Engine>) -> Result<Self, Error> {
+        let Ram { memory, nodes } = ram;
         let cpus = config.cpus as usize;
         let clock = Arc::new(Clock::slower(config.clock_divisor));
         let timers = Timers::new(clock.clone(), board::timer_slots(cpus))
@@ -153,6 +166,7 @@ impl Machine {
         let bits = tables.first().map_or(36, |table| table.query(0x8000_0008, 0).eax & 0xff);
         let board = Board::new(Parts {
             config: &config,
+            nodes: &nodes,
             clock: clock.clone(),
             timers: timers.clone(),
             lifecycle: lifecycle.clone(),
@@ -240,6 +254,7 @@ impl Machine {
             workers: Mutex::new(workers),
             engine,
             config,
+            nodes,
             _memory: memory,
         })
     }
@@ -264,14 +279,23 @@ impl Machine {
         for (index, vcpu) in std::mem::take(&mut threads.idle).into_iter().enumerate() {
             let Some(runner) = Runner::new(vcpu, index, self.common.clone()) else { continue };
             let lifecycle = self.common.lifecycle.clone();
+            let (scheduling, (scheduled, outcome)) = (self.config.scheduling.clone(), mpsc::channel());
             let thread = std::thread::Builder::new().name(format!("vcpu{index}")).spawn(move || {
+                let taken = scheduling.take(u32::try_from(index).unwrap_or(u32::MAX));
                 sandbox::narrow(sandbox::Role::Vcpu);
+                // Whoever does not listen knows that nothing can go wrong.
+                let _ = scheduled.send(taken);
                 let vcpu = runner.run();
                 lifecycle.leave();
                 vcpu
             });
             threads.running.push(thread.map_err(host)?);
             self.running.fetch_add(1, Ordering::SeqCst);
+            if !self.config.scheduling.is_default()
+                && let Ok(taken) = outcome.recv()
+            {
+                taken?;
+            }
         }
         Ok(())
     }
@@ -369,6 +393,9 @@ impl Machine {
             "sandbox": sandbox::report(),
             "cpus": self.cpus,
             "memory_bytes": self.common.memory.len(),
+            "memory": ram::inspect(&self.config, &self.common.memory, &self.nodes),
+            "scheduling": self.config.scheduling,
+            "control_groups": self.config.groups,
             "kernel": self.config.kernel,
             "command_line": self.config.command_line,
             "starts": self.starts(),
@@ -481,39 +508,6 @@ impl Drop for Machine {
         self.wakes.iter().for_each(Wake::close);
         self.workers.lock().unwrap_or_else(PoisonError::into_inner).end();
     }
-}
-
-/// The software engine runs user code in processes that share the guest's RAM.
-fn backing(config: &MachineConfig) -> Backing {
-    match config.engine {
-        EngineKind::Soft => Backing::Shared,
-        EngineKind::Kvm if config.shares_memory() => Backing::Shared,
-        EngineKind::Kvm => Backing::Private,
-    }
-}
-
-fn make_memory(bytes: u64, backing: Backing) -> Result<GuestMemory, Error> {
-    let bytes = bytes.max(1).checked_next_multiple_of(MIB).unwrap_or(u64::MAX);
-    let host = host_memory();
-    if host.is_some_and(|host| bytes > host) {
-        return Err(Error::TooMuchMemory { wanted: bytes, host: host.unwrap_or(0) });
-    }
-    let low = bytes.min(LOW_MEMORY_MAX);
-    let mut layout = vec![(0, low)];
-    if bytes > low {
-        layout.push((HIGH_MEMORY_BASE, bytes.saturating_sub(low)));
-    }
-    Ok(GuestMemory::new(&layout, backing)?)
-}
-
-/// Bytes of RAM and swap of this host.
-fn host_memory() -> Option<u64> {
-    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let field = |name: &str| {
-        let line = info.lines().find(|line| line.starts_with(name))?;
-        line.split_whitespace().nth(1)?.parse::<u64>().ok()?.checked_mul(1024)
-    };
-    field("MemTotal:")?.checked_add(field("SwapTotal:").unwrap_or(0))
 }
 
 fn make_engine(config: &MachineConfig, memory: &GuestMemory) -> Result<Arc<dyn Engine>, Error> {

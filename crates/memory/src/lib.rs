@@ -3,7 +3,8 @@
 //! What lives here: the mapping of guest-physical RAM into this process ([`GuestMemory`]), the per-guest table of
 //! 4 KiB page states ([`PageFlags`]), and the accessors through which everything but a vCPU's own translated
 //! stores writes RAM. Engines ask the gate for a host address page by page
-//! ([`GuestMemory::host_page`], [`GuestMemory::host_page_for_write`]), and the gate notes the write first.
+//! ([`GuestMemory::host_page`], [`GuestMemory::host_page_for_write`]), and the gate notes the write first. How the host holds it
+//! all is in [`provision`].
 //!
 //! What may enter: nothing of yado. This crate knows no CPU, no device and no file format.
 //!
@@ -23,11 +24,13 @@
 mod heap;
 mod mapping;
 mod page;
+pub mod provision;
 mod ram;
 
 pub use heap::keep_heap_small;
 pub use mapping::Backing;
 pub use page::PageFlags;
+pub use provision::{Lock, Pages, Placement, Policy, Provision};
 pub use ram::{AccessError, CodeWatch, Error, GuestMemory, HostPage, Region};
 
 /// log2 of the size of a guest page.

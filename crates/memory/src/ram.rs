@@ -2,6 +2,7 @@
 
 use crate::mapping::{Backing, Mapping};
 use crate::page::{PageFlags, PageTable};
+use crate::provision::Provision;
 use crate::{PAGE_SHIFT, PAGE_SIZE};
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -21,6 +22,9 @@ pub enum Error {
         /// Its length in bytes.
         len: u64,
     },
+    /// The host does not hold it in the way asked for.
+    #[error(transparent)]
+    Provision(#[from] crate::provision::Error),
     /// The host refused the mapping.
     #[error("the host has no room for {len} bytes of guest RAM: {source}; use a smaller --memory")]
     Map {
@@ -67,8 +71,9 @@ pub trait CodeWatch: Send + Sync {
     fn written(&self, address: u64, len: u64);
 }
 
-struct Inner {
-    mapping: Mapping,
+pub(crate) struct Inner {
+    pub(crate) mapping: Mapping,
+    pub(crate) provision: Provision,
     regions: Vec<Region>,
     pages: PageTable,
     watch: OnceLock<Arc<dyn CodeWatch>>,
@@ -76,7 +81,7 @@ struct Inner {
 
 /// All RAM of one guest; a cheap handle, shared by vCPUs and devices.
 #[derive(Clone)]
-pub struct GuestMemory(Arc<Inner>);
+pub struct GuestMemory(pub(crate) Arc<Inner>);
 
 impl std::fmt::Debug for GuestMemory {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -87,6 +92,11 @@ impl std::fmt::Debug for GuestMemory {
 impl GuestMemory {
     /// Makes zeroed RAM. `layout` is a list of (guest-physical base, length), ascending, in whole pages.
     pub fn new(layout: &[(u64, u64)], backing: Backing) -> Result<Self, Error> {
+        Self::provided(layout, Provision { backing, ..Provision::default() })
+    }
+
+    /// The same, held by the host as asked.
+    pub fn provided(layout: &[(u64, u64)], provision: Provision) -> Result<Self, Error> {
         let mut regions = Vec::with_capacity(layout.len());
         let (mut offset, mut next) = (0u64, 0u64);
         for &(base, len) in layout {
@@ -106,9 +116,11 @@ impl GuestMemory {
         if size == 0 {
             return Err(Error::Layout { base: 0, len: 0 });
         }
-        let mapping = Mapping::new(size, backing).map_err(map)?;
+        provision.check(layout)?;
+        let mapping = Mapping::new(size, &provision)
+            .map_err(|error| provision.explain(offset, error).map_or_else(map, Error::from))?;
         let pages = PageTable::new(size >> PAGE_SHIFT);
-        Ok(Self(Arc::new(Inner { mapping, regions, pages, watch: OnceLock::new() })))
+        Ok(Self(Arc::new(Inner { mapping, provision, regions, pages, watch: OnceLock::new() })))
     }
 
     /// The runs of RAM, ascending.
@@ -141,7 +153,7 @@ impl GuestMemory {
         self.offset(address, len).is_ok()
     }
 
-    fn offset(&self, address: u64, len: u64) -> Result<usize, AccessError> {
+    pub(crate) fn offset(&self, address: u64, len: u64) -> Result<usize, AccessError> {
         let error = AccessError { address, len };
         for region in &self.0.regions {
             let Some(into) = address.checked_sub(region.base) else { break };

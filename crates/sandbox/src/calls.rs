@@ -207,6 +207,13 @@ const MAIN: &[Call] = &[
     call(libc::SYS_dup3),
 ];
 
+/// A thread chooses, for itself, where and how urgently it runs: before it gives up what its kind does not need.
+const SCHEDULES: &[Call] = &[
+    when(libc::SYS_sched_setaffinity, &[When::Is(0, 0)]),
+    when(libc::SYS_sched_setscheduler, &[When::Is(0, 0)]),
+    when(libc::SYS_setpriority, &[When::Is(0, libc::PRIO_PROCESS as u64), When::Is(1, 0)]),
+];
+
 /// What no guest ever needs: whoever asks for it is not yado any more, and the process ends.
 const FORBIDDEN: &[Call] = calls! {
     SYS_execve SYS_fork SYS_vfork
@@ -306,6 +313,9 @@ impl Programs {
     pub(crate) fn new(plan: &Plan) -> Result<Self, Error> {
         let not_permitted = SeccompAction::Errno(libc::EPERM as u32);
         let mut all = vec![MAIN, THREADS];
+        if plan.schedules {
+            all.push(SCHEDULES);
+        }
         let mut roles = Vec::new();
         for role in Role::ALL {
             let lists = of_role(role, plan);
@@ -364,9 +374,10 @@ mod test {
             makes_code: bits & 1 != 0,
             internet: bits & 2 != 0,
             local_sockets: bits & 4 != 0,
+            schedules: bits & 8 != 0,
             ..Plan::default()
         };
-        (0..8).map(plan).collect()
+        (0..16).map(plan).collect()
     }
 
     fn numbers<'a>(lists: impl IntoIterator<Item = &'a &'static [Call]>) -> BTreeSet<i64> {
@@ -382,7 +393,7 @@ mod test {
             } else {
                 numbers(&[FORBIDDEN, FORBIDDEN_WITHOUT_CODE])
             };
-            let mut lists = vec![MAIN, THREADS];
+            let mut lists = vec![MAIN, THREADS, SCHEDULES];
             lists.extend(Role::ALL.into_iter().flat_map(|role| of_role(role, &plan)));
             let both: Vec<_> = numbers(&lists).intersection(&forbidden).copied().collect();
             assert!(both.is_empty(), "{plan:?}: {both:?}");

@@ -49,6 +49,8 @@ pub struct Plan {
     pub local_sockets: bool,
     /// Some of those have names of the network's namespace instead of paths.
     pub abstract_sockets: bool,
+    /// vCPUs choose their CPUs and priorities when they start.
+    pub schedules: bool,
     /// What may be reached by path.
     pub grants: Vec<Grant>,
 }

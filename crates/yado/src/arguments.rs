@@ -1,5 +1,7 @@
 //! The command line: every command and option, in one place, so that completions and man pages come from it.
 
+use crate::host_share::{Limit, Pin, Urgency};
+use crate::provision::{Memory, Numa};
 use crate::size::Size;
 use clap::builder::ValueHint;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -64,6 +66,9 @@ pub enum Command {
         /// Which shell
         shell: clap_complete::Shell,
     },
+    /// Remove control groups, named on standard input, when that ends: `run` starts it
+    #[command(hide = true)]
+    CgroupKeeper,
     /// Write the man pages into a directory
     #[command(hide = true)]
     Man {
@@ -101,9 +106,17 @@ pub struct Run {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub cpus: u32,
 
-    /// Guest RAM
-    #[arg(long, short = 'm', value_name = "SIZE", default_value = "512M")]
-    pub memory: Size,
+    /// Guest RAM: SIZE[,hugepages=off|thp|2M|1G][,prealloc[=THREADS]][,lock[=on|onfault]][,mergeable]. hugepages: large pages where
+    /// the host finds some (thp, the default), or pages of its pool (with KVM); prealloc: all of it is found before the guest
+    /// starts; lock: it is never paged out; mergeable: pages that are alike may be merged (KSM, with KVM)
+    #[arg(long, short = 'm', value_name = "SIZE[,OPTION...]", default_value = "512M")]
+    pub memory: Memory,
+
+    /// A NUMA node of the guest, once for each: [cpus=LIST][,memory=SIZE][,host=NODES[,policy=bind|preferred|interleave]]
+    /// [,latency=NS][,bandwidth=MB/s]; or `node` for one of which nothing is said; or fake=N: N nodes with equal parts. And
+    /// distance=A:B:D between two of them (10 is here, 20 unless said). LIST is as in 0-3+8; host: where the memory comes from
+    #[arg(long, value_name = "NODE", help_heading = "Host")]
+    pub numa: Vec<Numa>,
 
     /// CPU model: a versioned name such as x86-64-v3.1, or `host` (`yado doctor` lists them)
     #[arg(long, value_name = "MODEL")]
@@ -130,6 +143,25 @@ pub struct Run {
     /// given, PORT 0 is any that is free
     #[arg(long, short = 'p', value_name = "HOST:GUEST", help_heading = "Network")]
     pub publish: Vec<Publish>,
+
+    /// Host CPUs on which threads may run: WHO=LIST, where WHO is numbers of vCPUs, vcpus, others (disks, network, control) or all,
+    /// and LIST is as in 0-3+8; repeatable
+    #[arg(long, value_name = "WHO=CPUS", help_heading = "Host")]
+    pub pin: Vec<Pin>,
+
+    /// How urgently threads run: [vcpus=|others=|all=]nice:N, batch, idle, fifo:N or rr:N (sched(7)); repeatable
+    #[arg(long, value_name = "[WHO=]PRIORITY", help_heading = "Host")]
+    pub priority: Vec<Urgency>,
+
+    /// What the guest's process may use at most, by a control group of its own: cpu=CPUS (1.5 or 150%), cpu-weight=1-10000 (all have
+    /// 100), memory=SIZE (the guest's and yado's own), and of each disk that images are on, each second: io-read=SIZE, io-write=SIZE,
+    /// io-reads=N, io-writes=N
+    #[arg(long, value_name = "LIMIT[,LIMIT...]", help_heading = "Host")]
+    pub limit: Vec<Limit>,
+
+    /// Make the guest's control group below this one instead of yado's own
+    #[arg(long, value_name = "PATH", help_heading = "Host")]
+    pub cgroup: Option<PathBuf>,
 
     /// Size of a new Debian guest's disk (sparse)
     #[arg(long, value_name = "SIZE", default_value = "8G")]
@@ -659,7 +691,7 @@ mod test {
         let arguments = Arguments::parse_from(["yado", "run", "debian", "-m", "1G", "--", "ls", "-l"]);
         let Command::Run(run) = arguments.command else { panic!() };
         assert_eq!(run.argv, ["ls", "-l"]);
-        assert_eq!(run.memory.0, 1 << 30);
+        assert_eq!(run.memory.size.0, 1 << 30);
         assert!(Arguments::try_parse_from(["yado", "run"]).is_err());
     }
 }

@@ -8,9 +8,12 @@ mod doctor;
 mod engine;
 mod exit;
 mod guests;
+mod host_share;
 mod image;
+mod numbers;
 mod progress;
 mod prometheus;
+mod provision;
 mod registry;
 mod run;
 mod signals;
@@ -80,6 +83,7 @@ fn dispatch(command: Command) -> anyhow::Result<u8> {
         Command::Completion { shell } => {
             clap_complete::generate(shell, &mut Arguments::command(), "yado", &mut std::io::stdout());
         }
+        Command::CgroupKeeper => host_share::keep()?,
         Command::Man { directory } => man(&directory)?,
     }
     Ok(0)

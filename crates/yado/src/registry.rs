@@ -5,6 +5,7 @@
 //! for as long as it lives. Its control socket is `NAME.vm/control` in the runtime directory. Nothing needs a daemon.
 
 use anyhow::{Context, bail, ensure};
+use resources::cgroup;
 use rustix::fs::{FlockOperation, flock};
 use sandbox::{Grant, May};
 use serde::{Deserialize, Serialize};
@@ -36,6 +37,9 @@ pub struct Record {
     pub memory: u64,
     /// `soft` or `kvm`.
     pub engine: String,
+    /// Control groups of its process, which whoever finds it dead removes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cgroups: Vec<PathBuf>,
     /// How a kept Debian guest boots again.
     #[serde(default)]
     pub boot: Option<Boot>,
@@ -254,6 +258,10 @@ pub fn list() -> anyhow::Result<Vec<Listed>> {
         // A record that cannot be read must not hide the others.
         let Ok(Some(record)) = place.record() else { continue };
         let running = is_running(&mut place);
+        if !running {
+            // Its keeper has done so, unless it was killed.
+            cgroup::remove(&record.cgroups, Duration::ZERO);
+        }
         if record.ephemeral && !running {
             let _ = place.remove();
         } else {

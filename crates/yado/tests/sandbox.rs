@@ -14,20 +14,7 @@ fn home() -> Home {
 
 /// A multiboot image that says "up" on the serial port and halts for ever.
 fn kernel(home: &Home) -> PathBuf {
-    kernel_of(home, b"\x66\xba\xf8\x03\xb0u\xee\xb0p\xee\xb0\n\xee\xf4\xeb\xfd")
-}
-
-/// A multiboot image of this 32-bit code.
-fn kernel_of(home: &Home, code: &[u8]) -> PathBuf {
-    let load = 0x10_0000u32;
-    let flags = 0x1_0000u32;
-    let checksum = 0u32.wrapping_sub(0x1bad_b002).wrapping_sub(flags);
-    let mut image = Vec::new();
-    for word in [0x1bad_b002, flags, checksum, load, load, 0, 0, load + 32] {
-        image.extend_from_slice(&word.to_le_bytes());
-    }
-    image.extend_from_slice(code);
-    home.file("kernel", &image)
+    home.bare_kernel(b"\x66\xba\xf8\x03\xb0u\xee\xb0p\xee\xb0\n\xee\xf4\xeb\xfd")
 }
 
 /// A guest that runs, in a process that is a child of this one; it goes with this value.
@@ -269,7 +256,7 @@ fn a_guest_without_a_name_leaves_nothing_behind() {
     for engine in engines() {
         let home = home();
         // mov dx, 0x604; mov ax, 0x3400; out dx, ax: power off.
-        let kernel = kernel_of(&home, b"\x66\xba\x04\x06\x66\xb8\x00\x34\x66\xef\xeb\xfe");
+        let kernel = home.bare_kernel(b"\x66\xba\x04\x06\x66\xb8\x00\x34\x66\xef\xeb\xfe");
         let line = ["run", "-q", "--memory", "8M", "--engine", engine, "--kernel", kernel.to_str().unwrap()];
         home.yado(&line).assert_success();
         home.assert_nothing_left();

@@ -1,9 +1,12 @@
 //! The ACPI tables of a [`Board`] (ACPI 6.5, chapter 5): what a kernel without firmware needs to find processors,
 //! interrupt controllers, PCI, serial ports, the power button and the way to switch off.
 //!
+//! Boards with NUMA nodes have three tables more ([`numa`]).
+//!
 //! Fixed-hardware ACPI: an SCI, PM1 registers and a PM timer ([`crate::power`]); no SMI port, no GPEs, no HPET.
 
 mod dsdt;
+mod numa;
 mod table;
 #[cfg(test)]
 mod test;
@@ -48,7 +51,8 @@ pub fn build(board: &Board, base: u64) -> Tables {
     let mut blob = Blob { base, bytes: vec![0; RSDP_LEN] };
     let facs = blob.add(&facs());
     let dsdt = blob.add(&dsdt::build(board));
-    let tables = [fadt(facs, dsdt), madt(board), mcfg(board), waet()];
+    let mut tables = vec![fadt(facs, dsdt), madt(board), mcfg(board), waet()];
+    tables.extend(numa::tables(&board.nodes));
     let mut xsdt = Table::new(b"XSDT", 1);
     for table in tables {
         let address = blob.add(&table.finish());

@@ -82,6 +82,80 @@ fn madt_lists_processors_of_both_kinds() {
     }
 }
 
+/// Two nodes of two processors with memory on both sides of the hole, and one of memory alone, far away.
+fn nodes() -> Vec<board::Node> {
+    let node = |cpus: &[u32], memory: &[(u64, u64)], distances: [u8; 3]| board::Node {
+        cpus: cpus.to_vec(),
+        memory: memory.to_vec(),
+        distances: distances.to_vec(),
+        latency_ns: Some(90),
+        bandwidth_mb_s: Some(120_000),
+    };
+    let far = board::Node { latency_ns: Some(300), ..node(&[], &[(6 << 30, 1 << 30)], [20, 30, 10]) };
+    vec![
+        node(&[0, 1], &[(0, 2 << 30)], [10, 21, 20]),
+        node(&[2, 300], &[(2 << 30, 1 << 30), (4 << 30, 2 << 30)], [21, 10, 30]),
+        far,
+    ]
+}
+
+#[test]
+fn nodes_are_told_with_their_processors_memory_and_distances() {
+    let board = Board { nodes: nodes(), ..Board::pc(301) };
+    let found = walk(&build(&board, board::ACPI_TABLES));
+    let srat = &found["SRAT"];
+    let (mut at, mut cpus, mut memory) = (48, vec![], vec![]);
+    while at < srat.len() {
+        let structure = &srat[at..];
+        match structure[0] {
+            0 => cpus.push((structure[2].into(), structure[3].into(), u32_at(structure, 4))),
+            1 => memory.push((u32_at(structure, 2), u64_at(structure, 8), u64_at(structure, 16))),
+            2 => cpus.push((u32_at(structure, 4), u32_at(structure, 8), u32_at(structure, 12))),
+            kind => panic!("{kind}"),
+        }
+        at += usize::from(structure[1]);
+    }
+    assert_eq!(at, srat.len());
+    assert_eq!(cpus, [(0, 0, 1), (0, 1, 1), (1, 2, 1), (1, 300, 1)]);
+    assert_eq!(
+        memory,
+        [(0, 0, 2 << 30), (1, 2 << 30, 1 << 30), (1, 4 << 30, 2 << 30), (2, 6 << 30, 1 << 30)]
+    );
+    let slit = &found["SLIT"];
+    assert_eq!(u64_at(slit, 36), 3);
+    assert_eq!(slit[44..], [10, 21, 20, 21, 10, 30, 20, 30, 10]);
+    // HMAT: three times who is nearest, latencies, bandwidths (two who ask, three who are asked).
+    let hmat = &found["HMAT"];
+    let nearest: Vec<_> = (0..3).map(|node| u32_at(hmat, 40 + node * 40 + 12)).collect();
+    assert_eq!(nearest, [0, 1, 0], "the far memory's processors are those of the nearer node");
+    let matrix = |at: usize| {
+        let head = 32 + 4 * 2 + 4 * 3;
+        let unit = u64_at(hmat, at + 24);
+        let entry = |pair: usize| u16::from_le_bytes(hmat[at + head + pair * 2..][..2].try_into().unwrap());
+        (hmat[at + 9], (0..6).map(|pair| u64::from(entry(pair)) * unit).collect::<Vec<_>>(), head + 12)
+    };
+    let (kind, latencies, len) = matrix(160);
+    assert_eq!(
+        (kind, latencies),
+        (0, vec![90_000, 189_000, 300_000, 189_000, 90_000, 450_000]),
+        "picoseconds"
+    );
+    let (kind, bandwidths, last) = matrix(160 + len);
+    assert_eq!((kind, bandwidths), (3, vec![120_000, 57_140, 120_000, 57_140, 120_000, 80_000]), "MB/s");
+    assert_eq!(160 + len + last, hmat.len());
+}
+
+#[test]
+fn a_board_without_nodes_or_without_speeds_says_nothing_of_them() {
+    let mut board = Board { nodes: nodes(), ..Board::pc(301) };
+    for node in &mut board.nodes {
+        (node.latency_ns, node.bandwidth_mb_s) = (None, None);
+    }
+    let found = walk(&build(&board, board::ACPI_TABLES));
+    assert!(found.contains_key("SLIT") && !found.contains_key("HMAT"));
+    assert!(!walk(&build(&Board::pc(1), board::ACPI_TABLES)).contains_key("SRAT"));
+}
+
 /// Disassembles every table and compiles the DSDT again; skipped where ACPICA is not installed.
 #[test]
 fn iasl_has_no_complaints() {
@@ -92,6 +166,7 @@ fn iasl_has_no_complaints() {
     let directory = tempfile::tempdir().unwrap();
     let mut board = Board::pc(300);
     board.serial.push(board::SerialPort { port: 0x3e8, irq: 5 });
+    board.nodes = nodes();
     for (name, table) in walk(&build(&board, board::ACPI_TABLES)) {
         let path = directory.path().join(format!("{name}.aml"));
         std::fs::write(&path, table).unwrap();

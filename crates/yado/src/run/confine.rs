@@ -11,6 +11,7 @@ pub fn plan(config: &MachineConfig) -> Plan {
     let to_network = |kind: &NetworkKind| matches!(kind, NetworkKind::User(_));
     Plan {
         makes_code: config.engine == EngineKind::Soft,
+        schedules: !config.scheduling.is_default(),
         internet: config.networks.iter().any(|card| to_network(&card.kind)),
         ..Plan::default()
     }

@@ -7,9 +7,10 @@ mod source;
 
 use crate::arguments::{self, DiskBus, Run, Switched};
 use crate::exit::{self, with_code};
+use crate::host_share::Share;
 use crate::progress::Phases;
 use crate::registry::{self, Place, Record};
-use crate::{client, engine, guests, signals, terminal};
+use crate::{client, engine, guests, host_share, provision, signals, terminal};
 use anyhow::Context;
 use guest::Poweroff;
 use image::format::Format;
@@ -18,6 +19,7 @@ use machine::agent::Agent;
 use machine::console::Console;
 use machine::control::{Listener, Server};
 use machine::{DiskConfig, DiskInterface, EngineKind, Machine, MachineConfig, Notice, Outcome};
+use resources::{Limits, cgroup};
 use source::{Root, Source};
 use std::fs::File;
 use std::os::unix::net::UnixStream;
@@ -34,7 +36,8 @@ const CONSOLE_LINES: usize = 20;
 
 /// Runs a guest; answers the exit code.
 pub fn run(options: Run) -> anyhow::Result<u8> {
-    source::check_memory(options.memory)?;
+    source::check_memory(options.memory.size)?;
+    provision::numa(&options.numa).map_err(|why| with_code(2, why))?;
     if options.detach && !background::is_background() {
         println!("{}", background::start()?);
         return Ok(0);
@@ -46,10 +49,14 @@ pub fn run(options: Run) -> anyhow::Result<u8> {
         None => Place::take_new(source::stem(&options))?,
     };
     let ephemeral = options.name.is_none();
-    let had_record = place.record()?.is_some();
+    let had_record = place.record()?;
+    if let Some(record) = &had_record {
+        cgroup::remove(&record.cgroups, Duration::ZERO);
+    }
     let result = run_at(&options, &place, &mut phases);
     // A guest that never started leaves nothing behind.
-    if ephemeral || (result.is_err() && !had_record && !place.directory.join("guest.json").exists()) {
+    if ephemeral || (result.is_err() && had_record.is_none() && !place.directory.join("guest.json").exists())
+    {
         let _ = place.remove();
     } else {
         let _ = place.leave();
@@ -63,7 +70,7 @@ fn run_at(options: &Run, place: &Place, phases: &mut Phases) -> anyhow::Result<u
     phases.say(&format!(
         "machine: {}, {}, engine {} ({})",
         count(options.cpus, "CPU"),
-        options.memory,
+        options.memory.size,
         choice.name(),
         choice.why
     ));
@@ -77,13 +84,14 @@ fn run_at(options: &Run, place: &Place, phases: &mut Phases) -> anyhow::Result<u
         started: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs()),
         pid: std::process::id(),
         cpus: options.cpus,
-        memory: options.memory.0,
+        memory: options.memory.size.0,
         engine: choice.name().to_owned(),
+        cgroups: Vec::new(),
         boot: source.keeps.then(|| stored_boot(&source, options)),
     })?;
     phases.finish();
     let parting = background::Parting::new()?;
-    let guest = Guest::start(options, place, &source, choice.kind)?;
+    let guest = Guest::start(options, place, &source, choice.kind, phases)?;
     if let Some(parting) = parting {
         parting.ready(&place.name)?;
     }
@@ -115,13 +123,24 @@ struct Guest {
     name: String,
     keeps: bool,
     server: Option<Server>,
+    _share: Share,
 }
 
 impl Guest {
-    fn start(options: &Run, place: &Place, source: &Source, engine: EngineKind) -> anyhow::Result<Self> {
-        let config = MachineConfig { engine, ..configuration(options, place, source)? };
+    fn start(
+        options: &Run,
+        place: &Place,
+        source: &Source,
+        engine: EngineKind,
+        phases: &mut Phases,
+    ) -> anyhow::Result<Self> {
+        let mut config = MachineConfig { engine, ..configuration(options, place, source)? };
+        // Before there is anything to be counted.
+        let share = Share::take(place, &limits(options, &config), options.cgroup.as_deref())?;
+        config.scheduling = host_share::scheduling(&options.pin, &options.priority).prepare(config.cpus)?;
+        config.groups.clone_from(&share.groups);
         let plan = confine::plan(&config);
-        let machine = Arc::new(Machine::new(config).map_err(|error| {
+        let machine = Arc::new(machine(config, phases).map_err(|error| {
             let of_kvm = engine == EngineKind::Kvm && matches!(error, machine::Error::Engine(_));
             let error = anyhow::Error::from(error);
             if of_kvm { error.context("KVM does not run this guest; --engine soft may") } else { error }
@@ -177,6 +196,7 @@ impl Guest {
             name: place.name.clone(),
             keeps: source.keeps,
             server: Some(server),
+            _share: share,
         })
     }
 
@@ -367,6 +387,28 @@ impl Guest {
     }
 }
 
+/// Makes the machine; shows how far the host is with its RAM, if all is to be there.
+fn machine(config: MachineConfig, phases: &mut Phases) -> Result<Machine, machine::Error> {
+    if config.memory_policy.populate.is_some() {
+        phases.begin("finding memory", Some(config.memory));
+    }
+    let mut before = 0;
+    let made = Machine::prepared(config, |done, _| {
+        phases.advance(done - before);
+        before = done;
+    });
+    phases.finish();
+    made
+}
+
+/// What is asked for, of the disks that the images are on.
+fn limits(options: &Run, config: &MachineConfig) -> Limits {
+    let mut files: Vec<_> = config.disks.iter().map(|disk| disk.path.clone()).collect();
+    files.extend(config.disks.iter().filter_map(|disk| disk.overlay.clone()));
+    files.retain(|file| file.exists());
+    Limits { files, ..host_share::limits(&options.limit) }
+}
+
 /// Tells the user and the console's log.
 fn say(console: &Console, what: &str) {
     console.note(what);
@@ -404,7 +446,9 @@ fn chooser(directory: &Path) -> anyhow::Result<PathBuf> {
 fn configuration(options: &Run, place: &Place, source: &Source) -> anyhow::Result<MachineConfig> {
     let mut config = MachineConfig::new(&source.boot.kernel);
     config.cpus = options.cpus;
-    config.memory = options.memory.0;
+    config.memory = options.memory.size.0;
+    config.memory_policy = options.memory.policy;
+    config.numa = provision::numa(&options.numa).map_err(|why| with_code(2, why))?;
     config.cpu_model.clone_from(&options.cpu);
     config.initrd.clone_from(&source.boot.initrd);
     config.command_line.clone_from(&source.boot.cmdline);
