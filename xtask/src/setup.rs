@@ -26,6 +26,7 @@ const BENCH_PROGRAMS: &[(&str, &str)] = &[
     ("dpdk-testpmd", "dpdk-dev"),
     ("dpdk-testpmd", "librte-meta-net"),
     ("iperf3", "iperf3"),
+    ("mkfs.xfs", "xfsprogs"),
     ("ovs-vsctl", "openvswitch-switch"),
     (OVS_DPDK, "openvswitch-switch-dpdk"),
     ("slirp4netns", "slirp4netns"),

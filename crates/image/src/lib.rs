@@ -24,6 +24,7 @@
 )]
 
 mod buffers;
+mod chain;
 mod copy;
 mod disk;
 mod endian;

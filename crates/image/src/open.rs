@@ -4,6 +4,7 @@
 //! the file's beginning is looked at, and then nothing that it names is opened: no backing file, no data file. A chain is
 //! followed only where the format was said, for a header is then what the host's user trusts.
 
+use crate::chain::Chain;
 use crate::disk::{Disk, Error};
 use crate::format::qcow2::{self, CreateOptions, Parts, Qcow2};
 use crate::format::qed::{self, Qed};
@@ -88,7 +89,7 @@ impl Image {
         }
         let mut image = None;
         while let Some(layer) = layers.pop() {
-            image = Some(layer.open(image, repair && layers.is_empty())?);
+            image = Some(layer.open(image, layers.is_empty(), repair)?);
         }
         let mut image: Image = image.ok_or_else(|| Error::Options("there is no image".into()))?;
         if options.cache.is_write_through() && !image.disk.read_only() {
@@ -111,6 +112,13 @@ impl Image {
             path: self.path.clone(),
             what: format!("{} images have no {what}", self.format),
         })
+    }
+
+    /// The disks of the chain, from the top down.
+    fn layers(&self) -> Vec<Arc<dyn Disk>> {
+        std::iter::successors(Some(self), |image| image.backing.as_deref())
+            .map(|image| image.disk.clone())
+            .collect()
     }
 
     fn of(layer: Layer, opened: Opened, backing: Option<Image>) -> Self {
@@ -266,8 +274,13 @@ impl Layer {
         Ok(Some(below))
     }
 
-    fn open(mut self, backing: Option<Image>, repair: bool) -> Result<Image, Error> {
-        let below = backing.as_ref().map(|image| image.disk.clone());
+    /// Opens the image over the one below; the top one of the chain reads through all of it at once.
+    fn open(mut self, backing: Option<Image>, top: bool, repair: bool) -> Result<Image, Error> {
+        let below = match &backing {
+            Some(image) if top => Chain::over(image.layers()),
+            backing => backing.as_ref().map(|image| image.disk.clone()),
+        };
+        let repair = repair && top;
         let (path, storage) = (self.path.as_path(), self.storage.clone());
         let opened = match std::mem::replace(&mut self.header, Header::Raw) {
             Header::Raw => Opened::Raw(Raw::new(storage)),

@@ -4,6 +4,7 @@ pub mod boot;
 pub mod console;
 pub mod cpu;
 pub mod engine;
+pub mod image;
 pub mod memory;
 pub mod nbd;
 pub mod page;
@@ -26,6 +27,8 @@ pub enum Area {
     Switch(switch::Options),
     /// The NBD server beside qemu-nbd
     Nbd(nbd::Options),
+    /// The block layer and `yado image` beside qemu-img and fio, a guest's disk beside QEMU's
+    Image(image::Options),
     /// What exits, kicks and interrupts cost on each engine of this host
     Engine,
 }
@@ -36,6 +39,7 @@ pub fn run(area: &Area) -> anyhow::Result<()> {
         Area::Boot(options) => boot::run(options),
         Area::Cpu(options) => cpu::run(options),
         Area::Switch(options) => switch::run(options),
+        Area::Image(options) => image::run(options),
         Area::Engine => engine::run(),
         Area::Nbd(options) => nbd::run(options),
     }

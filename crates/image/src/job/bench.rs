@@ -27,6 +27,9 @@ pub struct Load {
     pub flush_interval: u64,
 }
 
+/// Most requests that a thread takes at a time.
+const TAKEN_MAX: u64 = 16;
+
 /// Sends requests; answers how long all of them took.
 pub fn bench(disk: &dyn Disk, load: Load, progress: &Progress) -> io::Result<Duration> {
     let room = disk.capacity().checked_sub(load.len).filter(|_| load.offset <= disk.capacity());
@@ -34,23 +37,19 @@ pub fn bench(disk: &dyn Disk, load: Load, progress: &Progress) -> io::Result<Dur
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the disk is smaller than a request"))?;
     let (next, failed) = (AtomicU64::new(0), AtomicBool::new(false));
     let began = Instant::now();
+    // Threads that took requests one by one would hand each other the counter's cache line for each.
+    let share = (load.depth as u64).saturating_mul(4).max(1);
+    let taken = load.count.checked_div(share).unwrap_or(1).clamp(1, TAKEN_MAX);
     let worker = || {
         let mut bytes = vec![load.write.unwrap_or(0); size(load.len)];
         loop {
-            let number = next.fetch_add(1, Ordering::Relaxed);
-            if number >= load.count || failed.load(Ordering::Relaxed) {
+            let first = next.fetch_add(taken, Ordering::Relaxed);
+            let end = first.saturating_add(taken).min(load.count);
+            if first >= end || failed.load(Ordering::Relaxed) {
                 return Ok(());
             }
-            // As qemu-img's: steps wrap around at the disk's end.
-            let at = load.offset.wrapping_add(number.wrapping_mul(load.step));
-            let at = if at <= room { at } else { at.checked_rem(room.saturating_add(1)).unwrap_or(0) };
-            let done = match load.write {
-                Some(_) => disk.write(at, &WriteFrom(&bytes)),
-                None => disk.read(at, &ReadInto::new(&mut bytes)),
-            };
-            let flushes = number.saturating_add(1).checked_rem(load.flush_interval) == Some(0);
-            let done = if flushes { done.and_then(|()| disk.flush()) } else { done };
-            let done = done.and_then(|()| progress.advance(load.len));
+            let mut done = (first..end).try_for_each(|number| request(disk, &load, room, number, &mut bytes));
+            done = done.and_then(|()| progress.advance(end.saturating_sub(first).saturating_mul(load.len)));
             if done.is_err() {
                 failed.store(true, Ordering::Relaxed);
                 return done;
@@ -67,6 +66,19 @@ pub fn bench(disk: &dyn Disk, load: Load, progress: &Progress) -> io::Result<Dur
         result
     })?;
     Ok(began.elapsed())
+}
+
+/// Does a request by its number, and the flush that is due after it.
+fn request(disk: &dyn Disk, load: &Load, room: u64, number: u64, bytes: &mut [u8]) -> io::Result<()> {
+    // As qemu-img's: steps wrap around at the disk's end.
+    let at = load.offset.wrapping_add(number.wrapping_mul(load.step));
+    let at = if at <= room { at } else { at.checked_rem(room.saturating_add(1)).unwrap_or(0) };
+    match load.write {
+        Some(_) => disk.write(at, &WriteFrom(bytes))?,
+        None => disk.read(at, &ReadInto::new(bytes))?,
+    }
+    let flushes = number.saturating_add(1).checked_rem(load.flush_interval) == Some(0);
+    if flushes { disk.flush() } else { Ok(()) }
 }
 
 #[cfg(test)]

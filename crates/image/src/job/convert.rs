@@ -1,8 +1,9 @@
 //! Copies of a disk's content into another image.
 
+use super::share::{BLOCK, Shared};
 use super::{Progress, in_pieces, is_zero};
 use crate::buffers::{ReadInto, WriteFrom};
-use crate::disk::{Content, Disk};
+use crate::disk::{Content, Disk, Status};
 use crate::endian::size;
 use crate::format::qcow2::{CreateOptions, Qcow2};
 use crate::format::{qed, vhd};
@@ -10,6 +11,8 @@ use std::io;
 
 /// Bytes that one thread deals with at a time.
 const PIECE: u64 = 2 << 20;
+/// Bytes that one thread deals with at a time where nothing is moved.
+const SHARED_PIECE: u64 = 64 << 20;
 /// Bytes that are compared with what is below at a time.
 const OVER_PIECE: u64 = 64 << 10;
 
@@ -22,6 +25,8 @@ pub struct ConvertOptions {
     pub sparse: u64,
     /// The target reads as zeroes where nothing was written.
     pub target_is_zero: bool,
+    /// The target may have the source's blocks where the file system can share them; zeroes in them are stored.
+    pub share: bool,
 }
 
 /// Where the copy goes.
@@ -53,8 +58,10 @@ pub fn convert(
     let room = room(source, target)?;
     match target {
         Target::Plain(disk) => {
+            let options = ConvertOptions { share: options.share && shares(source, disk)?, ..options };
+            let piece = if options.share { SHARED_PIECE } else { PIECE };
             let worker = || Ok(vec![0; size(PIECE)]);
-            in_pieces(capacity, PIECE, options.threads, worker, |buffer: &mut Vec<u8>, at, len| {
+            in_pieces(capacity, piece, options.threads, worker, |buffer: &mut Vec<u8>, at, len| {
                 copy_piece(source, disk, options, buffer, (at, len), progress)
             })?;
         }
@@ -170,6 +177,28 @@ fn has_data(disk: &dyn Disk, at: u64, len: u64) -> io::Result<bool> {
     Ok(false)
 }
 
+/// Lets the target have what the source has at `at`; answers how much of it, zero where that cannot be.
+fn share(source: &dyn Disk, target: &dyn Disk, status: &Status, at: u64, len: u64) -> u64 {
+    let len = len & !BLOCK.saturating_sub(1);
+    let stored = status.content == Content::Data && status.offset.is_some() && len > 0;
+    if stored && target.write(at, &Shared { source, offset: at, len }).is_ok() { len } else { 0 }
+}
+
+/// Whether blocks can be shared: the first that the source has are tried.
+fn shares(source: &dyn Disk, target: &dyn Disk) -> io::Result<bool> {
+    let capacity = source.capacity();
+    let mut at = 0u64;
+    while at < capacity {
+        let status = source.block_status(at, capacity.saturating_sub(at))?;
+        if status.content == Content::Data && status.offset.is_some() {
+            let len = status.len.clamp(1, PIECE).min(capacity.saturating_sub(at));
+            return Ok(share(source, target, &status, at, len) > 0);
+        }
+        at = at.saturating_add(status.len.max(1));
+    }
+    Ok(false)
+}
+
 fn copy_piece(
     source: &dyn Disk,
     target: &dyn Disk,
@@ -182,8 +211,12 @@ fn copy_piece(
     while done < len {
         let at = start.saturating_add(done);
         let status = source.block_status(at, len.saturating_sub(done))?;
-        let part = status.len.clamp(1, len.saturating_sub(done));
-        if status.content == Content::Data || options.sparse == 0 {
+        let mut part = status.len.clamp(1, len.saturating_sub(done));
+        let shared = if options.share { share(source, target, &status, at, part) } else { 0 };
+        if shared > 0 {
+            part = shared;
+        } else if status.content == Content::Data || options.sparse == 0 {
+            part = part.min(buffer.len() as u64);
             let bytes = buffer.get_mut(..size(part)).unwrap_or_default();
             source.read(at, &ReadInto::new(bytes))?;
             write_sparse(target, at, bytes, options)?;

@@ -5,6 +5,7 @@ mod bench;
 mod compare;
 mod convert;
 mod merge;
+mod share;
 
 pub use bench::{Load, bench};
 pub use compare::{Difference, compare};

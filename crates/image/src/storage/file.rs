@@ -7,10 +7,12 @@ use rustix::fs::{FallocateFlags, FlockOperation, fallocate, fdatasync};
 use rustix::io::Errno;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// An open file, locked: one writer, or any number of readers.
 #[derive(Debug)]
@@ -20,6 +22,9 @@ pub struct StorageFile {
     len: AtomicU64,
     read_only: bool,
     device: bool,
+    /// The data that was found last: to find where data ends takes some file systems (tmpfs) as long as there is data, and
+    /// who goes over a file asks again and again. Where a hole was made since it still reads as zeroes.
+    data: Mutex<Range<u64>>,
     /// A flush has failed: the kernel has thrown away what it could not write, and the next flush would know nothing of it.
     lost: AtomicBool,
 }
@@ -95,13 +100,21 @@ impl StorageFile {
             len: AtomicU64::new(len),
             read_only,
             device: kind.is_block_device(),
+            data: Mutex::default(),
             lost: AtomicBool::new(false),
         })
     }
 
     /// Wraps a file made by this process for itself.
     pub fn private(file: File, len: u64) -> Self {
-        Self { file, len: AtomicU64::new(len), read_only: false, device: false, lost: AtomicBool::new(false) }
+        Self {
+            file,
+            len: AtomicU64::new(len),
+            read_only: false,
+            device: false,
+            data: Mutex::default(),
+            lost: AtomicBool::new(false),
+        }
     }
 
     fn write_zero_bytes(&self, offset: u64, len: u64) -> io::Result<()> {
@@ -116,10 +129,15 @@ impl StorageFile {
         Ok(())
     }
 
+    fn data(&self) -> MutexGuard<'_, Range<u64>> {
+        self.data.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn allocate(&self, how: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
         if len == 0 {
             return Ok(());
         }
+        *self.data() = 0..0;
         match patiently(|| fallocate(&self.file, how, offset, len)) {
             Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV) => {
                 Err(io::Error::from(io::ErrorKind::Unsupported))
@@ -178,6 +196,7 @@ impl Storage for StorageFile {
         if self.device {
             return if len <= self.len() { Ok(()) } else { Err(io::ErrorKind::StorageFull.into()) };
         }
+        *self.data() = 0..0;
         self.file.set_len(len)?;
         self.len.store(len, Ordering::Relaxed);
         Ok(())
@@ -213,10 +232,14 @@ impl Storage for StorageFile {
         }
         let within = len.min(end.saturating_sub(offset));
         let until = |to: u64| to.saturating_sub(offset).clamp(1, within);
+        if let Some(known) = Some(self.data()).filter(|data| data.contains(&offset)) {
+            return Ok(Extent { len: until(known.end), hole: false });
+        }
         match rustix::fs::seek(&self.file, rustix::fs::SeekFrom::Data(offset)) {
             Ok(data) if data > offset => Ok(Extent { len: until(data), hole: true }),
             Ok(_) => {
                 let hole = rustix::fs::seek(&self.file, rustix::fs::SeekFrom::Hole(offset)).unwrap_or(end);
+                *self.data() = offset..hole;
                 Ok(Extent { len: until(hole), hole: false })
             }
             // Nothing but a hole up to the end.
@@ -235,6 +258,23 @@ impl Storage for StorageFile {
 #[cfg(test)]
 mod test {
     use super::*;
+
+    #[test]
+    fn what_was_found_is_forgotten_once_it_is_cut() {
+        let file = StorageFile::private(tempfile::tempfile().unwrap(), 0);
+        file.write_bytes(0, &[7; 1 << 20]).unwrap();
+        let of = |offset| file.extent(offset, 1 << 20).unwrap();
+        assert_eq!(of(4096), Extent { len: (1 << 20) - 4096, hole: false });
+        assert_eq!(of(8192), Extent { len: (1 << 20) - 8192, hole: false });
+        if file.punch_hole(1 << 16, 1 << 16).is_ok() {
+            assert_eq!(of(8192), Extent { len: (1 << 16) - 8192, hole: false });
+            assert_eq!(of(1 << 16), Extent { len: 1 << 16, hole: true });
+        }
+        file.set_len(1 << 15).unwrap();
+        assert_eq!(of(8192), Extent { len: (1 << 15) - 8192, hole: false });
+        file.write_bytes(1 << 15, &[1; 4096]).unwrap();
+        assert_eq!(of((1 << 15) + 5).len, 4091);
+    }
 
     #[test]
     fn a_failed_flush_is_not_forgotten() {

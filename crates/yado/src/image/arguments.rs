@@ -160,9 +160,9 @@ pub struct Convert {
     /// The target that is there reads as zeroes
     #[arg(long, requires = "no_create")]
     pub target_is_zero: bool,
-    /// Runs of zeroes this long are not stored (0: everything is)
-    #[arg(short = 'S', long, value_name = "SIZE", default_value = "4K")]
-    pub sparse: Size,
+    /// Runs of zeroes this long are not stored (0: everything is; default: 4K, and blocks are shared where the file system can)
+    #[arg(short = 'S', long, value_name = "SIZE")]
+    pub sparse: Option<Size>,
     /// Take an internal snapshot of the source
     #[arg(short = 'l', long, value_name = "NAME")]
     pub snapshot: Option<String>,

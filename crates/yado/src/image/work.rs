@@ -16,10 +16,14 @@ use image::{Disk, Image, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// How often progress is looked at.
 const PERIOD: Duration = Duration::from_millis(50);
+
+/// Runs of zeroes of so many bytes are not stored where nobody says otherwise.
+const SPARSE: u64 = 4096;
 
 /// What is shown of a job.
 pub struct Show<'a> {
@@ -29,6 +33,35 @@ pub struct Show<'a> {
     pub quiet: bool,
 }
 
+/// Runs a job and calls `look` with how far it is, now and then and at its end; ends it when the user wants that.
+pub fn watched<T: Send>(
+    job: impl FnOnce(&Progress) -> io::Result<T> + Send,
+    mut look: impl FnMut(u64),
+) -> io::Result<T> {
+    let (progress, over) = (Progress::default(), AtomicBool::new(false));
+    let watcher = std::thread::current();
+    std::thread::scope(|scope| {
+        let worker = scope.spawn(|| {
+            let result = job(&progress);
+            over.store(true, Ordering::Release);
+            watcher.unpark();
+            result
+        });
+        let mut wait = Duration::from_millis(1);
+        // A job that panics wakes nobody.
+        while !over.load(Ordering::Acquire) && !worker.is_finished() {
+            std::thread::park_timeout(std::mem::replace(&mut wait, PERIOD));
+            if signals::cancelled() {
+                progress.cancel();
+            }
+            look(progress.done());
+        }
+        let result = worker.join().unwrap_or_else(|_| Err(io::Error::other("the job has failed")));
+        look(progress.done());
+        result
+    })
+}
+
 /// Runs a job, shows how far it is, and ends it when the user wants that.
 pub fn with_progress<T: Send>(
     show: Show<'_>,
@@ -36,21 +69,10 @@ pub fn with_progress<T: Send>(
 ) -> Result<T> {
     let mut phases = Phases::new(show.quiet);
     phases.begin(show.name, Some(show.total));
-    let progress = Progress::default();
-    let result = std::thread::scope(|scope| {
-        let worker = scope.spawn(|| job(&progress));
-        let mut seen = 0;
-        while !worker.is_finished() {
-            std::thread::park_timeout(if seen == 0 { Duration::from_millis(1) } else { PERIOD });
-            if signals::cancelled() {
-                progress.cancel();
-            }
-            let done = progress.done();
-            phases.advance(done - seen);
-            seen = done;
-        }
-        phases.advance(progress.done() - seen);
-        worker.join().unwrap_or_else(|_| Err(io::Error::other("the job has failed")))
+    let mut seen = 0;
+    let result = watched(job, |done| {
+        phases.advance(done.saturating_sub(seen));
+        seen = done;
     });
     match result {
         Err(_) if signals::cancelled() => Err(with_code(signals::cancelled_code(), "cancelled")),
@@ -81,9 +103,11 @@ pub fn convert(arguments: &Convert) -> Result<()> {
         over: None,
         compress: arguments.compress,
         threads: arguments.threads,
-        sparse: arguments.sparse.0,
+        sparse: arguments.sparse.map_or(SPARSE, |size| size.0),
         cache: CacheMode::default(),
-        share: plain.then_some(&arguments.source),
+        whole: plain.then_some(&arguments.source),
+        // Whoever says which zeroes are not stored wants them looked for.
+        share: arguments.sparse.is_none(),
     };
     let watch = |total: u64, job: &(dyn Fn(&Progress) -> io::Result<()> + Sync)| {
         with_progress(Show { name: "converting", total, quiet: arguments.quiet }, job)
@@ -127,8 +151,10 @@ pub struct Copying<'a> {
     pub sparse: u64,
     /// Of the target.
     pub cache: CacheMode,
-    /// A file that is the disk, byte for byte: the copy may share its blocks.
-    pub share: Option<&'a PathBuf>,
+    /// A file that is the disk, byte for byte: the copy may share all its blocks.
+    pub whole: Option<&'a PathBuf>,
+    /// The copy may share what blocks it can.
+    pub share: bool,
 }
 
 impl Copying<'_> {
@@ -154,7 +180,7 @@ impl Copying<'_> {
     }
 
     fn make_and_fill(&self, partial: &Path, watch: Watch<'_>) -> Result<()> {
-        if self.share.is_some_and(|from| image::share_blocks(from, partial).is_ok()) {
+        if self.whole.is_some_and(|from| image::share_blocks(from, partial).is_ok()) {
             return Ok(());
         }
         make(partial, &self.new)?;
@@ -166,7 +192,7 @@ impl Copying<'_> {
         let how = OpenOptions { format: Some(self.new.format), cache: self.cache, ..OpenOptions::default() };
         let target = Image::open(file, how)?;
         let threads = self.threads.unwrap_or_else(job::usual_threads).clamp(1, 64);
-        let options = ConvertOptions { threads, sparse: self.sparse, target_is_zero };
+        let options = ConvertOptions { threads, sparse: self.sparse, target_is_zero, share: self.share };
         watch(self.disk.capacity(), &|progress: &Progress| {
             let to = match &target.qcow2 {
                 Some(qcow2) if self.compress => Target::Compressed(qcow2),

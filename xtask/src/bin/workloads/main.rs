@@ -6,6 +6,7 @@
 //! CPUs, or instructions that the CPU has not, is left out where they are missing.
 
 mod crypto;
+mod disk;
 mod floating;
 mod generated;
 mod integer;
@@ -41,6 +42,7 @@ fn main() {
     let is_init = std::process::id() == 1;
     let chosen = if is_init { system::prepare_as_init() } else { arguments };
     if is_init {
+        disk::prepare();
         // A kernel goes on with its start beside the first program: that is not what is measured.
         std::thread::sleep(SETTLING);
     }
@@ -58,7 +60,9 @@ fn main() {
 }
 
 fn offered(workload: &Workload) -> bool {
-    crypto::offered(workload.name) && (workload.group != parallel::GROUP || parallel::cpus() > 1)
+    crypto::offered(workload.name)
+        && (workload.group != parallel::GROUP || parallel::cpus() > 1)
+        && (workload.group != disk::GROUP || disk::offered())
 }
 
 fn all() -> Vec<Workload> {
@@ -71,6 +75,7 @@ fn all() -> Vec<Workload> {
         system::ALL,
         generated::ALL,
         parallel::ALL,
+        disk::ALL,
     ];
     groups.into_iter().flatten().map(copy).collect()
 }

@@ -1,6 +1,7 @@
 //! Clusters, deflated and inflated.
 
 use super::header::Compression;
+use super::noise::is_noise;
 use std::io;
 
 /// log2 of the deflate window that readers of the format may use.
@@ -67,6 +68,13 @@ impl Deflater {
 
     /// The cluster deflated, if that makes it smaller.
     pub fn deflate(&mut self, cluster: &[u8]) -> Option<Vec<u8>> {
+        // zstd looks for itself.
+        let vain = matches!(self, Self::Zlib(_)) && is_noise(cluster);
+        if vain { None } else { self.deflate_all(cluster) }
+    }
+
+    /// The same, tried whatever the cluster looks like.
+    pub fn deflate_all(&mut self, cluster: &[u8]) -> Option<Vec<u8>> {
         let mut out = vec![0; cluster.len()];
         let len = match self {
             Self::Zlib(deflater) => {

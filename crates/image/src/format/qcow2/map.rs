@@ -12,7 +12,7 @@ use crate::storage::Storage;
 use arc_swap::{ArcSwap, ArcSwapOption, Guard};
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 /// Bytes of L2 tables kept in memory.
@@ -71,6 +71,8 @@ pub struct Map {
     cached: Mutex<VecDeque<usize>>,
     /// Numbers of tables of which the file lacks something.
     dirty: Mutex<BTreeSet<usize>>,
+    /// How many: every write asks.
+    dirty_count: AtomicUsize,
     /// Numbers of L1 entries that the file does not know.
     l1_dirty: Mutex<BTreeSet<usize>>,
     pub metadata: RwLock<Metadata>,
@@ -103,6 +105,7 @@ impl Map {
             loading: Default::default(),
             cached: Mutex::default(),
             dirty: Mutex::default(),
+            dirty_count: AtomicUsize::new(0),
             l1_dirty: Mutex::default(),
             metadata: RwLock::new(metadata),
         }
@@ -298,12 +301,14 @@ impl Map {
 
     /// Notes that the file lacks something of a table.
     pub fn note_dirty(&self, table: &Table) {
-        lock(&self.dirty).insert(table.index);
+        let mut dirty = lock(&self.dirty);
+        dirty.insert(table.index);
+        self.dirty_count.store(dirty.len(), Ordering::Relaxed);
     }
 
     /// How many tables the file lacks something of.
     pub fn dirty_tables(&self) -> usize {
-        lock(&self.dirty).len()
+        self.dirty_count.load(Ordering::Relaxed)
     }
 
     /// L1 entries that the file does not know: number and word. To be taken before the tables.
@@ -316,7 +321,11 @@ impl Map {
 
     /// Tables that the file does not wholly know.
     pub fn take_dirty(&self) -> Vec<Arc<Table>> {
-        let numbers = std::mem::take(&mut *lock(&self.dirty));
+        let numbers = {
+            let mut dirty = lock(&self.dirty);
+            self.dirty_count.store(0, Ordering::Relaxed);
+            std::mem::take(&mut *dirty)
+        };
         let l1 = self.l1.load();
         numbers.into_iter().filter_map(|index| l1.slots.get(index)?.table.load_full()).collect()
     }

@@ -30,6 +30,7 @@ mod discard;
 mod flush;
 pub mod header;
 mod map;
+mod noise;
 #[cfg(test)]
 mod power_test;
 mod refcount;

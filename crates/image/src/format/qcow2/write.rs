@@ -9,6 +9,7 @@ use super::{Qcow2, lock, refcount};
 use crate::buffers::{Buffers, Part, ReadInto};
 use crate::disk::Disk;
 use crate::endian::size;
+use std::cell::Cell;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
@@ -16,6 +17,14 @@ use std::sync::atomic::Ordering;
 
 /// Most clusters that one step of a write allocates.
 const STEP_CLUSTERS_MAX: u64 = 256;
+
+/// Longest memory for a cluster that a thread keeps.
+const KEPT_MAX: usize = 256 << 10;
+
+thread_local! {
+    /// Memory for a cluster that is written anew.
+    static CLUSTER: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+}
 
 /// A bitmap's bits for subclusters `range`.
 fn bits(range: Range<u32>) -> u64 {
@@ -185,7 +194,7 @@ impl Qcow2 {
         let move_bytes = || {
             let total: u64 = fills.iter().map(|fill| fill.end.saturating_sub(fill.start)).sum();
             if !in_place && total.saturating_add(len) == shape.cluster() {
-                return self.write_whole(start, &fills, run.offset, within, buffers);
+                return self.write_whole(start, run.offset, within, buffers);
             }
             for fill in &fills {
                 let mut bytes = vec![0; size(fill.end.saturating_sub(fill.start))];
@@ -207,23 +216,24 @@ impl Qcow2 {
     }
 
     /// The cluster's content as it is, with the write over it, in one piece.
-    fn write_whole(
-        &self,
-        start: u64,
-        fills: &[Range<u64>],
-        host: u64,
-        within: u64,
-        buffers: &dyn Buffers,
-    ) -> io::Result<()> {
-        let mut cluster = vec![0; size(self.shape.cluster())];
-        for fill in fills {
-            let bytes = cluster.get_mut(size(fill.start)..size(fill.end)).unwrap_or_default();
-            let count = bytes.len() as u64;
-            self.read_old(start.saturating_add(fill.start), bytes, count)?;
+    fn write_whole(&self, start: u64, host: u64, within: u64, buffers: &dyn Buffers) -> io::Result<()> {
+        // Memory that is there and touched: to get and clear it costs about as much as to copy a cluster.
+        let mut cluster = CLUSTER.take();
+        cluster.resize(size(self.shape.cluster()), 0);
+        let written = self.merge(start, within, buffers, &mut cluster);
+        let written = written.and_then(|()| self.data().write_bytes(host, &cluster));
+        if cluster.len() <= KEPT_MAX {
+            CLUSTER.set(cluster);
         }
+        written
+    }
+
+    /// Reads a cluster and lays a write over it.
+    fn merge(&self, start: u64, within: u64, buffers: &dyn Buffers, cluster: &mut [u8]) -> io::Result<()> {
+        // In one go, with what the write replaces: that is less than another call takes.
+        self.read_old(start, cluster, cluster.len() as u64)?;
         let into = size(within)..size(within.saturating_add(buffers.len()));
-        buffers.get(0, cluster.get_mut(into).unwrap_or_default())?;
-        self.data().write_bytes(host, &cluster)
+        buffers.get(0, cluster.get_mut(into).unwrap_or_default())
     }
 
     /// What the disk holds; zeroes behind its end.

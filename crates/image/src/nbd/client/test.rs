@@ -186,7 +186,7 @@ fn whole_images_go_through() {
     let raw = Raw::new(Arc::new(connect(&serving.uri("raw"))));
     raw.write(0, &WriteFrom(&bytes)).unwrap();
     let qcow2 = Raw::new(Arc::new(connect(&serving.uri("qcow2"))));
-    let options = ConvertOptions { threads: 3, sparse: 4096, target_is_zero: false };
+    let options = ConvertOptions { threads: 3, sparse: 4096, target_is_zero: false, share: false };
     convert(&raw, Target::Plain(&qcow2), options, &Progress::default()).unwrap();
     let mut back = vec![0; 4 << 20];
     qcow2.read(0, &ReadInto::new(&mut back)).unwrap();

@@ -165,7 +165,7 @@ pub struct Convert {
     /// Out of order (always so)
     #[arg(short = 'W')]
     pub out_of_order: bool,
-    /// Let the file system copy (where it can, always so)
+    /// Let the file system copy, where it can share blocks (whole raw files always so)
     #[arg(short = 'C')]
     pub copy_range: bool,
     #[arg(short)]

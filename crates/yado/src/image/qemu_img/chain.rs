@@ -1,7 +1,7 @@
 //! What works on images and what lies below them: convert, rebase, commit; with progress as qemu-img shows it.
 
 use super::super::options::{New, split};
-use super::super::work::Copying;
+use super::super::work::{Copying, watched};
 use super::arguments::{Commit, Convert, Rebase};
 use super::{cache, fail, open, plain, reading, show::same_file, size};
 use crate::signals;
@@ -11,10 +11,6 @@ use image::job::{self, Progress};
 use image::{Disk, Image, OpenOptions};
 use std::io::{self, Write};
 use std::sync::Arc;
-use std::time::Duration;
-
-/// How often progress is looked at.
-const PERIOD: Duration = Duration::from_millis(50);
 
 fn print_percent(done: u64, total: u64) {
     print!(
@@ -37,25 +33,13 @@ pub fn with_progress<T: Send>(
     total: u64,
     job: impl FnOnce(&Progress) -> io::Result<T> + Send,
 ) -> Result<T> {
-    let progress = Progress::default();
     let print = |done: u64| {
         if shown {
             print_percent(done, total);
         }
     };
-    let result = std::thread::scope(|scope| {
-        let worker = scope.spawn(|| job(&progress));
-        print(0);
-        let mut wait = Duration::from_millis(1);
-        while !worker.is_finished() {
-            std::thread::park_timeout(std::mem::replace(&mut wait, PERIOD));
-            if signals::cancelled() {
-                progress.cancel();
-            }
-            print(progress.done());
-        }
-        worker.join().unwrap_or_else(|_| Err(io::Error::other("the job has failed")))
-    });
+    print(0);
+    let result = watched(job, print);
     if shown && result.is_ok() {
         print_percent(1, 1);
     }
@@ -144,7 +128,8 @@ pub fn convert(arguments: &Convert) -> Result<()> {
         threads: arguments.threads,
         sparse,
         cache: target_cache,
-        share: sources.first().filter(|_| one_raw && format == Format::Raw && arguments.snapshot.is_none()),
+        share: arguments.copy_range,
+        whole: sources.first().filter(|_| one_raw && format == Format::Raw && arguments.snapshot.is_none()),
     };
     let watch = |total: u64, job: &(dyn Fn(&Progress) -> io::Result<()> + Sync)| {
         with_progress(arguments.progress && !arguments.quiet, total, job)?;
