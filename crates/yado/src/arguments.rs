@@ -1,5 +1,6 @@
 //! The command line: every command and option, in one place, so that completions and man pages come from it.
 
+use crate::exporter::Where;
 use crate::host_share::{Limit, Pin, Urgency};
 use crate::provision::{Memory, Numa};
 use crate::size::Size;
@@ -495,6 +496,10 @@ pub struct Stats {
     /// In Prometheus' text format; without a name, of all guests that run
     #[arg(long, conflicts_with_all = ["json", "watch", "profile", "perf_map"])]
     pub prometheus: bool,
+    /// With --prometheus: answer at ADDRESS:PORT, or at a socket unix:PATH, over HTTP with what is at /metrics, until Ctrl-C.
+    /// Whoever reaches it may read it
+    #[arg(long, value_name = "ADDRESS:PORT|unix:PATH", requires = "prometheus")]
+    pub listen: Option<Where>,
     /// Again every second, with what happened in it, until Ctrl-C
     #[arg(long)]
     pub watch: bool,

@@ -7,6 +7,7 @@ mod client;
 mod doctor;
 mod engine;
 mod exit;
+mod exporter;
 mod guests;
 mod host_share;
 mod image;

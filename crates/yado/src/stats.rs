@@ -2,7 +2,7 @@
 
 use crate::arguments::Stats;
 use crate::prometheus::{self, Guest};
-use crate::{client, registry};
+use crate::{client, exporter, registry};
 use anyhow::{Context, ensure};
 use machine::control::protocol::{Kind, Request, read};
 use serde_json::Value;
@@ -17,7 +17,12 @@ const PERIOD: Duration = Duration::from_secs(1);
 /// `yado stats`
 pub fn stats(options: &Stats) -> anyhow::Result<()> {
     if options.prometheus {
-        return prometheus(options.name.as_deref());
+        let name = options.name.clone();
+        let Some(place) = &options.listen else {
+            print!("{}", prometheus(name.as_deref())?);
+            return Ok(());
+        };
+        return exporter::serve(place, move || prometheus(name.as_deref()));
     }
     let name = options.name.as_deref().unwrap_or_default();
     let guest = registry::find_running(name)?;
@@ -65,7 +70,7 @@ fn perf_map(name: &str, path: &Path) -> anyhow::Result<()> {
 }
 
 /// One guest, or all that run. One that stops meanwhile is not among them.
-fn prometheus(name: Option<&str>) -> anyhow::Result<()> {
+fn prometheus(name: Option<&str>) -> anyhow::Result<String> {
     let listed = match name {
         Some(name) => vec![registry::find_running(name)?],
         None => registry::list()?.into_iter().filter(|guest| guest.running).collect(),
@@ -78,8 +83,7 @@ fn prometheus(name: Option<&str>) -> anyhow::Result<()> {
             Some(Guest { name: &record.name, memory: record.memory, resident: resident(record.pid), told })
         })
         .collect();
-    print!("{}", prometheus::text(&guests));
-    Ok(())
+    Ok(prometheus::text(&guests))
 }
 
 /// Bytes of memory that a process has.
