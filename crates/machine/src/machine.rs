@@ -13,6 +13,7 @@ use crate::functions::{self, Slots, Workers};
 use crate::kernel::Kernel;
 use crate::lifecycle::{Lifecycle, Outcome};
 use crate::notice::{Notice, Notices};
+use crate::numa;
 use crate::port::{Port, Wake};
 use crate::ram::{self, Ram};
 use crate::restart::Restart;
@@ -162,7 +163,7 @@ impl Machine {
         let slots: Arc<[Slot]> = (0..cpus).map(|_| Slot::default()).collect();
         let (wake, all) = (slots.clone(), slots.clone());
         lifecycle.set_wake_all(move || all.iter().for_each(Slot::wake));
-        let tables = cpuid_tables(&config, &*engine)?;
+        let tables = cpuid_tables(&config, numa::package(&nodes, config.cpus), &*engine)?;
         let bits = tables.first().map_or(36, |table| table.query(0x8000_0008, 0).eax & 0xff);
         let board = Board::new(Parts {
             config: &config,
@@ -534,11 +535,11 @@ fn make_engine(config: &MachineConfig, memory: &GuestMemory) -> Result<Arc<dyn E
 const HOST_MODEL: &str = "host";
 
 /// What CPUID answers on each vCPU, of a model as far as the engine offers it.
-fn cpuid_tables(config: &MachineConfig, engine: &dyn Engine) -> Result<Vec<CpuidTable>, Error> {
+fn cpuid_tables(config: &MachineConfig, package: u32, engine: &dyn Engine) -> Result<Vec<CpuidTable>, Error> {
     let tables = |model: Model| -> Result<Vec<_>, ModelError> {
         (0..config.cpus)
             .map(|apic_id| {
-                let table = model.table(Topology { apic_id, cpus: config.cpus }, engine.tsc_hz())?;
+                let table = model.table(Topology { apic_id, cpus: package }, engine.tsc_hz())?;
                 let table = engine.offer(table);
                 model.missing_in(&table).map(|()| table)
             })

@@ -206,6 +206,18 @@ fn speeds(config: &NumaConfig) -> Result<(), Error> {
     Ok(())
 }
 
+/// How many vCPUs a package has: no package is in two nodes, for kernels take the caches of one to be shared. Their ids tell packages
+/// apart, so with nodes it is a power of two.
+pub(crate) fn package(nodes: &[Node], cpus: u32) -> u32 {
+    let node_of = |cpu: u32| nodes.iter().position(|node| node.cpus.contains(&cpu));
+    let whole = |size: &u32| (0..cpus).all(|cpu| node_of(cpu) == node_of(cpu & !size.wrapping_sub(1)));
+    if nodes.is_empty() {
+        cpus
+    } else {
+        (0..u32::BITS).rev().map(|power| 1 << power).find(whole).unwrap_or(1).min(cpus)
+    }
+}
+
 /// Has each node's memory come from where it is wanted.
 pub(crate) fn place(config: &NumaConfig, nodes: &[Node], memory: &GuestMemory) -> Result<(), memory::Error> {
     for (wanted, node) in config.nodes.iter().zip(nodes) {
@@ -259,6 +271,21 @@ mod test {
         assert_eq!(memory[2], [((4 << 30) + (512 << 20), 512 << 20)]);
         assert_eq!(nodes[1].cpus, [1, 2]);
         assert_eq!(nodes[0].distances, [10, 20, 20]);
+    }
+
+    #[test]
+    fn no_package_is_in_two_nodes() {
+        let of = |cpus: u32, lists: &[&[u32]]| {
+            let node = |list: &&[u32]| Node { cpus: list.to_vec(), ..Node::default() };
+            package(&lists.iter().map(node).collect::<Vec<_>>(), cpus)
+        };
+        assert_eq!(of(6, &[]), 6, "all are one package");
+        assert_eq!(of(4, &[&[0, 1], &[2, 3]]), 2);
+        assert_eq!(of(8, &[&[0, 1, 2, 3, 4, 5, 6, 7], &[]]), 8);
+        assert_eq!(of(3, &[&[0, 2], &[1]]), 1);
+        assert_eq!(of(6, &[&[0, 1, 2], &[3, 4, 5]]), 1);
+        assert_eq!(of(6, &[&[0, 1, 2, 3], &[4, 5]]), 4);
+        assert_eq!(of(3, &[&[0, 1, 2]]), 3);
     }
 
     #[test]

@@ -6,6 +6,7 @@ mod commands;
 mod disks;
 mod kernels;
 mod network;
+mod nodes;
 mod patched;
 mod stays;
 mod switch;

@@ -79,19 +79,18 @@ impl Aml for PciRoot<'_> {
             &mmio32,
             &mmio64,
         ]);
-        Device::new(
-            Path::new("PCI0"),
-            vec![
-                &name("_HID", &EISAName::new("PNP0A08")),
-                &name("_CID", &EISAName::new("PNP0A03")),
-                &name("_UID", &ZERO),
-                &name("_SEG", &ZERO),
-                &name("_BBN", &ZERO),
-                &crs,
-                &name("_PRT", &routes()),
-            ],
-        )
-        .to_aml_bytes(sink);
+        let (hid, cid) = (name("_HID", &EISAName::new("PNP0A08")), name("_CID", &EISAName::new("PNP0A03")));
+        let numbers = ["_UID", "_SEG", "_BBN"].map(|which| name(which, &ZERO));
+        let routes = name("_PRT", &routes());
+        // All devices are at the first node.
+        let near = name("_PXM", &ZERO);
+        let mut children: Vec<&dyn Aml> = vec![&hid, &cid];
+        children.extend(numbers.iter().map(|number| number as &dyn Aml));
+        children.extend([&crs as &dyn Aml, &routes]);
+        if !board.nodes.is_empty() {
+            children.push(&near);
+        }
+        Device::new(Path::new("PCI0"), children).to_aml_bytes(sink);
     }
 }
 

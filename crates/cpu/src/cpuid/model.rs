@@ -24,12 +24,12 @@ pub struct Model {
     xcr0: u32,
 }
 
-/// How many vCPUs there are, and which one this is.
+/// Which vCPU this is, and how many are near it.
 #[derive(Debug, Clone, Copy)]
 pub struct Topology {
     /// APIC id of this vCPU.
     pub apic_id: u32,
-    /// vCPUs of the machine; one package, one thread per core.
+    /// vCPUs of its package, which share their caches; one thread per core. Packages of a machine are equally large.
     pub cpus: u32,
 }
 
