@@ -253,14 +253,15 @@ fn several_faults(
     if matches!((a.kind, b.kind), (13, 14) | (14, 13)) && (vector || i.has_segment_prefix()) {
         other.ending = a;
     }
-    let same_access = a.kind == 15 && b.kind == 15 && a.error == b.error;
     // A base of the upper half and an offset that is no address alone: AMD's CPUs do not let the sum wrap around.
     let wraps =
         i.segment_prefix() != iced_x86::Register::None && matches!((a.kind, b.kind), (14, 15) | (14, 18));
     let gather = i.is_vsib();
     let several = several || wraps || gather;
-    let environment = matches!(i.mnemonic(), M::Frstor | M::Fldenv | M::Fxrstor | M::Fxrstor64);
-    if several || environment && (same_access || matches!((a.kind, b.kind), (18 | 15, 14))) {
+    // Several accesses, of which the last may be beyond the end of a half of the address space.
+    let environment = matches!(i.mnemonic(), M::Frstor | M::Fldenv | M::Fxrstor | M::Fxrstor64)
+        || i.mnemonic() == M::Fstp && i.memory_size() == iced_x86::MemorySize::Float80;
+    if several || environment && matches!((a.kind, b.kind), (15, 15) | (18 | 15, 14)) {
         other.ending = a;
     }
 }
