@@ -168,6 +168,10 @@ impl Core {
 
     /// A page is about to be translated from: no write to it by any vCPU may pass unseen from here on.
     pub(crate) fn protect_code(&mut self, page: u64) {
+        if self.mmu.memory.host_page(page).is_none() {
+            // No code is there, and nobody would tell when the page may be forgotten.
+            return;
+        }
         match self.peers.clone() {
             None => self.mmu.protect_code(&mut self.state, page),
             Some(peers) => peers.protect(&mut self.mmu, &mut self.state, page),

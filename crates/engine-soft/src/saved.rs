@@ -199,6 +199,8 @@ fn restore_events(core: &mut Core, events: &Events) -> Result<(), Error> {
             core.pending.debug = payload.unwrap_or(0);
             Ok(())
         }
+        // The instruction at RIP raises it again.
+        Some(cpu::Exception { vector: vector::BP | vector::OF, delivering: true, .. }) => Ok(()),
         Some(cpu::Exception { vector, error_code, payload, .. }) => {
             let detail = payload.unwrap_or(if vector == vector::PF { core.state.cr2 } else { 0 });
             // The guest is at its handler, or, where that cannot be reached, at a double fault's.

@@ -354,10 +354,13 @@ impl Verifier {
     }
 }
 
-/// The instruction at RIP is one that blocks go on over, and leave before only if an interrupt waits: flags that nobody reads
-/// after it are not kept.
+/// The instruction at RIP is one that blocks go on over, and leave before only in some cases (an interrupt waits, a string without
+/// REP): flags that nobody reads after it are not kept.
 fn looked_through(core: &mut Core) -> bool {
-    core.fetch_instruction().is_ok_and(|next| next.instruction.mnemonic() == Mnemonic::Sti)
+    core.fetch_instruction().is_ok_and(|next| {
+        let next = next.instruction;
+        matches!(next.mnemonic(), Mnemonic::Sti | Mnemonic::Verw) || next.is_string_instruction()
+    })
 }
 
 /// The two tiers cannot answer alike, or more changes than is put back.

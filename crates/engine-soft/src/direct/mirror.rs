@@ -82,9 +82,9 @@ impl Mirror {
     }
 
     /// Where a guest-physical page can be executed.
-    pub(super) fn place(&self, physical: u64) -> Option<u64> {
-        let mut places = self.watched.range((physical, 0)..=(physical, u64::MAX)).map(|&(_, linear)| linear);
-        places.find(|&linear| self.rights(linear) & EXECUTE != 0)
+    pub(super) fn places(&self, physical: u64) -> Vec<u64> {
+        let places = self.watched.range((physical, 0)..=(physical, u64::MAX)).map(|&(_, linear)| linear);
+        places.filter(|&linear| self.rights(linear) & EXECUTE != 0).collect()
     }
 
     /// Forgets all.
@@ -94,6 +94,7 @@ impl Mirror {
         }
         self.pages.clear();
         self.watched.clear();
+        self.unwatch(|_| true);
         self.due.clear();
         self.due.push(process::unmap_all());
         self.mappings = 0;
@@ -130,6 +131,7 @@ impl Mirror {
     pub(super) fn forget(&mut self, linear: u64) {
         if let Some((_, physical)) = self.pages.remove(&linear) {
             self.watched.remove(&(physical, linear));
+            self.unwatch(|page| page == linear);
             self.due.push(process::unmap(linear, PAGE));
             self.mappings += 1;
         }
@@ -175,36 +177,33 @@ impl Mirror {
     /// Has the process stop before the instructions at these offsets of a page, which is going to be executable, and at no other
     /// there. If there are not enough breakpoints, other pages that need some are not executable any more.
     pub(super) fn stop_at(&mut self, page: u64, offsets: &[u16]) {
-        let inside = |address: u64| address & !(PAGE - 1) == page;
-        let has = self.breakpoints.iter().filter(|&&address| inside(address));
+        let has = self.breakpoints.iter().filter(|&&address| address & !(PAGE - 1) == page);
         let addresses = offsets.iter().map(|&offset| page + u64::from(offset));
         if has.copied().eq(addresses.clone()) {
             return;
         }
-        for breakpoint in self.breakpoints.iter_mut().filter(|address| inside(**address)) {
-            *breakpoint = 0;
-        }
+        self.unwatch(|other| other == page);
         let wanted = addresses.len().min(SITES_MAX);
-        let executable = |mirror: &Self, address: u64| mirror.rights(address & !(PAGE - 1)) & EXECUTE != 0;
-        for i in 0..SITES_MAX {
-            if !executable(self, self.breakpoints[i]) {
-                self.breakpoints[i] = 0;
-            }
-        }
         for i in 0..SITES_MAX {
             let free = self.breakpoints.iter().filter(|&&address| address == 0).count();
             let address = self.breakpoints[i];
             if free < wanted && address != 0 {
-                let page = address & !(PAGE - 1);
-                self.forget(page);
-                for breakpoint in self.breakpoints.iter_mut().filter(|at| **at & !(PAGE - 1) == page) {
-                    *breakpoint = 0;
-                }
+                let other = address & !(PAGE - 1);
+                self.forget(other);
+                self.unwatch(|page| page == other);
             }
         }
         let free = self.breakpoints.iter_mut().filter(|address| **address == 0);
         free.zip(addresses).for_each(|(place, address)| *place = address);
         self.breakpoints_due = true;
+    }
+
+    /// No breakpoints in these pages.
+    fn unwatch(&mut self, of: impl Fn(u64) -> bool) {
+        for breakpoint in self.breakpoints.iter_mut().filter(|at| **at != 0 && of(**at & !(PAGE - 1))) {
+            *breakpoint = 0;
+            self.breakpoints_due = true;
+        }
     }
 
     /// Makes the process what the mirror says. Its registers are lost if there was something to do.
@@ -220,6 +219,7 @@ impl Mirror {
             // Too many mappings, or no memory for them: begin again with none.
             self.pages.clear();
             self.watched.clear();
+            self.unwatch(|_| true);
             self.mappings = 0;
             self.process.run_commands(&[process::unmap_all()])?;
             if error.kind() != io::ErrorKind::OutOfMemory {

@@ -20,7 +20,8 @@ mod process;
 mod rewritten;
 mod scan;
 
-use crate::cpu_core::Core;
+use crate::cpu_core::{Core, attention};
+use crate::exception::Exception;
 use crate::mmu::{Access, Privilege, Seen};
 use crate::state::{CpuState, SPACES, seg};
 use crate::step::model::host_tsc;
@@ -224,6 +225,10 @@ impl Direct {
             });
         }
         let news = &mut mmu.news;
+        if std::mem::take(&mut news.lost) {
+            self.known.clear();
+            self.mirrors.iter_mut().flatten().for_each(Mirror::clear);
+        }
         for (mirror, space) in self.mirrors.iter_mut().zip(&mut news.spaces) {
             let Some(mirror) = mirror else { continue };
             for page in space.pages.drain(..) {
@@ -293,6 +298,7 @@ impl Direct {
             self.statistics.stops += 1;
             let stop = stop?;
             registers = mirror.process.registers()?;
+            let strange = is_strange(&registers);
             match stop {
                 Stop::Sent => break Next::Kicked,
                 Stop::Call => {
@@ -301,7 +307,9 @@ impl Direct {
                     registers.rax = registers.orig_rax;
                     break Next::Step;
                 }
-                Stop::Raised { signal: libc::SIGSEGV | libc::SIGBUS, code, address } if code != SI_KERNEL => {
+                Stop::Raised { signal: libc::SIGSEGV | libc::SIGBUS, code, address }
+                    if code != SI_KERNEL && !strange =>
+                {
                     match self.page_in(core, space, address, registers.rip) {
                         None => {}
                         Some(next) => break next,
@@ -319,9 +327,15 @@ impl Direct {
         if let Some(mirror) = self.mirrors.get_mut(space).and_then(Option::as_mut) {
             store_vectors(&mut core.state, mirror, self.ymm_high)?;
             for page in mirror.rewritten.due(now) {
-                let Some(linear) = mirror.place(page) else { continue };
+                let places = mirror.places(page);
+                let Some((&linear, others)) = places.split_first() else { continue };
                 match sites_now(core, linear, page).offsets() {
-                    Some(offsets) => mirror.stop_at(linear, offsets),
+                    Some(offsets) => {
+                        mirror.stop_at(linear, offsets);
+                        if !offsets.is_empty() {
+                            others.iter().for_each(|&other| mirror.forget(other));
+                        }
+                    }
                     None => {
                         mirror.rewritten.close(page);
                         mirror.forget_physical(page, EXECUTE);
@@ -356,23 +370,30 @@ impl Direct {
             self.awaited = Some((space, page));
             return Some(Next::Step);
         };
-        // What is written to and run at once is looked through whenever it comes in.
+        // What is written to and run at once is looked through whenever it comes in to run.
         let mut open = mirror.rewritten.is_open(walk.physical);
-        if open {
-            match sites_now(core, page, walk.physical).offsets() {
-                Some(offsets) => mirror.stop_at(page, offsets),
-                None => {
+        if fetch {
+            let mut sites = None;
+            if open {
+                sites = Some(sites_now(core, page, walk.physical)).filter(|sites| sites.offsets().is_some());
+                if sites.is_none() {
                     mirror.rewritten.close(walk.physical);
+                    mirror.forget_physical(walk.physical, EXECUTE);
                     open = false;
                 }
             }
-        }
-        if open {
-            mirror.process.stop_at_more();
-        } else if fetch {
-            let sites = look_through(&mut self.known, core, page, walk.physical);
+            let sites = sites.unwrap_or_else(|| look_through(&mut self.known, core, page, walk.physical));
             let Some(offsets) = sites.offsets() else { return Some(Next::Translate) };
+            let own = rip & !(PAGE - 1);
+            let ran = mirror.rights(own) & EXECUTE != 0;
             mirror.stop_at(page, offsets);
+            if open {
+                mirror.process.stop_at_more();
+            }
+            if ran && mirror.rights(own) & EXECUTE == 0 {
+                // One instruction in two pages that cannot both be watched.
+                return Some(Next::Step);
+            }
         }
         let pages = if walk.page_shift > 12 { LARGE } else { AROUND };
         if pages == LARGE && self.large.insert(walk.physical & !(LARGE * PAGE - 1)) {
@@ -405,11 +426,7 @@ impl Direct {
             let allowed = rights(&seen, host.flags);
             let mut rights = READ;
             // To look through a page takes longer than to bring it in.
-            let runs = if here {
-                fetch || open
-            } else {
-                fetch && self.known.get(&physical).is_some_and(Sites::none)
-            };
+            let runs = if here { fetch } else { fetch && self.known.get(&physical).is_some_and(Sites::none) };
             if runs {
                 rights |= allowed & EXECUTE;
             }
@@ -522,6 +539,13 @@ fn registers(state: &CpuState) -> libc::user_regs_struct {
     }
 }
 
+/// The process has loaded segments of its own, or bases that the host's kernel does not take back: it cannot go on here.
+fn is_strange(of: &libc::user_regs_struct) -> bool {
+    (of.cs, of.ss) != (process::USER_CS, process::USER_SS)
+        || of.ds | of.es | of.fs | of.gs != 0
+        || of.fs_base.max(of.gs_base) >= process::OURS
+}
+
 /// Registers of the process become the guest's.
 fn store(core: &mut Core, from: &libc::user_regs_struct) {
     let state = &mut core.state;
@@ -534,6 +558,28 @@ fn store(core: &mut Core, from: &libc::user_regs_struct) {
     // Instructions of FSGSBASE may have changed these.
     state.segments[seg::FS].base = from.fs_base;
     state.segments[seg::GS].base = from.gs_base;
+    if is_strange(from) {
+        store_segments(core, from);
+    }
+}
+
+/// What the process has loaded by selector comes from the guest's tables. A selector that they do not have, where the host's do,
+/// leaves the register as it was: the instruction that should have failed is over.
+fn store_segments(core: &mut Core, from: &libc::user_regs_struct) {
+    let code = from.cs as u16;
+    if from.cs != process::USER_CS
+        && let Ok(descriptor) = core.descriptor(code, Exception::gp)
+        && (descriptor.code() && descriptor.present() && descriptor.dpl() == 3 && code & 3 == 3)
+        && let Ok(descriptor) = core.set_accessed(code, descriptor)
+    {
+        core.state.segments[seg::CS] = descriptor.load(code);
+        core.state.attention |= attention::MODE;
+    }
+    let loaded = [(seg::DS, from.ds), (seg::ES, from.es), (seg::FS, from.fs), (seg::GS, from.gs)];
+    let stack = (from.ss != process::USER_SS).then_some((seg::SS, from.ss));
+    for (segment, selector) in loaded.into_iter().filter(|loaded| loaded.1 != 0).chain(stack) {
+        let _ = core.load_segment(segment, selector as u16);
+    }
 }
 
 /// The guest's vector and x87 registers become those of the process, if they are not already.

@@ -4,6 +4,8 @@ use crate::state::SPACES;
 
 /// Single pages that are told of; more are all of them.
 const PAGES_MAX: usize = 256;
+/// Guest-physical pages that are told of; with more, everything has to be forgotten.
+const PHYSICAL_MAX: usize = 4096;
 
 /// What has to be forgotten of one address space.
 #[derive(Debug, Default)]
@@ -25,6 +27,8 @@ pub(crate) struct News {
     pub protected: Vec<u64>,
     /// Guest-physical pages with code that have been written to, or are not watched any more.
     pub written: Vec<u64>,
+    /// There were too many to tell which: what is known of any page is not true any more.
+    pub lost: bool,
 }
 
 impl News {
@@ -55,20 +59,42 @@ impl News {
     /// A guest-physical page holds translated code.
     pub(crate) fn protected(&mut self, physical: u64) {
         if self.heard() {
-            note(&mut self.protected, physical & !0xfff);
+            self.lost |= !note(&mut self.protected, physical & !0xfff);
         }
     }
 
     /// A guest-physical page with code has been written to.
     pub(crate) fn written(&mut self, physical: u64) {
         if self.heard() {
-            note(&mut self.written, physical & !0xfff);
+            self.lost |= !note(&mut self.written, physical & !0xfff);
         }
     }
 }
 
-fn note(list: &mut Vec<u64>, page: u64) {
-    if list.last() != Some(&page) {
+/// Answers whether there was room.
+fn note(list: &mut Vec<u64>, page: u64) -> bool {
+    if list.last() == Some(&page) {
+        return true;
+    }
+    let room = list.len() < PHYSICAL_MAX;
+    if room {
         list.push(page);
+    }
+    room
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn nobody_who_does_not_listen_makes_it_grow() {
+        let mut news = News::default();
+        news.spaces[0].mirrored = true;
+        (0..PHYSICAL_MAX as u64).for_each(|page| news.written(page << 12));
+        assert!(!news.lost);
+        (0..3 * PHYSICAL_MAX as u64).for_each(|page| news.written(page << 12));
+        assert!(news.lost);
+        assert_eq!(news.written.len(), PHYSICAL_MAX);
     }
 }

@@ -13,7 +13,7 @@ use std::collections::HashMap;
 const TURNS: (u16, u16) = (8, 1 << 12);
 /// And in an address space that has so many open pages already.
 const PROVEN: (usize, u16) = (4, 2);
-/// Pages that are remembered.
+/// Pages that are remembered; others never open.
 const PAGES_MAX: usize = 1 << 14;
 /// Seconds between two looks, and pages that are looked through at each.
 const PERIOD: f64 = 0.005;
@@ -41,9 +41,8 @@ pub(super) struct Rewritten {
 impl Rewritten {
     /// A page that was run has been written to.
     pub(super) fn turned(&mut self, page: u64) {
-        if self.pages.len() >= PAGES_MAX {
-            self.pages.clear();
-            self.open.clear();
+        if self.pages.len() >= PAGES_MAX && !self.pages.contains_key(&page) {
+            return;
         }
         let proven = self.open.len() >= PROVEN.0;
         let new = Page { turns: 0, opens: if proven { PROVEN.1 } else { TURNS.0 }, open: false };

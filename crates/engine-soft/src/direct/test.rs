@@ -293,6 +293,42 @@ fn the_process_has_nothing_but_guest_memory() {
     assert!(status.contains("Seccomp:\t2") && status.contains("NoNewPrivs:\t1"), "{status}");
 }
 
+/// What the host's kernel does not take back from a tracer ends this tier's turn, and nothing else.
+#[test]
+fn segments_and_bases_of_the_guests_own_are_no_error() {
+    let base = 0xffff_8000_0000_0000u64.to_le_bytes();
+    let wide = [&[0x48, 0xb8][..], &base].concat();
+    let write = |register: u8| [&wide[..], &[0xf3, 0x48, 0x0f, 0xae, 0xc0 | register << 3]].concat();
+    let load = |selector: u8, segment: u8| vec![0xb8, selector, 0, 0, 0, 0x8e, 0xc0 | segment << 3];
+    let (fs, gs) = (write(2), write(3));
+    let mut cases = vec![load(1, 3), load(0x28, 0), load(0x2b, 3), load(3, 5)];
+    if cpu::cpuid::host(7, 0).ebx & 1 != 0 {
+        cases.extend([fs, gs]);
+    }
+    for before in cases {
+        let code = program(&[&rdi(DATA), &before, &[0x48, 0x89, 0x07], &SYSCALL]);
+        let mut guest = Guest::new(&code);
+        // The store, or the load if the host has no such segment.
+        guest.run();
+        let at = guest.core.state.rip.wrapping_sub(CODE) as usize;
+        assert!(at == 10 + before.len() || at == 15, "{before:x?}: stopped at {at}");
+    }
+    // A jump into 32-bit code: push 0x23; push rdi; lretq
+    let code = program(&[&rdi(CODE + 0x40), &[0x6a, 0x23, 0x57, 0x48, 0xcb]]);
+    let mut guest = Guest::new(&code);
+    guest.write(CODE + 0x40, 0x0b0f);
+    let table = DATA + 0x10_0000;
+    guest.write(table + 0x20, 0x00cf_fb00_0000_ffff);
+    guest.core.state.gdtr = cpu::DescriptorTable { base: table, limit: 0x3f };
+    guest.core.state.gpr[4] = DATA + 0x1000;
+    while guest.core.state.rip.wrapping_sub(CODE) < 0x40 {
+        guest.run();
+        assert!(guest.core.state.rip.wrapping_sub(CODE) <= 0x40);
+    }
+    assert_eq!(guest.core.state.segments[seg::CS].selector, 0x23);
+    assert!(!guest.core.state.code64());
+}
+
 /// What a guest may try: each attempt must end as a stop, with nothing of ours changed.
 #[test]
 fn attacks_on_our_pages_end_as_faults() {

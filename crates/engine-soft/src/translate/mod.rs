@@ -274,6 +274,8 @@ impl Translator {
         self.statistics.blocks_killed += killed as u64;
         // The mark is the VM's: with more vCPUs another's translator may still need it.
         if empty && self.single_cpu {
+            // Whoever has looked through the page hears of writes no longer.
+            core.mmu.news.written(address);
             core.mmu.memory.unmark_code(address);
         }
     }
