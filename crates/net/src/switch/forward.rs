@@ -26,6 +26,8 @@ use std::sync::Arc;
 
 /// The most ports.
 pub const PORTS_MAX: usize = 1024;
+/// Queues of one port that a turn takes frames from: all others wait meanwhile.
+const QUEUES_PER_TURN: usize = 4;
 /// Frames that a tap brings at a time.
 const TAP_FRAMES: usize = super::packet::BURST;
 
@@ -139,6 +141,7 @@ impl Switch {
 
     /// Removes a port with all that is known of it.
     pub fn remove(&mut self, number: PortNumber) {
+        self.groups.forget(number);
         self.forget(number);
         if let Some(slot) = self.ports.get_mut(usize::from(number)) {
             *slot = None;
@@ -150,6 +153,7 @@ impl Switch {
 
     /// Who was connected to a port is gone: nothing is known of it but what its spec says.
     pub fn clear(&mut self, number: PortNumber) {
+        self.groups.forget(number);
         self.forget(number);
         self.claim_all(number);
         if let Some(port) = self.port_mut(number) {
@@ -189,7 +193,6 @@ impl Switch {
     /// Forgets who is behind a port.
     fn forget(&mut self, number: PortNumber) {
         self.claims.forget(number);
-        self.groups.forget(number);
         self.table.retain(|entry| entry.port != number, &mut Vec::new());
         if let Some(port) = self.port_mut(number) {
             port.learnt = 0;
@@ -199,6 +202,11 @@ impl Switch {
     /// Changes what a port is allowed.
     pub fn set(&mut self, number: PortNumber, spec: PortSpec) {
         let now = self.now;
+        let told = |port: &Port| (port.spec.vlans.clone(), port.spec.trusted);
+        let before = self.port(number).map(told);
+        if before != Some((spec.vlans.clone(), spec.trusted)) {
+            self.groups.forget(number);
+        }
         self.forget(number);
         if let Some(port) = self.port_mut(number) {
             port.set(spec, now);
@@ -323,7 +331,7 @@ impl Switch {
                 more |= ring.listen(0).unwrap_or(true);
             } else if starved {
                 // Buffers that are there already were not enough.
-                let seen = ring.available(ring.size()).unwrap_or(0);
+                let seen = ring.known();
                 more |= ring.listen(seen).unwrap_or(true);
             }
         }
@@ -341,10 +349,17 @@ impl Switch {
         let worked = match &mut link {
             Link::Nothing => false,
             Link::Guest(backend) => {
-                let mut worked = false;
+                let mut worked = 0;
                 let (memory, queues) = backend.parts();
                 let memory = Arc::clone(memory);
-                for queue in queues.iter_mut().skip(1).step_by(2) {
+                let pairs = queues.len() / 2;
+                let first = port.next_queue;
+                for pair in (first..pairs).chain(0..first.min(pairs)) {
+                    if worked == QUEUES_PER_TURN {
+                        port.next_queue = pair;
+                        break;
+                    }
+                    let Some(queue) = queues.get_mut(pair.saturating_mul(2).saturating_add(1)) else { break };
                     let Some(ring) = queue.ring() else { continue };
                     match workspace.burst.look(&memory, ring) {
                         Ok(0) => {}
@@ -355,9 +370,11 @@ impl Switch {
                             if workspace.burst.finish(ring)
                                 && let Err(why) = queue.call()
                             {
+                                // It makes all others wait: not again at the next queue.
                                 self.broken.push((number, why));
+                                break;
                             }
-                            worked = true;
+                            worked = worked.saturating_add(1);
                         }
                         Err(why) => {
                             queue.fail(why);
@@ -365,7 +382,7 @@ impl Switch {
                         }
                     }
                 }
-                worked
+                worked > 0
             }
             Link::Tap(tap) => {
                 workspace.batch.clear();

@@ -244,8 +244,10 @@ pub struct Port {
     pub counters: Counters,
     /// Why it was turned off, beside its spec.
     pub blocked: Option<&'static str>,
-    /// Its group's place.
-    pub group: Option<usize>,
+    /// Its group's place, and which group that is.
+    pub group: Option<(usize, u64)>,
+    /// The pair of queues that is looked at first.
+    pub next_queue: usize,
     /// Addresses learnt behind it.
     pub learnt: usize,
     /// The last address that was found to be behind it,
@@ -281,6 +283,7 @@ impl Port {
             counters: Counters::default(),
             blocked: None,
             group: None,
+            next_queue: 0,
             learnt: 0,
             known: None,
             last: None,

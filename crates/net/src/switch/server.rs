@@ -282,7 +282,7 @@ impl Server {
         if let Some(place) = self.places.get_mut(&number) {
             place.banned = true;
         }
-        self.disconnect(number, "its event counter makes others wait");
+        self.disconnect(number, "it makes others wait");
     }
 
     fn event(&mut self, token: Token, flags: EventFlags) {

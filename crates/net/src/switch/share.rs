@@ -22,7 +22,7 @@ pub const GROUPS_MAX: usize = 256;
 /// The largest weight.
 pub const WEIGHT_MAX: u32 = 1000;
 /// Virtual time of a byte at weight 1.
-const BYTE: u64 = 1 << 16;
+const BYTE: u128 = 1 << 16;
 
 /// One of two directions, as ports see them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,7 +63,7 @@ pub struct Turn {
     min: Option<Meter>,
     /// 0: as 1.
     weight: u32,
-    time: u64,
+    time: u128,
 }
 
 impl Turn {
@@ -74,20 +74,20 @@ impl Turn {
     }
 
     /// Smaller is sooner: who has less than was promised, then who is furthest behind.
-    fn rank(&self, floor: u64, now: u64) -> (bool, u64) {
+    fn rank(&self, floor: u128, now: u64) -> (bool, u128) {
         let promised = self.min.as_ref().is_some_and(|min| min.ready(now));
         (!promised, self.time.max(floor))
     }
 
     /// It was served; answers the others' virtual time then. What was promised is not weighed: weights are for what is left.
-    fn charge(&mut self, floor: u64, bytes: usize, now: u64) -> u64 {
+    fn charge(&mut self, floor: u128, bytes: usize, now: u64) -> u128 {
         if let Some(min) = &mut self.min
             && min.pass(bytes as u64, now)
         {
             return floor;
         }
         let begin = self.time.max(floor);
-        let cost = (bytes as u64).saturating_mul(BYTE).checked_div(self.weight.max(1).into());
+        let cost = (bytes as u128).saturating_mul(BYTE).checked_div(self.weight.max(1).into());
         self.time = begin.saturating_add(cost.unwrap_or(0));
         begin
     }
@@ -99,13 +99,15 @@ struct Lane {
     limit: Limiter,
     turn: Turn,
     /// The virtual time of whom it served last.
-    floor: u64,
+    floor: u128,
 }
 
 /// A group, or all of a switch.
 #[derive(Debug, Default)]
 pub(super) struct Group {
     name: String,
+    /// No other has it, ever.
+    id: u64,
     spec: GroupSpec,
     up: Lane,
     down: Lane,
@@ -141,6 +143,8 @@ impl Group {
 pub(super) struct Shares {
     all: Group,
     groups: Vec<Group>,
+    /// Groups that were ever made.
+    made: u64,
 }
 
 impl Port {
@@ -160,13 +164,14 @@ impl Port {
 }
 
 impl Shares {
-    fn group_of(&self, port: &Port) -> Option<usize> {
+    fn group_of(&self, port: &Port) -> Option<(usize, u64)> {
         let name = port.spec.group.as_deref()?;
-        self.groups.iter().position(|group| group.name == name)
+        let mut groups = self.groups.iter().enumerate();
+        groups.find(|(_, group)| group.name == name).map(|(place, group)| (place, group.id))
     }
 
     fn lane(&self, port: &Port, way: Way) -> Option<&Lane> {
-        Some(self.groups.get(port.group?)?.lane(way))
+        Some(self.groups.get(port.group?.0)?.lane(way))
     }
 
     /// When all that a port shares lets something through.
@@ -181,7 +186,7 @@ impl Shares {
         all.limit.charge(bytes, frames, now);
         let group = port.group;
         let turn = &mut port.shaper_mut(way).turn;
-        match group.and_then(|group| self.groups.get_mut(group)) {
+        match group.and_then(|(group, _)| self.groups.get_mut(group)) {
             None => all.floor = turn.charge(all.floor, bytes, now),
             Some(group) => {
                 let lane = group.lane_mut(way);
@@ -199,7 +204,7 @@ impl Shares {
             None => (turn.rank(all.floor, now), usize::MAX, (false, 0)),
             Some(lane) => {
                 let outer = lane.turn.rank(all.floor, now);
-                (outer, port.group.unwrap_or(usize::MAX), turn.rank(lane.floor, now))
+                (outer, port.group.map_or(usize::MAX, |group| group.0), turn.rank(lane.floor, now))
             }
         }
     }
@@ -209,7 +214,7 @@ impl Switch {
     /// Says what a group is allowed, or (without a name) all of the switch. A group that is not there is made.
     pub fn set_group(&mut self, name: Option<&str>, spec: GroupSpec) -> Result<(), String> {
         let now = self.now;
-        let Shares { all, groups } = &mut self.shares;
+        let Shares { all, groups, made } = &mut self.shares;
         match name {
             None if spec.share != ShareSpec::default() => {
                 return Err(
@@ -227,7 +232,8 @@ impl Switch {
                     return Err(format!("all {GROUPS_MAX} groups are taken"));
                 }
                 None => {
-                    let mut group = Group { name: name.to_owned(), ..Group::default() };
+                    *made = made.saturating_add(1);
+                    let mut group = Group { name: name.to_owned(), id: *made, ..Group::default() };
                     group.set(spec, now);
                     groups.push(group);
                 }
@@ -248,7 +254,7 @@ impl Switch {
 
     /// What a group, or the switch, is allowed.
     pub fn group(&self, name: Option<&str>) -> Option<&GroupSpec> {
-        let Shares { all, groups } = &self.shares;
+        let Shares { all, groups, .. } = &self.shares;
         match name {
             None => Some(&all.spec),
             Some(name) => groups.iter().find(|group| group.name == name).map(|group| &group.spec),
@@ -260,8 +266,14 @@ impl Switch {
         let shares = &self.shares;
         let mut waiting = Vec::new();
         for port in self.ports.iter_mut().flatten() {
-            port.group = shares.group_of(port);
+            let group = shares.group_of(port);
+            let before = std::mem::replace(&mut port.group, group);
+            let moved = before.map(|group| group.1) != port.group.map(|group| group.1);
             for way in [Way::Up, Way::Down] {
+                if moved {
+                    // The virtual time of where it was is not that of where it is.
+                    port.shaper_mut(way).turn.time = 0;
+                }
                 let all = shares.all.lane(way);
                 let lane = shares.lane(port, way);
                 let shared = all.limit.limited() || lane.is_some_and(|lane| lane.limit.limited());
@@ -309,7 +321,7 @@ impl Switch {
 
     /// For people.
     pub(super) fn inspect_groups(&self) -> (Value, Value) {
-        let Shares { all, groups } = &self.shares;
+        let Shares { all, groups, .. } = &self.shares;
         let about = |group: &Group| {
             let members = self.ports().filter(|port| port.spec.group.as_deref() == Some(&group.name));
             let names: Vec<&str> = members.map(|port| port.name.as_str()).collect();
@@ -405,6 +417,24 @@ mod test {
             switch.set_group(Some(&number.to_string()), GroupSpec::default()).unwrap();
         }
         assert!(switch.set_group(Some("more"), GroupSpec::default()).is_err());
+    }
+
+    #[test]
+    fn who_comes_from_elsewhere_brings_no_time_along() {
+        let mut switch = Switch::default();
+        let port = switch.add("p", PortSpec::default()).unwrap();
+        switch.set_group(Some("g"), GroupSpec::default()).unwrap();
+        switch.port_mut(port).unwrap().down.turn.time = 1 << 80;
+        switch.share_all();
+        assert_eq!(switch.port(port).unwrap().down.turn.time, 1 << 80);
+        let member = PortSpec { group: Some("g".to_owned()), ..PortSpec::default() };
+        switch.set(port, member);
+        assert_eq!(switch.port(port).unwrap().down.turn.time, 0);
+        // The same name, and another group.
+        switch.port_mut(port).unwrap().down.turn.time = 7;
+        switch.remove_group("g").unwrap();
+        switch.set_group(Some("g"), GroupSpec::default()).unwrap();
+        assert_eq!(switch.port(port).unwrap().down.turn.time, 0);
     }
 
     proptest! {

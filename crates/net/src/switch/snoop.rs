@@ -15,7 +15,9 @@ const MEMBER_SECONDS: u32 = 260;
 /// How long a router is believed to be there without a question (8.5).
 const ROUTER_SECONDS: u32 = 255;
 /// How long somebody else behind the port has to say that he still wants what one has left (8.8, 8.9).
-const LEAVE_SECONDS: u32 = 2;
+const LEAVE_SECONDS: u32 = 3;
+/// Until who wants something has answered a first question: the default of Max Resp Time (RFC 3376, 8.3).
+const ANSWER_SECONDS: u32 = 10;
 /// Groups of one port.
 const GROUPS_PER_PORT: usize = 256;
 /// Records of one report that are listened to.
@@ -168,8 +170,8 @@ pub struct Groups {
     counts: HashMap<PortNumber, usize>,
     /// Until when there are routers in a VLAN behind a port.
     routers: HashMap<(u16, PortNumber), u32>,
-    /// Until when somebody asks, in a VLAN, for IPv6 or not.
-    asked: HashMap<(u16, bool), u32>,
+    /// From and until when what is wished is known, in a VLAN, for IPv6 or not: somebody asks.
+    asked: HashMap<(u16, bool), (u32, u32)>,
     swept: Option<u32>,
 }
 
@@ -179,7 +181,10 @@ impl Groups {
         let until = now.saturating_add(ROUTER_SECONDS);
         self.routers.insert((vlan, port), until);
         if let Some(six) = asks {
-            self.asked.insert((vlan, six), until);
+            // Who joined before the first question says so again when it has been asked.
+            let known = self.asked.get(&(vlan, six)).filter(|(_, until)| *until > now);
+            let from = known.map_or(now.saturating_add(ANSWER_SECONDS), |(from, _)| *from);
+            self.asked.insert((vlan, six), (from, until));
         }
     }
 
@@ -235,6 +240,11 @@ impl Groups {
         self.retain(|member| member.port != port);
         self.counts.remove(&port);
         self.routers.retain(|(_, other), _| *other != port);
+        self.asked.retain(|(vlan, _), _| self.routers.keys().any(|(other, _)| other == vlan));
+    }
+
+    fn knows(&self, vlan: u16, six: bool, now: u32) -> bool {
+        self.asked.get(&(vlan, six)).is_some_and(|(from, until)| (*from..*until).contains(&now))
     }
 
     /// Ports that get a group's frames; `None`: all. Routers get everything, and what hosts wish is for routers only.
@@ -245,7 +255,7 @@ impl Groups {
         six: bool,
         now: u32,
     ) -> Option<Vec<PortNumber>> {
-        if group.is_some_and(is_of_link) || self.asked.get(&(vlan, six)).is_none_or(|until| *until <= now) {
+        if group.is_some_and(is_of_link) || !self.knows(vlan, six, now) {
             return None;
         }
         let routers = self.routers.iter().filter(|((other, _), until)| *other == vlan && **until > now);
@@ -381,23 +391,31 @@ mod test {
         assert_eq!(switch.port(3).unwrap().counters.dropped.get(Reason::Router), 1);
         assert_eq!(receivers(&switch, "239.1.2.3"), None);
         switch.inject(0, &query);
+        assert_eq!(receivers(&switch, "239.1.2.3"), None, "who joined long ago may still have to answer");
+        at(&mut switch, 11);
+        switch.inject(0, &query);
         assert_eq!(receivers(&switch, "239.1.2.3"), Some(vec![0, 1]));
         assert_eq!(receivers(&switch, "239.1.2.4"), Some(vec![0]), "routers get what nobody asked for");
         assert_eq!(receivers(&switch, "224.0.0.251"), None);
         assert_eq!(receivers(&switch, "ff15::1"), None, "of IPv6 nobody asked");
         switch.inject(2, &join);
         assert_eq!(receivers(&switch, "239.1.2.3"), Some(vec![0, 1, 2]));
-        // Who leaves has two seconds, in which somebody else behind his port may speak.
-        at(&mut switch, 10);
+        // What has nothing to do with it changes nothing of it.
+        let mut spec = switch.port(1).unwrap().spec.clone();
+        spec.share.weight = Some(2);
+        switch.set(1, spec);
+        assert_eq!(receivers(&switch, "239.1.2.3"), Some(vec![0, 1, 2]));
+        // Who leaves has three seconds, in which somebody else behind his port may speak.
+        at(&mut switch, 20);
         switch.inject(1, &leave);
         switch.inject(2, &leave);
-        at(&mut switch, 11);
+        at(&mut switch, 21);
         switch.inject(2, &join);
-        at(&mut switch, 12);
+        at(&mut switch, 23);
         assert_eq!(receivers(&switch, "239.1.2.3"), Some(vec![0, 2]));
         switch.remove(2);
         assert_eq!(receivers(&switch, "239.1.2.3"), Some(vec![0]));
-        at(&mut switch, 256);
+        at(&mut switch, 266);
         assert_eq!(receivers(&switch, "239.1.2.3"), None, "the router has gone silent");
         assert_eq!(switch.groups.members(switch.second).count(), 0);
     }

@@ -178,7 +178,7 @@ impl Switch {
         let (_, queues) = backend.parts();
         let mut more = false;
         for ring in queues.iter_mut().step_by(2).filter_map(|queue| queue.ring()) {
-            let seen = ring.available(ring.size()).unwrap_or(0);
+            let seen = ring.known();
             more |= ring.listen(seen).unwrap_or(false);
         }
         more

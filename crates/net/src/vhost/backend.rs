@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// The most rings: 64 queue pairs.
 const RINGS_MAX: usize = 128;
@@ -67,6 +68,34 @@ pub struct Queue {
     enabled: bool,
     ring: Option<Ring>,
     broken: Option<ring::Error>,
+    waited: Waited,
+}
+
+/// How long its driver's event counter has made us wait lately.
+#[derive(Debug, Default)]
+struct Waited {
+    since: Option<Instant>,
+    all: Duration,
+}
+
+impl Waited {
+    /// The most in a period: a thread that gets no CPU may be slow, too.
+    const MOST: Duration = Duration::from_millis(500);
+    const PERIOD: Duration = Duration::from_secs(10);
+    /// What is not worth counting.
+    const LITTLE: Duration = Duration::from_millis(5);
+
+    /// Answers whether that is too long.
+    fn add(&mut self, begin: Instant, took: Duration) -> bool {
+        if took < Self::LITTLE {
+            return false;
+        }
+        if self.since.is_none_or(|since| begin.saturating_duration_since(since) > Self::PERIOD) {
+            (self.since, self.all) = (Some(begin), Duration::ZERO);
+        }
+        self.all = self.all.saturating_add(took);
+        self.all > Self::MOST
+    }
 }
 
 impl Queue {
@@ -106,8 +135,10 @@ impl Queue {
     #[inline]
     pub fn call(&mut self) -> Result<(), ring::Error> {
         let Some(call) = &self.call else { return Ok(()) };
+        let begin = Instant::now();
         // If the count is at its end it is readable anyway. An interruption says that the write has waited, and for long.
-        if rustix::io::write(call, &1u64.to_ne_bytes()) == Err(Errno::INTR) {
+        let result = rustix::io::write(call, &1u64.to_ne_bytes());
+        if self.waited.add(begin, begin.elapsed()) || result == Err(Errno::INTR) {
             self.fail(ring::Error::Call);
             return Err(ring::Error::Call);
         }

@@ -10,7 +10,7 @@ use rustix::net::{
 use rustix::time::Timespec;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -26,9 +26,28 @@ pub enum Error {
     /// The other side breaks the rules of the protocol.
     #[error("the other side broke the vhost-user protocol: {0}")]
     Protocol(&'static str),
-    /// Whoever tells the other side something is made to wait.
-    #[error("the other side's event counter makes others wait")]
+    /// Whoever tells the other side something, or gets files from it, is made to wait.
+    #[error("the other side makes others wait")]
     Waits,
+}
+
+/// Whether nobody else can make those wait who ask about a file or close it, as the server of a FUSE file system can: it is memory, or
+/// of a kind that the kernel serves by itself. Neither question reaches a file system.
+fn is_harmless(file: &OwnedFd) -> bool {
+    let own = |link: std::ffi::CString| {
+        let kinds = [&b"anon_inode:"[..], b"socket:", b"pipe:"];
+        kinds.iter().any(|kind| link.as_bytes().starts_with(kind))
+    };
+    let link = || rustix::fs::readlink(format!("/proc/self/fd/{}", file.as_raw_fd()), Vec::new());
+    rustix::fs::fcntl_get_seals(file).is_ok() || link().is_ok_and(own)
+}
+
+/// Closes a file in a thread of its own, which may wait for ever. Who sends one is sent away for good.
+fn discard(file: OwnedFd) {
+    // Without a thread, rather lose a file than wait.
+    let file = std::mem::ManuallyDrop::new(file);
+    let close = move || drop(std::mem::ManuallyDrop::into_inner(file));
+    drop(std::thread::Builder::new().name("discard".into()).spawn(close));
 }
 
 impl From<Errno> for Error {
@@ -113,6 +132,10 @@ impl Channel {
                 self.files.extend(files);
             }
         }
+        if let Some(place) = self.files.iter().position(|file| !is_harmless(file)) {
+            discard(self.files.swap_remove(place));
+            return Err(Error::Waits);
+        }
         if self.files.len() > FILES_MAX {
             return Err(Error::Protocol("too many files"));
         }
@@ -176,5 +199,30 @@ impl Channel {
                 Err(error) => return Err(error.into()),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn files_of_file_systems_are_not_taken() {
+        let event = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap();
+        let memory = super::super::memory::memory_file(4096).unwrap();
+        let (mut socket, other) = UnixStream::pair().unwrap();
+        assert!([&event, &memory, &socket.try_clone().unwrap().into()].into_iter().all(is_harmless));
+        let file = std::fs::File::open("/proc/self/maps").unwrap();
+        assert!(!is_harmless(&file.try_clone().unwrap().into()));
+        let mut channel = Channel::new(other);
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        let files = [file.as_fd()];
+        assert!(ancillary.push(SendAncillaryMessage::ScmRights(&files)));
+        let bytes = [0; HEADER_LEN];
+        sendmsg(&socket, &[IoSlice::new(&bytes)], &mut ancillary, SendFlags::empty()).unwrap();
+        assert!(matches!(channel.receive(), Err(Error::Waits)));
+        drop(channel);
+        assert_eq!(std::io::Read::read(&mut socket, &mut [0]).unwrap(), 0);
     }
 }

@@ -44,6 +44,9 @@ pub enum Error {
     Call,
 }
 
+/// Many of them cost much and carry nothing.
+const EMPTY: Error = Error::Chain("a piece without bytes");
+
 /// Where a ring's parts are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Places {
@@ -158,6 +161,12 @@ impl Ring {
         Ok(ahead)
     }
 
+    /// Chains that the driver had shown when it was looked at last.
+    #[inline]
+    pub fn known(&self) -> u16 {
+        self.loaded.wrapping_sub(self.next_available)
+    }
+
     /// The first descriptor of the chain that is `ahead` of the next one. Its descriptor is asked for.
     #[inline]
     pub fn head(&self, ahead: u16) -> u16 {
@@ -183,6 +192,9 @@ impl Ring {
         // Nearly all chains: one descriptor.
         if flags == one && head < self.size {
             let len = rest as u32;
+            if len == 0 {
+                return Err(EMPTY);
+            }
             let span = memory.span(address, len).ok_or(Error::Memory)?;
             if writable {
                 span.prefetch_to_write();
@@ -240,11 +252,12 @@ impl Ring {
             if (flags & WRITE != 0) != writable {
                 return Err(Error::Chain("a piece for the wrong direction"));
             }
-            if len > 0 {
-                memory.span(address, len).ok_or(Error::Memory)?;
-                segments.push(Segment { address, len });
-                total = total.checked_add(len).ok_or(Error::Chain("more than 4 GiB"))?;
+            if len == 0 {
+                return Err(EMPTY);
             }
+            memory.span(address, len).ok_or(Error::Memory)?;
+            segments.push(Segment { address, len });
+            total = total.checked_add(len).ok_or(Error::Chain("more than 4 GiB"))?;
             if flags & NEXT == 0 {
                 return Ok(total);
             }

@@ -42,6 +42,18 @@ fn rings_that_cannot_be_are_refused() {
 }
 
 #[test]
+fn pieces_without_bytes_are_refused() {
+    let (memory, area) = memory();
+    let ring = Ring::new(&memory, places(8), 0, 0).unwrap();
+    let refused = |index| ring.chain(&memory, index, true, &mut Vec::new()).is_err();
+    offer(&area, 8, 0, 0, 0x4000 | u128::from(WRITE) << 96);
+    assert!(refused(0));
+    // The second of two.
+    offer(&area, 8, 0, 1, 0x4000 | 8 << 64 | u128::from(WRITE | NEXT) << 96);
+    assert!(refused(1));
+}
+
+#[test]
 fn the_driver_is_told_as_it_wants() {
     let (memory, area) = memory();
     let mut ring = Ring::new(&memory, places(8), 0, 0).unwrap();
