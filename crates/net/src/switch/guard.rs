@@ -32,6 +32,11 @@ mod discovery {
     pub const TARGET: u8 = 2;
 }
 
+/// IGMP's protocol number, and a question of its (RFC 3376, 4); MLD's (RFC 3810, 5).
+const IGMP: u8 = 2;
+const MEMBERSHIP_QUERY: u8 = 0x11;
+const LISTENER_QUERY: u8 = 130;
+
 /// Looks at a frame without tags; answers which address its sender says to have.
 #[inline]
 pub fn claim(head: &[u8]) -> Result<Option<IpAddr>, Reason> {
@@ -70,14 +75,17 @@ fn arp(head: &[u8]) -> Result<Option<IpAddr>, Reason> {
 #[inline]
 fn ipv4(head: &[u8]) -> Result<(), Reason> {
     let first = head.get(14).copied().unwrap_or(0);
-    if head.get(23) != Some(&protocol::UDP) {
-        return Ok(());
-    }
+    let next = head.get(23);
     let fragment = be16(head, 20).unwrap_or(0);
-    if fragment & 0x1fff != 0 {
+    if !matches!(next, Some(&protocol::UDP | &IGMP)) || fragment & 0x1fff != 0 {
         return Ok(());
     }
     let at = usize::from(first & 15).saturating_mul(4).saturating_add(ether::LEN);
+    if next == Some(&IGMP) {
+        // A router that hears another ask asks no more, wherever the question was sent.
+        let asks = *head.get(at).ok_or(Reason::Hidden)? == MEMBERSHIP_QUERY;
+        return if asks { Err(Reason::Router) } else { Ok(()) };
+    }
     match be16(head, at) {
         Some(DHCP_SERVER) => Err(Reason::DhcpServer),
         Some(_) => Ok(()),
@@ -118,6 +126,9 @@ fn ipv6(head: &[u8]) -> Result<Option<IpAddr>, Reason> {
 
 fn icmpv6(head: &[u8], at: usize, fragmented: bool) -> Result<Option<IpAddr>, Reason> {
     let kind = head.get(at).copied().ok_or(Reason::Hidden)?;
+    if kind == LISTENER_QUERY {
+        return Err(Reason::Router);
+    }
     if !(discovery::ROUTER_SOLICITATION..=discovery::REDIRECT).contains(&kind) {
         return Ok(None);
     }
@@ -300,6 +311,8 @@ mod test {
     #[test]
     fn routers_and_servers_are_found_behind_extensions_too() {
         assert_eq!(claim(&icmp(134, &[], &[])), Err(Reason::Router));
+        assert_eq!(claim(&icmp(130, &[], &[])), Err(Reason::Router));
+        assert_eq!(claim(&icmp(131, &[], &[])), Ok(None));
         assert_eq!(claim(&icmp(134, &[58, 0, 0, 0, 0, 0, 0, 0], &[])), Err(Reason::Router));
         // The first fragment, and what is said to be behind more headers than are there.
         assert_eq!(
