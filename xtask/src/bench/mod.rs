@@ -29,8 +29,8 @@ pub enum Area {
     Nbd(nbd::Options),
     /// The block layer and `yado image` beside qemu-img and fio, a guest's disk beside QEMU's
     Image(image::Options),
-    /// What exits, kicks and interrupts cost on each engine of this host
-    Engine,
+    /// How soon guests run, and what exits, kicks and interrupts cost, on each engine of this host
+    Engine(engine::Options),
 }
 
 /// Measures, prints, and writes the page if asked.
@@ -40,7 +40,7 @@ pub fn run(area: &Area) -> anyhow::Result<()> {
         Area::Cpu(options) => cpu::run(options),
         Area::Switch(options) => switch::run(options),
         Area::Image(options) => image::run(options),
-        Area::Engine => engine::run(),
+        Area::Engine(options) => engine::run(options),
         Area::Nbd(options) => nbd::run(options),
     }
 }
