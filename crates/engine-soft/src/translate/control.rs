@@ -36,7 +36,7 @@ impl Generator {
                 return self.copy(instruction, template, bytes, info, site);
             }
             // Other vCPUs' writes to code are looked for by the single-step tier.
-            Kind::Nop if instruction.code() == Code::Serialize && !self.drop_lock => return None,
+            Kind::Nop if instruction.code() == Code::Serialize && !self.single_cpu => return None,
             Kind::Nop => {}
             Kind::Lea => return self.lea_of(instruction),
             Kind::Absolute => return self.absolute(instruction, site),

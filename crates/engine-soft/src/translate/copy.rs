@@ -267,12 +267,9 @@ impl Generator {
             Some((index, _)) if fields.modrm && fixed.rm.is_none() => index >> 3,
             _ => 0,
         };
-        for &prefix in &raw.prefixes {
-            // The others of one vCPU are devices, which use no locked access.
-            if prefix != 0xf0 || !self.drop_lock {
-                self.out.byte(prefix);
-            }
-        }
+        // LOCK too, even of one vCPU: it keeps reads behind writes, and drivers count on that when they tell a device
+        // something and look what the device has said (Linux's smp_mb() is a locked addition).
+        raw.prefixes.iter().for_each(|prefix| self.out.byte(*prefix));
         if let Some(vex) = raw.vex {
             let inverted = !(fixed.reg >> 3 << 7 | x << 6 | b >> 3 << 5) & 0xe0;
             let last = vex.last & 0x87 | (!fixed.vvvv & 15) << 3;

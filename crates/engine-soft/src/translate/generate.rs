@@ -139,8 +139,8 @@ pub(super) struct Generator {
     /// 1 for CPL 3, else 0.
     pub class: usize,
     pub bmi2: bool,
-    /// LOCK may be left out: there is one vCPU.
-    pub drop_lock: bool,
+    /// There is one vCPU: nobody else writes its code.
+    pub single_cpu: bool,
     cold: Vec<Cold>,
     first_hint: u32,
     /// Number that the next hint of this block gets.
@@ -201,7 +201,7 @@ impl Origin {
 }
 
 impl Generator {
-    pub(super) fn new(thunks: Thunks, bmi2: bool, drop_lock: bool) -> Self {
+    pub(super) fn new(thunks: Thunks, bmi2: bool, single_cpu: bool) -> Self {
         Self {
             out: Emitter::default(),
             seldom: Emitter::default(),
@@ -210,7 +210,7 @@ impl Generator {
             thunks,
             class: 0,
             bmi2,
-            drop_lock,
+            single_cpu,
             cold: Vec::new(),
             first_hint: 0,
             next_hint: 0,

@@ -336,7 +336,7 @@ impl Generator {
         let from = self.operand(offset, r::T1);
         self.out.imm32(r::T2, u32::from(bytes) * 8 - 1);
         self.out.vex38_reg(2, 0xf5, r::T1, from, r::T2); // pext: the bit in the word
-        if instruction.has_lock_prefix() && !self.drop_lock {
+        if instruction.has_lock_prefix() {
             self.out.byte(0xf0);
         }
         self.out.op_mem(wide, &[0x0f, opcode], r::T1, word);

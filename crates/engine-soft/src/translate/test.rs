@@ -574,6 +574,22 @@ fn a_full_cache_is_flushed_and_refilled() {
     assert!(machine.translator.statistics().cache_flushes > 3);
 }
 
+guest!(barrier: "mov rdi, 0x300000" "mov dword ptr [rdi], 1" "lock add dword ptr [rsp - 4], 0" "mov eax, [rdi + 8]");
+
+/// A device may look at the first word and write the second: the read must not come before the write, with one vCPU too.
+#[test]
+fn locked_accesses_stay_barriers_where_one_vcpu_has_no_peers() {
+    for single_cpu in [false, true] {
+        let mut machine = Machine::new(barrier);
+        machine.translator = Translator::new(&Config { single_cpu, ..Config::default() }).unwrap();
+        machine.run();
+        let code = &machine.translator.generator.out.bytes;
+        // LOCK, maybe a REX prefix, and ADD r/m32, imm8.
+        let locked = |at: &[u8]| at[0] == 0xf0 && (at[1] == 0x83 || at[1] & 0xf0 == 0x40 && at[2] == 0x83);
+        assert!(code.windows(3).any(locked), "one vCPU: {single_cpu}: {code:x?}");
+    }
+}
+
 /// A REX prefix that is not the last prefix means nothing, and copying it would mean something else.
 #[test]
 fn prefixes_in_strange_orders_are_left_to_the_single_step_tier() {
