@@ -70,9 +70,8 @@ pub fn bench(disk: &dyn Disk, load: Load, progress: &Progress) -> io::Result<Dur
 
 /// Does a request by its number, and the flush that is due after it.
 fn request(disk: &dyn Disk, load: &Load, room: u64, number: u64, bytes: &mut [u8]) -> io::Result<()> {
-    // As qemu-img's: steps wrap around at the disk's end.
-    let at = load.offset.wrapping_add(number.wrapping_mul(load.step));
-    let at = if at <= room { at } else { at.checked_rem(room.saturating_add(1)).unwrap_or(0) };
+    // As qemu-img's: steps wrap around where a request would not fit, and what was aligned stays so.
+    let at = load.offset.wrapping_add(number.wrapping_mul(load.step)).checked_rem(room).unwrap_or(0);
     match load.write {
         Some(_) => disk.write(at, &WriteFrom(bytes))?,
         None => disk.read(at, &ReadInto::new(bytes))?,
@@ -109,8 +108,49 @@ mod test {
         let bytes = buffers.into_inner();
         assert!(bytes[..4096] == [0; 4096] && bytes[4096..101 * 4096].iter().all(|byte| *byte == 7));
         assert!(bytes[101 * 4096..].iter().all(|byte| *byte == 0));
+        // What is aligned is so after the end, too.
+        let aligned = Aligned(AtomicU64::new(0));
+        bench(&aligned, Load { count: 999, step: 4096 * 77, write: None, ..load }, &progress).unwrap();
+        assert_eq!(aligned.0.into_inner(), 999);
         // Around the end, and longer than the disk.
         bench(&disk, Load { count: 1000, write: None, ..load }, &progress).unwrap();
         assert!(bench(&disk, Load { len: 2 << 20, ..load }, &progress).is_err());
+    }
+    /// A disk of which only whole pages are read.
+    struct Aligned(AtomicU64);
+
+    impl Disk for Aligned {
+        fn capacity(&self) -> u64 {
+            1 << 20
+        }
+        fn read_only(&self) -> bool {
+            true
+        }
+        fn read(&self, offset: u64, buffers: &dyn crate::Buffers) -> io::Result<()> {
+            assert!(offset.is_multiple_of(4096) && offset + buffers.len() <= self.capacity());
+            self.0.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        }
+        fn write(&self, _: u64, _: &dyn crate::Buffers) -> io::Result<()> {
+            Err(crate::disk::read_only_error())
+        }
+        fn flush(&self) -> io::Result<()> {
+            Ok(())
+        }
+        fn discard(&self, _: u64, _: u64) -> io::Result<()> {
+            Err(crate::disk::read_only_error())
+        }
+        fn write_zeroes(&self, _: u64, _: u64, _: bool) -> io::Result<()> {
+            Err(crate::disk::read_only_error())
+        }
+        fn block_status(&self, offset: u64, len: u64) -> io::Result<crate::Status> {
+            Ok(crate::Status::of_extent(crate::storage::Extent { len, hole: false }, offset))
+        }
+        fn resize(&self, _: u64) -> io::Result<()> {
+            Err(crate::disk::read_only_error())
+        }
+        fn snapshot(&self, _: &str) -> io::Result<()> {
+            Err(crate::disk::read_only_error())
+        }
     }
 }

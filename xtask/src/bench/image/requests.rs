@@ -7,27 +7,39 @@ use std::path::Path;
 use std::process::Command;
 
 const PEER: &str = "qemu-img bench";
-/// From one request to the next: 7 MiB and 4 KiB.
+/// From one request to the next, in a row.
+const ROW: u64 = 4096;
+/// From one request to the next, all over the disk: 7 MiB and 4 KiB.
 const STEP: u64 = (7 << 20) + 4096;
 const CLUSTER: u64 = 65536;
 /// Images of a long chain.
 const CHAIN: usize = 100;
 
 pub const CASES: &[Case] = &[
-    rate("raw reads, one core", PEER, 2.2, |files| beside_qemu(files, &files.full_raw()?, "raw", false)),
-    rate("raw writes, one core", PEER, 2.2, |files| beside_qemu(files, &files.full_raw()?, "raw", true)),
-    rate("qcow2 reads, one core", PEER, 2.0, |files| {
-        beside_qemu(files, &files.full_qcow2()?, "qcow2", false)
+    rate("raw reads in a row", PEER, 2.2, |files| beside_qemu(files, &files.full_raw()?, "raw", false, ROW)),
+    rate("raw writes in a row", PEER, 2.2, |files| beside_qemu(files, &files.full_raw()?, "raw", true, ROW)),
+    rate("qcow2 reads in a row", PEER, 2.0, |files| {
+        beside_qemu(files, &files.full_qcow2()?, "qcow2", false, ROW)
     }),
-    rate("qcow2 writes, one core", PEER, 2.0, |files| {
-        beside_qemu(files, &files.full_qcow2()?, "qcow2", true)
+    rate("qcow2 writes in a row", PEER, 2.0, |files| {
+        beside_qemu(files, &files.full_qcow2()?, "qcow2", true, ROW)
     }),
-    rate("raw reads, two cores", "one core", 1.8, |files| two_cores(files, &files.full_raw()?, "raw", false)),
-    rate("qcow2 reads, two cores", "one core", 1.8, |files| {
-        two_cores(files, &files.full_qcow2()?, "qcow2", false)
+    rate("raw reads all over", PEER, 2.2, |files| beside_qemu(files, &files.full_raw()?, "raw", false, STEP)),
+    rate("raw writes all over", PEER, 2.2, |files| beside_qemu(files, &files.full_raw()?, "raw", true, STEP)),
+    rate("qcow2 reads all over", PEER, 2.0, |files| {
+        beside_qemu(files, &files.full_qcow2()?, "qcow2", false, STEP)
     }),
-    rate("qcow2 writes, two cores", "one core", 1.8, |files| {
-        two_cores(files, &files.full_qcow2()?, "qcow2", true)
+    rate("qcow2 writes all over", PEER, 2.0, |files| {
+        beside_qemu(files, &files.full_qcow2()?, "qcow2", true, STEP)
+    }),
+    rate("raw reads, two cores", "one core", 1.8, |files| two_cores(files, &files.full_raw()?, "raw")),
+    rate("qcow2 reads, two cores", "one core", 1.8, |files| two_cores(files, &files.full_qcow2()?, "qcow2")),
+    rate("qcow2 writes, two cores", "raw, two cores", 0.85, |files| {
+        // The kernel lets one write to a file at a time: that is the limit of both.
+        let (raw, qcow2) = (files.full_raw()?, files.full_qcow2()?);
+        let load =
+            |file, format| Load { file, format, writes: true, count: files.options.requests, step: STEP };
+        files.pair(|| yado(files, "0,1", &load(&qcow2, "qcow2")), || yado(files, "0,1", &load(&raw, "raw")))
     }),
     rate("writes that allocate 64 KiB in a fresh qcow2", PEER, 7.0, |files| allocating(files, None)),
     rate("writes that copy 64 KiB of a backing file", PEER, 2.5, |files| {
@@ -80,13 +92,13 @@ fn qemu(load: &Load<'_>) -> anyhow::Result<f64> {
     measured(Path::new("qemu-img"), &[], "1", load)
 }
 
-fn beside_qemu(files: &Files, file: &Path, format: &str, writes: bool) -> anyhow::Result<Pair> {
-    let load = Load { file, format, writes, count: files.options.requests, step: STEP };
+fn beside_qemu(files: &Files, file: &Path, format: &str, writes: bool, step: u64) -> anyhow::Result<Pair> {
+    let load = Load { file, format, writes, count: files.options.requests, step };
     files.pair(|| yado(files, "1", &load), || qemu(&load))
 }
 
-fn two_cores(files: &Files, file: &Path, format: &str, writes: bool) -> anyhow::Result<Pair> {
-    let load = Load { file, format, writes, count: files.options.requests, step: STEP };
+fn two_cores(files: &Files, file: &Path, format: &str) -> anyhow::Result<Pair> {
+    let load = Load { file, format, writes: false, count: files.options.requests, step: STEP };
     files.pair(|| yado(files, "0,1", &load), || yado(files, "1", &load))
 }
 
