@@ -3,7 +3,7 @@
 #![no_main]
 
 use image::format::Repair;
-use image::format::qcow2::{Compression, CreateOptions, Parts, Qcow2};
+use image::format::qcow2::{Change, Compression, CreateOptions, Parts, Qcow2};
 use image::{Disk, ReadInto, WriteFrom};
 use std::path::Path;
 use std::sync::Arc;
@@ -57,9 +57,33 @@ fn act(image: &Qcow2, input: &mut Input<'_>) {
             }
         }
         12 => drop(image.block_status(at, len)),
+        14 => bitmaps(image, if action & 16 == 0 { "a" } else { "b" }, at),
         13 => drop(image.check(Repair::Nothing)),
         _ => drop(image.read(at, &ReadInto::new(&mut bytes))),
     }
+}
+
+/// A change of bitmaps, and what they say.
+fn bitmaps(image: &Qcow2, name: &str, at: u64) {
+    let change = match at >> 3 & 7 {
+        0 | 1 => Change::Add((at & 0x4000 != 0).then_some(at >> 3 & 0x1fe0)),
+        2 => Change::Remove,
+        3 => Change::Clear,
+        4 => Change::Record(true),
+        5 => Change::Record(false),
+        6 => {
+            if let Ok(bits) = image.bitmap_bits("a") {
+                let _ = image.change_bitmap(name, Change::Merge(&bits));
+            }
+            return;
+        }
+        _ => return drop(image.close()),
+    };
+    let _ = image.change_bitmap(name, change);
+    if let Ok(bits) = image.bitmap_bits(name) {
+        bits.contains(at);
+    }
+    let _ = image.bitmap_bytes(65536);
 }
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {

@@ -145,6 +145,20 @@ kill "$(cat pid)"
 while test -e pid; do sleep 0.05; done
 test ! -e s
 test "$(od -An -tx1 -j4096 -N1 image)" = " 07"
+timeout 20 ./qemu-nbd -v --fork --pid-file pid -t -e 0 -f raw -k "$PWD/s" image > said
+test "$(cat said)" = ""
+python3 - "$PWD/s" <<'EOF'
+import socket, sys
+# None of them has to wait for the others.
+for client in [socket.socket(socket.AF_UNIX) for _ in range(3)]:
+    client.settimeout(20)
+    client.connect(sys.argv[1])
+    assert client.recv(8) == b"NBDMAGIC"
+    globals().setdefault("all", []).append(client)
+EOF
+test "$(ps -o sid= -p "$(cat pid)")" -eq "$(cat pid)"
+kill "$(cat pid)"
+while test -e pid; do sleep 0.05; done
 ./qemu-nbd -r -f raw -o 4096 -k "$PWD/s" image & server=$!
 while test ! -e s; do sleep 0.05; done
 nbdcopy "nbd+unix:///?socket=$PWD/s" part

@@ -25,6 +25,8 @@ enum Event {
 struct Inside {
     now: Vec<u8>,
     log: Vec<Event>,
+    /// Writes fail.
+    full: bool,
 }
 
 /// See the module.
@@ -34,7 +36,12 @@ pub struct Power(Mutex<Inside>);
 impl Power {
     /// Storage that holds these bytes, stable.
     pub fn new(bytes: Vec<u8>) -> Self {
-        Self(Mutex::new(Inside { now: bytes, log: Vec::new() }))
+        Self(Mutex::new(Inside { now: bytes, ..Inside::default() }))
+    }
+
+    /// Whether there is no space from now on: every write fails.
+    pub fn set_full(&self, full: bool) {
+        self.inside().full = full;
     }
 
     fn inside(&self) -> std::sync::MutexGuard<'_, Inside> {
@@ -89,6 +96,9 @@ impl Power {
             return Ok(());
         }
         let mut inside = self.inside();
+        if inside.full {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
         let (from, to) = (offset as usize, (offset + len) as usize);
         if inside.now.len() < to.next_multiple_of(SECTOR) {
             inside.now.resize(to.next_multiple_of(SECTOR), 0);

@@ -16,6 +16,8 @@ use std::sync::Arc;
 
 /// In the environment of a server in the background: it says on its standard output that it serves.
 const BACKGROUND: &str = "YADO_QEMU_NBD_BACKGROUND";
+/// Most clients at a time.
+const CLIENTS_MAX: u32 = 4096;
 /// What it says.
 const SERVES: &[u8] = b"+";
 
@@ -40,7 +42,7 @@ struct Arguments {
     /// Unix socket to make
     #[arg(short = 'k', long, value_name = "PATH")]
     socket: Option<PathBuf>,
-    /// Clients at a time; more wait
+    /// Clients at a time, more wait; 0: any number
     #[arg(short = 'e', long, value_name = "NUM", default_value_t = 1)]
     shared: u32,
     /// Do not end with the last client
@@ -123,6 +125,10 @@ pub fn main() -> u8 {
     let done = if arguments.fork && std::env::var_os(BACKGROUND).is_none() {
         in_background()
     } else {
+        if arguments.fork {
+            // No terminal's hang-up ends it. It fails only for who leads a session already.
+            let _ = rustix::process::setsid();
+        }
         run(&arguments)
     };
     match done {
@@ -139,7 +145,7 @@ fn in_background() -> Result<()> {
     let mut words = std::env::args_os();
     let program = words.next().unwrap_or_default();
     let mut command = Command::new(std::env::current_exe().context("cannot find the own program")?);
-    command.arg0(program).args(words).env(BACKGROUND, "1").process_group(0);
+    command.arg0(program).args(words).env(BACKGROUND, "1");
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
     let mut said = Vec::new();
     if let Some(mut output) = child.stdout.take() {
@@ -202,10 +208,11 @@ fn run(arguments: &Arguments) -> Result<()> {
         tls_verify_clients: tls.is_some_and(|(_, verify)| verify),
         cache: if arguments.nocache { CacheMode::None } else { arguments.cache },
         detect_zeroes: arguments.detect_zeroes,
-        clients: arguments.shared.clamp(1, 4096),
+        clients: if arguments.shared == 0 { CLIENTS_MAX } else { arguments.shared.min(CLIENTS_MAX) },
         once: !arguments.persistent,
         json: false,
-        quiet: !arguments.verbose,
+        // In the background there is nobody to tell: what is said on the output is for who waits.
+        quiet: !arguments.verbose || arguments.fork,
         images: vec![image],
     };
     let keeps_space = matches!(arguments.discard.as_str(), "ignore" | "off");

@@ -9,7 +9,7 @@
 
 use super::header::{AUTOCLEAR_BITMAPS, BitmapsExtension, L1_BYTES_MAX};
 use super::table::OFFSET;
-use super::{Qcow2, lock, words_at};
+use super::{Qcow2, words_at};
 use crate::disk::Disk;
 use crate::endian::{be16, be32, be64, bytes_be, put, size};
 use std::io;
@@ -81,6 +81,8 @@ impl Bitmap {
 /// The bits of a bitmap in memory: one for each granule of the disk, the lowest first.
 #[derive(Debug)]
 pub struct Bits {
+    /// Bytes of the disk.
+    capacity: u64,
     granularity_bits: u8,
     words: Box<[AtomicU64]>,
     count: u64,
@@ -93,7 +95,7 @@ impl Bits {
             return Err(invalid("the bitmap would be too large: use a larger granularity"));
         }
         let words = (0..count.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
-        Ok(Self { granularity_bits, words, count })
+        Ok(Self { capacity, granularity_bits, words, count })
     }
 
     /// Notes that a range is written.
@@ -297,24 +299,29 @@ impl Qcow2 {
         Ok(bitmaps.iter().map(one).sum::<u64>().saturating_add(up(directory, cluster)))
     }
 
-    /// The disk gets another size: what is new is marked. Bitmaps that do not record would have a wrong size.
-    pub(super) fn resize_recording(&self, capacity: u64) -> io::Result<()> {
+    /// Whether all bitmaps can follow the disk to another size: those that do not record would have a wrong one.
+    pub(super) fn check_resize_recording(&self) -> io::Result<()> {
         if self.bitmaps()?.iter().any(|bitmap| !bitmap.is_stale() && !bitmap.records()) {
             return Err(invalid(
                 "a bitmap that does not record keeps the disk's size: enable or remove it first",
             ));
         }
-        let old = self.capacity();
+        Ok(())
+    }
+
+    /// The disk has got another size: what is new is marked. A bitmap that would become too large is given up: in the
+    /// file it is in use, and stays so.
+    pub(super) fn resized_recording(&self, old: u64, capacity: u64) {
         let mut live = self.live.take();
-        for (_, bits) in &mut live {
-            let new = Bits::new(capacity, bits.granularity_bits)?;
+        live.retain_mut(|(_, bits)| {
+            let Ok(new) = Bits::new(capacity, bits.granularity_bits) else { return false };
             new.set_bytes(0, &bits.to_bytes());
             new.trim();
             new.mark(old, capacity.saturating_sub(old));
             *bits = new;
-        }
+            true
+        });
         self.live.set(live);
-        Ok(())
     }
 
     /// Takes the bitmaps that record into memory, and says in the file that they are in use. Called before the first
@@ -358,6 +365,13 @@ impl Qcow2 {
         if live.is_empty() {
             return Ok(());
         }
+        self.write_back(live).inspect_err(|_| {
+            // Perhaps the file trusts them already: whoever writes next must look.
+            self.opened.store(false, Ordering::Release);
+        })
+    }
+
+    fn write_back(&self, live: Vec<(String, Bits)>) -> io::Result<()> {
         let mut list: Vec<(Bitmap, Option<Bits>)> =
             self.bitmaps()?.into_iter().map(|bitmap| (bitmap, None)).collect();
         for (name, bits) in live {
@@ -372,13 +386,20 @@ impl Qcow2 {
     /// Changes a bitmap.
     pub fn change_bitmap(&self, name: &str, change: Change<'_>) -> io::Result<()> {
         self.check_write(0, 0)?;
-        let header = self.header();
-        if header.version < 3 {
+        if self.header().version < 3 {
             return Err(invalid("version 2 images have no bitmaps: make it compat=1.1"));
         }
         let _quiet = self.quiesce()?;
-        // What others record is written first.
+        // What others record is written first; whether the change succeeds or not, recording begins anew after it.
+        let opened = self.opened.load(Ordering::Acquire);
         self.end_recording()?;
+        self.opened.store(false, Ordering::Release);
+        let changed = self.change_written(name, change);
+        if opened { changed.and(self.open_for_change()) } else { changed }
+    }
+
+    /// Changes a bitmap while all of them are in the file.
+    fn change_written(&self, name: &str, change: Change<'_>) -> io::Result<()> {
         let mut list: Vec<(Bitmap, Option<Bits>)> =
             self.bitmaps()?.into_iter().map(|bitmap| (bitmap, None)).collect();
         let place = list.iter().position(|(bitmap, _)| bitmap.name == name);
@@ -399,13 +420,19 @@ impl Qcow2 {
             (Change::Record(false), Some((bitmap, _))) => bitmap.flags &= !AUTO,
             (Change::Merge(other), Some((bitmap, bits))) => {
                 let own = self.read_bits(bitmap)?;
+                if own.capacity != other.capacity {
+                    let (own, other) = (own.capacity, other.capacity);
+                    let text = format!(
+                        "Bitmaps are of different sizes (destination size is {own}, source size is {other}) and can't be \
+                         merged"
+                    );
+                    return Err(invalid(text));
+                }
                 own.merge(other);
                 *bits = Some(own);
             }
         }
-        self.write_bitmaps(list)?;
-        self.opened.store(false, Ordering::Release);
-        Ok(())
+        self.write_bitmaps(list)
     }
 
     fn new_bitmap(
@@ -442,6 +469,9 @@ impl Qcow2 {
     /// is quiet.
     fn write_bitmaps(&self, list: Vec<(Bitmap, Option<Bits>)>) -> io::Result<()> {
         let old = self.header().bitmaps;
+        if !list.is_empty() && !self.header().has_room_for_bitmaps() {
+            return Err(invalid("the header has no room for bitmaps: use larger clusters"));
+        }
         let before = old.as_ref().map_or(Ok(Vec::new()), |extension| self.read_directory(extension))?;
         let mut kept = std::collections::HashSet::new();
         let mut directory = Vec::new();
@@ -465,11 +495,7 @@ impl Qcow2 {
         header.bitmaps = extension;
         header.autoclear =
             header.autoclear & !AUTOCLEAR_BITMAPS | if count == 0 { 0 } else { AUTOCLEAR_BITMAPS };
-        let text = "the header has no room for bitmaps: use larger clusters";
-        let bytes = header.encode().ok_or_else(|| invalid(text))?;
-        self.storage.write_bytes(0, &bytes)?;
-        self.storage.flush()?;
-        *lock(&self.header) = header;
+        self.switch_header(header)?;
         for bitmap in before.iter().filter(|bitmap| !kept.contains(&bitmap.table)) {
             self.release_bitmap(bitmap)?;
         }

@@ -21,6 +21,8 @@ pub const L1_BYTES_MAX: u64 = 32 << 20;
 pub const REFTABLE_BYTES_MAX: u64 = 8 << 20;
 /// Most internal snapshots.
 pub const SNAPSHOTS_MAX: u32 = 65536;
+/// What a disk writes whole or not at all.
+const SECTOR: usize = 512;
 /// Longest name of a backing file in bytes.
 pub const BACKING_NAME_MAX: usize = 1023;
 /// Header extensions that are looked at.
@@ -113,6 +115,14 @@ pub struct Header {
     pub bitmaps: Option<BitmapsExtension>,
     /// Extensions that we do not know: kept as they are.
     pub unknown: Vec<(u32, Vec<u8>)>,
+}
+
+/// How a file gets another header without ever having none.
+pub struct Switch {
+    /// First, to be stable: the backing file's name and its place, where the old header has nothing.
+    pub name: Option<(u64, Vec<u8>)>,
+    /// Then the first sector.
+    pub sector: Vec<u8>,
 }
 
 fn corrupt<T>(what: impl Into<String>) -> Result<T, Refusal> {
@@ -367,33 +377,84 @@ impl Header {
 
     fn encode_with(&self, feature_names: bool) -> Option<Vec<u8>> {
         let mut bytes = vec![0; size(self.cluster_size())];
+        let end = self.put_extensions(&mut bytes, feature_names)?;
+        if let Some(name) = &self.backing {
+            bytes.get(..end.checked_add(name.len())?)?;
+            put(&mut bytes, end, name.as_bytes());
+            point_at_name(&mut bytes, end, name.len());
+        }
+        Some(bytes)
+    }
+
+    /// Whether bitmaps could be named, if they are not.
+    pub fn has_room_for_bitmaps(&self) -> bool {
+        let bitmaps = Some(BitmapsExtension { count: 0, directory_len: 0, directory_offset: 0 });
+        Self { bitmaps, ..self.clone() }.encode().is_some()
+    }
+
+    /// What makes this the header of an image whose first cluster is `old`; `None` if it takes more than a sector.
+    pub fn encode_beside(&self, old: &[u8]) -> Option<Switch> {
+        let sector = |feature_names| {
+            let mut bytes = vec![0; SECTOR];
+            self.put_extensions(&mut bytes, feature_names).map(|end| (bytes, end))
+        };
+        // Names of features are for people; they give way.
+        let (mut sector, end) = sector(true).or_else(|| sector(false))?;
+        let Some(name) = self.backing.as_ref().map(|name| name.as_bytes()) else {
+            return Some(Switch { name: None, sector });
+        };
+        let (start, len) = (size(be64(old, 8)), size(be32(old, 16).into()));
+        let old_name = start..start.saturating_add(len);
+        let stays = start >= end && old.get(old_name.clone()) == Some(name);
+        let old_end = extensions_end(old);
+        let free = |at: &usize| {
+            let end = at.saturating_add(name.len());
+            *at >= old_end && end <= old.len() && (end <= old_name.start || *at >= old_name.end)
+        };
+        let at = if end.saturating_add(name.len()) <= SECTOR {
+            end
+        } else if stays {
+            start
+        } else {
+            (SECTOR..old.len()).step_by(SECTOR).find(free)?
+        };
+        point_at_name(&mut sector, at, name.len());
+        // What of it lies in the first sector is written with that.
+        let inside = name.len().min(SECTOR.saturating_sub(at));
+        put(&mut sector, at, name.get(..inside).unwrap_or_default());
+        let is_new = at >= SECTOR && !stays;
+        Some(Switch { name: is_new.then(|| (at as u64, name.to_vec())), sector })
+    }
+
+    /// Puts the fields and extensions to the beginning of `bytes`; answers where they end.
+    fn put_extensions(&self, bytes: &mut [u8], feature_names: bool) -> Option<usize> {
         let header_len = if self.version == 3 { HEADER_V3 } else { HEADER_V2 };
-        put(&mut bytes, 0, &MAGIC.to_be_bytes());
-        put(&mut bytes, 4, &self.version.to_be_bytes());
-        put(&mut bytes, 20, &self.cluster_bits.to_be_bytes());
-        put(&mut bytes, 24, &self.size.to_be_bytes());
-        put(&mut bytes, 36, &self.l1_size.to_be_bytes());
-        put(&mut bytes, 40, &self.l1_offset.to_be_bytes());
-        put(&mut bytes, 48, &self.reftable_offset.to_be_bytes());
-        put(&mut bytes, 56, &self.reftable_clusters.to_be_bytes());
-        put(&mut bytes, 60, &self.snapshots.to_be_bytes());
-        put(&mut bytes, 64, &self.snapshots_offset.to_be_bytes());
+        put(bytes, 0, &MAGIC.to_be_bytes());
+        put(bytes, 4, &self.version.to_be_bytes());
+        put(bytes, 20, &self.cluster_bits.to_be_bytes());
+        put(bytes, 24, &self.size.to_be_bytes());
+        put(bytes, 36, &self.l1_size.to_be_bytes());
+        put(bytes, 40, &self.l1_offset.to_be_bytes());
+        put(bytes, 48, &self.reftable_offset.to_be_bytes());
+        put(bytes, 56, &self.reftable_clusters.to_be_bytes());
+        put(bytes, 60, &self.snapshots.to_be_bytes());
+        put(bytes, 64, &self.snapshots_offset.to_be_bytes());
         if self.version == 3 {
-            put(&mut bytes, 72, &self.incompatible.to_be_bytes());
-            put(&mut bytes, 80, &self.compatible.to_be_bytes());
-            put(&mut bytes, 88, &self.autoclear.to_be_bytes());
-            put(&mut bytes, 96, &self.refcount_order.to_be_bytes());
-            put(&mut bytes, 100, &(header_len as u32).to_be_bytes());
-            put(&mut bytes, 104, &[u8::from(self.compression == Compression::Zstd)]);
+            put(bytes, 72, &self.incompatible.to_be_bytes());
+            put(bytes, 80, &self.compatible.to_be_bytes());
+            put(bytes, 88, &self.autoclear.to_be_bytes());
+            put(bytes, 96, &self.refcount_order.to_be_bytes());
+            put(bytes, 100, &(header_len as u32).to_be_bytes());
+            put(bytes, 104, &[u8::from(self.compression == Compression::Zstd)]);
         }
         let mut at = header_len;
         let mut extend = |kind: u32, content: &[u8]| {
             let padded = content.len().checked_next_multiple_of(8)?;
             let end = at.checked_add(8)?.checked_add(padded)?;
             bytes.get(..end)?;
-            put(&mut bytes, at, &kind.to_be_bytes());
-            put(&mut bytes, at.saturating_add(4), &(content.len() as u32).to_be_bytes());
-            put(&mut bytes, at.saturating_add(8), content);
+            put(bytes, at, &kind.to_be_bytes());
+            put(bytes, at.saturating_add(4), &(content.len() as u32).to_be_bytes());
+            put(bytes, at.saturating_add(8), content);
             at = end;
             Some(())
         };
@@ -417,15 +478,28 @@ impl Header {
             extend(EXTENSION_FEATURE_NAMES, &our_feature_names())?;
         }
         extend(EXTENSION_END, &[])?;
-        if let Some(name) = &self.backing {
-            let end = at.checked_add(name.len())?;
-            bytes.get(..end)?;
-            put(&mut bytes, at, name.as_bytes());
-            put(&mut bytes, 8, &(at as u64).to_be_bytes());
-            put(&mut bytes, 16, &(name.len() as u32).to_be_bytes());
-        }
-        Some(bytes)
+        Some(at)
     }
+}
+
+/// Says in a header's fields where the backing file's name is.
+fn point_at_name(bytes: &mut [u8], at: usize, len: usize) {
+    put(bytes, 8, &(at as u64).to_be_bytes());
+    put(bytes, 16, &(len as u32).to_be_bytes());
+}
+
+/// Where the extensions of a header end.
+fn extensions_end(bytes: &[u8]) -> usize {
+    let mut at = if be32(bytes, 4) >= 3 { size(be32(bytes, 100).into()) } else { HEADER_V2 };
+    for _ in 0..EXTENSIONS_MAX {
+        let (kind, len) = (be32(bytes, at), size(be32(bytes, at.saturating_add(4)).into()));
+        let data = at.saturating_add(8);
+        if kind == EXTENSION_END || data > bytes.len() {
+            return data;
+        }
+        at = data.saturating_add(len).checked_next_multiple_of(8).unwrap_or(usize::MAX);
+    }
+    at
 }
 
 /// Entries of the feature name table (section "Feature name table"): type, bit, name.

@@ -22,11 +22,15 @@ enum Step {
     Delete,
     Apply,
     Grow,
+    Resize(u64),
+    Rename(u8),
+    Bitmap(u8, u8),
+    Close,
 }
 
 fn step() -> impl Strategy<Value = Step> {
     let range = (0..SIZE / SECTOR, 0u64..200).prop_map(|(at, len)| (at, len.min(SIZE / SECTOR - at)));
-    (range, 1u8.., 0..24).prop_map(|((at, len), value, kind)| {
+    (range, 1u8.., 0..28).prop_map(|((at, len), value, kind)| {
         let (at, len) = (at * SECTOR, len * SECTOR);
         match kind {
             0..=10 => Step::Write(at, len, value),
@@ -37,7 +41,11 @@ fn step() -> impl Strategy<Value = Step> {
             20 => Step::Snapshot,
             21 => Step::Delete,
             22 => Step::Apply,
-            _ => Step::Grow,
+            23 => Step::Grow,
+            24 => Step::Resize(at),
+            25 => Step::Rename(value),
+            26 => Step::Bitmap(value & 1, value >> 1 & 3),
+            _ => Step::Close,
         }
     })
 }
@@ -45,10 +53,22 @@ fn step() -> impl Strategy<Value = Step> {
 /// For each sector, what it may hold: what was flushed last, and what was written since. `None` is anything.
 type May = Vec<Vec<Option<u8>>>;
 
-/// A moment with what sectors may hold from then on.
+/// What a bitmap was made or cleared at: what sectors held. `None`: it did not record all the time since.
+type Since = Option<Arc<Vec<Option<u8>>>>;
+
+/// What there is beside the content.
+#[derive(Clone, PartialEq)]
+struct Facts {
+    capacity: u64,
+    backing: Option<String>,
+    bitmaps: Vec<(String, Since)>,
+}
+
+/// A moment with what sectors may hold from then on, and what else there is.
 struct Mark {
     moment: usize,
     may: May,
+    facts: Facts,
 }
 
 struct Base(Vec<u8>);
@@ -92,13 +112,60 @@ struct Run {
     may: May,
     marks: Vec<Mark>,
     /// Name of the snapshot, and what sectors held.
-    snapshot: Option<(String, Vec<Option<u8>>)>,
+    snapshot: Option<(String, Vec<Option<u8>>, u64)>,
     names: u32,
+    facts: Facts,
 }
 
 impl Run {
     fn mark(&mut self) {
-        self.marks.push(Mark { moment: self.power.moment(), may: self.may.clone() });
+        self.marks.push(Mark {
+            moment: self.power.moment(),
+            may: self.may.clone(),
+            facts: self.facts.clone(),
+        });
+    }
+
+    fn clip(&self, at: u64, len: u64) -> (u64, u64) {
+        let at = at.min(self.facts.capacity);
+        (at, len.min(self.facts.capacity - at))
+    }
+
+    fn resize(&mut self, capacity: u64) {
+        // What is cut off is zeroes, and reads as such when the disk grows again.
+        let from = capacity.min(self.facts.capacity);
+        self.may_be(from, SIZE - from, Some(0));
+        self.mark();
+        if self.image.resize(capacity).is_ok() {
+            self.stable();
+            self.facts.capacity = capacity;
+        } else {
+            // It is refused before anything is done.
+            self.may[(from / SECTOR) as usize..].iter_mut().for_each(|sector| _ = sector.pop());
+        }
+    }
+
+    fn bitmap(&mut self, which: u8, what: u8) {
+        use super::bitmap::Change;
+        let name = format!("b{which}");
+        let change = [Change::Add(Some(512)), Change::Clear, Change::Record(false), Change::Record(true)]
+            [what as usize];
+        let place = self.facts.bitmaps.iter().position(|(there, _)| *there == name);
+        let change = if (what, place.is_some()) == (0, true) { Change::Remove } else { change };
+        let done = self.image.change_bitmap(&name, change);
+        // Whatever it is, it waits until all that was written is stable.
+        if done.is_err() {
+            return;
+        }
+        self.stable();
+        let now: Since = Some(Arc::new(self.may.iter().map(|sector| sector[0]).collect()));
+        match (what, place) {
+            (0, Some(at)) => drop(self.facts.bitmaps.remove(at)),
+            (0, None) => self.facts.bitmaps.push((name, now)),
+            (1, Some(at)) => self.facts.bitmaps[at].1 = now,
+            (2, Some(at)) => self.facts.bitmaps[at].1 = None,
+            _ => {}
+        }
     }
 
     fn may_be(&mut self, at: u64, len: u64, value: Option<u8>) {
@@ -120,16 +187,19 @@ impl Run {
         // What may be there is wider from the beginning of a step on, and narrower after its end.
         match *step {
             Step::Write(at, len, value) => {
+                let (at, len) = self.clip(at, len);
                 self.may_be(at, len, Some(value));
                 self.mark();
                 self.image.write(at, &WriteFrom(&vec![value; len as usize])).unwrap();
             }
             Step::Zero(at, len, unmap) => {
+                let (at, len) = self.clip(at, len);
                 self.may_be(at, len, Some(0));
                 self.mark();
                 self.image.write_zeroes(at, len, unmap).unwrap();
             }
             Step::Discard(at, len) => {
+                let (at, len) = self.clip(at, len);
                 self.may_be(at, len, Some(0));
                 self.mark();
                 self.image.discard(at, len).unwrap();
@@ -145,6 +215,10 @@ impl Run {
             Step::Compress(at, value) => {
                 let cluster = self.image.shape.cluster();
                 let at = at / cluster * cluster;
+                let (_, len) = self.clip(at, cluster);
+                if len < cluster {
+                    return;
+                }
                 self.may_be(at, cluster, Some(value));
                 self.mark();
                 let mut deflater = self.image.deflater().unwrap();
@@ -160,23 +234,24 @@ impl Run {
                 if self.image.snapshot(&name).is_ok() {
                     self.stable();
                     let held = self.may.iter().map(|sector| sector[0]).collect();
-                    self.snapshot = Some((name, held));
+                    self.snapshot = Some((name, held, self.facts.capacity));
                 }
             }
             Step::Delete => {
-                if let Some((name, _)) = self.snapshot.take() {
+                if let Some((name, ..)) = self.snapshot.take() {
                     self.image.delete_snapshot(&name).unwrap();
                     self.stable();
                 }
             }
             Step::Apply => {
-                let Some((name, held)) = self.snapshot.clone() else { return };
+                let Some((name, held, capacity)) = self.snapshot.clone() else { return };
                 for (sector, held) in held.iter().enumerate() {
                     self.may[sector].push(*held);
                 }
                 self.mark();
                 if self.image.apply_snapshot(&name).is_ok() {
                     self.stable();
+                    self.facts.capacity = capacity;
                 } else {
                     for sector in &mut self.may {
                         sector.pop();
@@ -189,6 +264,21 @@ impl Run {
                 let mut words = self.image.map.l1().words();
                 words.resize(entries as usize + 1, 0);
                 self.image.switch_l1(words, None).unwrap();
+            }
+            Step::Resize(capacity) => self.resize(capacity),
+            Step::Rename(value) => {
+                if self.facts.backing.is_some() {
+                    let name = "n".repeat(usize::from(value) * 3 + 1);
+                    if self.image.set_backing(Some((name.clone(), "raw".into()))).is_ok() {
+                        self.stable();
+                        self.facts.backing = Some(name);
+                    }
+                }
+            }
+            Step::Bitmap(which, what) => self.bitmap(which, what),
+            Step::Close => {
+                self.image.close().unwrap();
+                self.stable();
             }
         }
         self.mark();
@@ -223,7 +313,9 @@ fn play(options: &CreateOptions, below: bool, steps: &[Step], seed: u64) {
     let header = Qcow2::read_header(path, power.as_ref()).unwrap();
     let image = Qcow2::open(path, power.clone(), header, Parts { backing: backing(), data: None }).unwrap();
     let may = vec![vec![Some(if below { 0xba } else { 0 })]; (SIZE / SECTOR) as usize];
-    let mut run = Run { power, image, may, marks: Vec::new(), snapshot: None, names: 0 };
+    let backing_name = options.backing.as_ref().map(|(name, _)| name.clone());
+    let facts = Facts { capacity: SIZE, backing: backing_name, bitmaps: Vec::new() };
+    let mut run = Run { power, image, may, marks: Vec::new(), snapshot: None, names: 0, facts };
     run.mark();
     steps.iter().for_each(|step| run.step(step));
     let end = run.power.moment();
@@ -267,8 +359,20 @@ fn judge(
         "cut at {moment} of {options:?}: {found:#?}"
     );
     assert!(!dirty || found.is_clean(), "repaired at the opening: {found:?}");
-    let mut content = vec![0; SIZE as usize];
+    let header = image.header();
+    assert!(
+        allowed.iter().any(|mark| mark.facts.capacity == header.size),
+        "cut at {moment}: {} bytes",
+        header.size
+    );
+    assert!(
+        allowed.iter().any(|mark| mark.facts.backing == header.backing),
+        "cut at {moment}: {:?}",
+        header.backing
+    );
+    let mut content = vec![0; image.capacity() as usize];
     image.read(0, &ReadInto::new(&mut content)).unwrap();
+    judge_bitmaps(&image, &content, allowed, moment);
     for (number, sector) in content.chunks(SECTOR as usize).enumerate() {
         let good = allowed.iter().any(|mark| {
             mark.may[number]
@@ -283,9 +387,31 @@ fn judge(
     }
     let repaired = image.check(Repair::All).unwrap();
     assert!(repaired.is_clean(), "{repaired:?}");
-    let mut again = vec![0; SIZE as usize];
+    let mut again = vec![0; content.len()];
     image.read(0, &ReadInto::new(&mut again)).unwrap();
     assert!(again == content, "a repair has changed the disk");
+}
+
+/// A bitmap that is believed says of all that has changed since that it has.
+fn judge_bitmaps(image: &Qcow2, content: &[u8], allowed: &[Mark], moment: usize) {
+    for bitmap in image.bitmaps().unwrap().iter().filter(|bitmap| bitmap.records() && !bitmap.is_stale()) {
+        let bits = image.bitmap_bits(&bitmap.name).unwrap();
+        let holds = |since: &Since| {
+            let Some(since) = since else { return true };
+            let changed = |(number, sector): (usize, &[u8])| {
+                since[number].is_some_and(|value| sector.iter().any(|byte| *byte != value))
+            };
+            let sectors = content.chunks(SECTOR as usize).enumerate();
+            sectors.into_iter().all(|one| !changed(one) || bits.contains(one.0 as u64 * SECTOR))
+        };
+        let mut may =
+            allowed.iter().flat_map(|mark| &mark.facts.bitmaps).filter(|(name, _)| *name == bitmap.name);
+        assert!(
+            may.any(|(_, since)| holds(since)),
+            "cut at {moment}: the bitmap {} says too little",
+            bitmap.name
+        );
+    }
 }
 
 proptest! {

@@ -1,10 +1,11 @@
 //! Another size for the disk, and larger L1 tables.
 
+use super::header::Header;
 use super::map::L1;
 use super::table::OFFSET;
 use super::{Qcow2, header, lock};
 use crate::disk::Disk;
-use crate::endian::{bytes_be, put};
+use crate::endian::{bytes_be, put, size};
 use std::io;
 use std::sync::atomic::Ordering;
 
@@ -28,7 +29,7 @@ impl Qcow2 {
         {
             let _quiet = self.quiesce()?;
             self.open_for_change()?;
-            self.resize_recording(capacity)?;
+            self.check_resize_recording()?;
             if entries > self.map.l1().slots.len() as u64 {
                 self.grow_l1(entries)?;
             }
@@ -59,6 +60,7 @@ impl Qcow2 {
         self.storage.flush()?;
         lock(&self.header).size = capacity;
         self.capacity.store(capacity, Ordering::Release);
+        self.resized_recording(old, capacity);
         Ok(())
     }
 
@@ -72,17 +74,38 @@ impl Qcow2 {
             Some((name, format)) => (Some(name), Some(format)),
             None => (None, None),
         };
-        let text = "the names do not fit into the first cluster";
-        let bytes = header.encode().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, text))?;
-        self.storage.write_bytes(0, &bytes)?;
-        self.storage.flush()?;
+        self.switch_header(header)
+    }
+
+    /// Writes a header whose extensions or names have changed. The image is quiet. A disk writes a sector whole: the name of
+    /// the backing file goes where the old header has nothing, and then one sector makes it the new one's.
+    pub(super) fn switch_header(&self, header: Header) -> io::Result<()> {
+        let storage = self.storage.as_ref();
+        let mut old = vec![0; size(self.shape.cluster())];
+        storage.read_bytes(0, &mut old)?;
+        match header.encode_beside(&old) {
+            Some(switch) => {
+                if let Some((at, name)) = switch.name {
+                    storage.write_bytes(at, &name)?;
+                    storage.flush()?;
+                }
+                storage.write_bytes(0, &switch.sector)?;
+            }
+            None => {
+                let text = "the names do not fit into the first cluster";
+                let bytes = header.encode();
+                let bytes = bytes.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, text))?;
+                storage.write_bytes(0, &bytes)?;
+            }
+        }
+        storage.flush()?;
         *lock(&self.header) = header;
         Ok(())
     }
 
     fn grow_l1(&self, entries: u64) -> io::Result<()> {
         let mut words = self.map.l1().words();
-        words.resize(crate::endian::size(entries), 0);
+        words.resize(size(entries), 0);
         self.switch_l1(words, None)
     }
 
@@ -95,7 +118,7 @@ impl Qcow2 {
         let clusters = (words.len() as u64).saturating_mul(8).div_ceil(cluster).max(1);
         let run = self.refcounts.allocate_row(storage, clusters)?;
         let mut bytes = bytes_be(words.iter().copied());
-        bytes.resize(crate::endian::size(clusters.saturating_mul(cluster)), 0);
+        bytes.resize(size(clusters.saturating_mul(cluster)), 0);
         storage.write_bytes(run.offset, &bytes)?;
         self.flush_quiet()?;
         let (old_offset, old_entries) = {

@@ -236,14 +236,18 @@ impl Qcow2 {
             }
             words.resize(words.len().max(size(entries)), 0);
             self.each_reference(&old, &mut |_| Ok(()))?;
-            if snapshot.disk_size != self.capacity() {
-                self.resize_recording(snapshot.disk_size)?;
+            let size_now = self.capacity();
+            if snapshot.disk_size != size_now {
+                self.check_resize_recording()?;
             }
-            self.live.mark(0, snapshot.disk_size);
             self.count_tree(&words)?;
             self.set_unfinished(true)?;
             let words = words.iter().map(|word| word & !COPIED).collect();
             self.switch_l1(words, Some(snapshot.disk_size))?;
+            if snapshot.disk_size != size_now {
+                self.resized_recording(size_now, snapshot.disk_size);
+            }
+            self.live.mark(0, snapshot.disk_size);
             self.each_reference(&old, &mut |cluster| {
                 self.flush.release(cluster);
                 Ok(())

@@ -535,3 +535,100 @@ fn bitmaps_are_made_merged_and_cleared_as_by_qemu() {
     let bits = image.bitmap_bits("a").unwrap();
     assert!(bits.contains(4095) && bits.contains(7 << 20) && !bits.contains(9 << 20));
 }
+
+/// In memory, open to be written.
+fn in_memory(options: &CreateOptions) -> (Arc<crate::storage::power::Power>, Qcow2) {
+    let power = Arc::new(crate::storage::power::Power::default());
+    drop(Qcow2::create(Path::new("memory"), power.clone(), options, Parts::default()).unwrap());
+    (power.clone(), open_memory(power))
+}
+
+fn open_memory(power: Arc<crate::storage::power::Power>) -> Qcow2 {
+    let header = Qcow2::read_header(Path::new("memory"), power.as_ref()).unwrap();
+    Qcow2::open(Path::new("memory"), power, header, Parts::default()).unwrap()
+}
+
+/// Neither a change of bitmaps that is refused, nor a failure in the middle of one, ends the recording of the others.
+#[test]
+fn bitmaps_record_on_after_what_fails() {
+    let (power, image) = in_memory(&CreateOptions::new(4 << 20));
+    image.change_bitmap("a", Change::Add(None)).unwrap();
+    image.write(0, &VecBuffers::new(vec![7; 512])).unwrap();
+    image.change_bitmap("a", Change::Add(None)).unwrap_err();
+    image.write(1 << 20, &VecBuffers::new(vec![7; 512])).unwrap();
+    image.flush().unwrap();
+    // The host has no space when the disk is to be cut: it stays as long as it is, and its end is watched on.
+    image.write(3 << 20, &VecBuffers::new(vec![7; 512])).unwrap();
+    image.flush().unwrap();
+    power.set_full(true);
+    image.resize(1 << 20).unwrap_err();
+    power.set_full(false);
+    assert_eq!(image.capacity(), 4 << 20);
+    image.write(2 << 20, &VecBuffers::new(vec![7; 512])).unwrap();
+    image.close().unwrap();
+    let bits = image.bitmap_bits("a").unwrap();
+    for at in 0..4u64 {
+        assert!(bits.contains(at << 20), "at {at} MiB");
+    }
+    // What fails while bitmaps are written back leaves none that is believed and says too little.
+    image.write(512 << 10, &VecBuffers::new(vec![7; 512])).unwrap();
+    image.flush().unwrap();
+    power.set_full(true);
+    image.close().unwrap_err();
+    power.set_full(false);
+    image.write(1536 << 10, &VecBuffers::new(vec![7; 512])).unwrap();
+    image.close().unwrap();
+    let there = &image.bitmaps().unwrap()[0];
+    assert!(there.is_stale() || image.bitmap_bits("a").unwrap().contains(1536 << 10));
+}
+
+#[test]
+fn bitmaps_of_other_sizes_are_not_merged() {
+    let (_, image) = in_memory(&CreateOptions::new(4 << 20));
+    let (_, other) = in_memory(&CreateOptions::new(8 << 20));
+    for image in [&image, &other] {
+        image.change_bitmap("a", Change::Add(None)).unwrap();
+    }
+    let error = image.change_bitmap("a", Change::Merge(&other.bitmap_bits("a").unwrap())).unwrap_err();
+    assert!(error.to_string().contains("different sizes"), "{error}");
+}
+
+/// Names and extensions of the header change as a whole: whatever a disk keeps, the old header or the new one is there.
+#[test]
+fn at_every_moment_the_old_header_or_the_new_one_holds() {
+    for (cluster_bits, longest) in [(9, 200), (12, 1023), (16, 1023)] {
+        let names = ["a".repeat(longest), "b".repeat(longest - 90), "c".repeat(longest - 3), "short".into()];
+        let options = CreateOptions {
+            cluster_bits,
+            backing: Some((names[0].clone(), "raw".into())),
+            ..CreateOptions::new(1 << 20)
+        };
+        let first = Arc::new(crate::storage::power::Power::default());
+        drop(Qcow2::create(Path::new("memory"), first.clone(), &options, Parts::default()).unwrap());
+        let start = first.cut(&[], first.moment(), || 255);
+        let power = Arc::new(crate::storage::power::Power::new(start.clone()));
+        let image = open_memory(power.clone());
+        for name in &names[1..] {
+            image.set_backing(Some((name.clone(), "qcow2".into()))).unwrap();
+            image.change_bitmap(&name[..2], Change::Add(None)).unwrap();
+        }
+        image.change_bitmap("bb", Change::Remove).unwrap();
+        let mut seen = std::collections::HashSet::new();
+        for (moment, seed) in
+            (0..=power.moment()).flat_map(|moment| (1u64..12).map(move |seed| (moment, seed)))
+        {
+            let mut state = seed;
+            let bytes = power.cut(&start, moment, || {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                state >> 33
+            });
+            let power = crate::storage::power::Power::new(bytes);
+            let header = Qcow2::read_header(Path::new("memory"), &power).unwrap();
+            let name = header.backing.unwrap();
+            assert!(names.contains(&name), "cut at {moment}: {name}");
+            assert_eq!(header.backing_format.unwrap(), if name == names[0] { "raw" } else { "qcow2" });
+            seen.insert((name, header.bitmaps.map_or(0, |bitmaps| bitmaps.count)));
+        }
+        assert_eq!(seen.len(), 7, "{seen:?}");
+    }
+}

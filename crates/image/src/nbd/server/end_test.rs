@@ -1,54 +1,24 @@
 //! How a server takes clients in, and how it ends.
 
-use super::test::{Client, Serving, export};
+use super::test::{Client, Reads, Scripted, Serving, export};
 use super::*;
-use crate::buffers::Buffers;
-use crate::disk::{Content, Disk, Status};
 use crate::nbd::wire::{Mode, Request, command, error, option, reply};
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::Instant;
 
 /// A disk that takes its time to zero.
-struct Slow;
-
-impl Disk for Slow {
-    fn capacity(&self) -> u64 {
-        1 << 50
-    }
-    fn read_only(&self) -> bool {
-        false
-    }
-    fn read(&self, _: u64, buffers: &dyn Buffers) -> io::Result<()> {
-        buffers.put(0, &vec![7; buffers.len() as usize])
-    }
-    fn write(&self, _: u64, _: &dyn Buffers) -> io::Result<()> {
-        Ok(())
-    }
-    fn flush(&self) -> io::Result<()> {
-        Ok(())
-    }
-    fn discard(&self, _: u64, _: u64) -> io::Result<()> {
-        Ok(())
-    }
-    fn write_zeroes(&self, _: u64, _: u64, _: bool) -> io::Result<()> {
-        std::thread::sleep(Duration::from_millis(5));
-        Ok(())
-    }
-    fn block_status(&self, _: u64, len: u64) -> io::Result<Status> {
-        Ok(Status { len, content: Content::Data, depth: 0, present: true, offset: None, compressed: false })
-    }
-    fn resize(&self, _: u64) -> io::Result<()> {
-        Ok(())
-    }
-    fn snapshot(&self, _: &str) -> io::Result<()> {
-        Ok(())
+fn slow() -> Scripted {
+    Scripted {
+        capacity: 1 << 50,
+        zero: || std::thread::sleep(Duration::from_millis(5)),
+        ..Scripted::default()
     }
 }
 
 #[test]
 fn a_server_that_stops_does_not_zero_on_for_hours() {
-    let mut serving = Serving::disks(|_| vec![export("", Arc::new(Slow))]);
+    let mut serving = Serving::disks(|_| vec![export("", Arc::new(slow()))]);
     let mut client = Client::go(&serving, Mode::Extended);
     client.ask(command::WRITE_ZEROES, 0, 0, 1 << 50, &[]);
     std::thread::sleep(Duration::from_millis(50));
@@ -60,7 +30,7 @@ fn a_server_that_stops_does_not_zero_on_for_hours() {
 
 #[test]
 fn a_client_that_asks_without_end_does_not_keep_a_server_from_stopping() {
-    let server = Server::new(vec![export("", Arc::new(Slow))], Limits::default(), Tls::Off).unwrap();
+    let server = Server::new(vec![export("", Arc::new(slow()))], Limits::default(), Tls::Off).unwrap();
     let listener = Listener::tcp("127.0.0.1:0".parse().unwrap()).unwrap();
     let address = listener.address().unwrap();
     let accepting = {
@@ -95,7 +65,7 @@ fn a_client_that_asks_without_end_does_not_keep_a_server_from_stopping() {
 fn the_only_place_is_for_who_comes_first_wherever() {
     let directory = tempfile::tempdir().unwrap();
     let limits = Limits { connections_max: 1, ..Limits::default() };
-    let server = Server::new(vec![export("", Arc::new(Slow))], limits, Tls::Off).unwrap();
+    let server = Server::new(vec![export("", Arc::new(slow()))], limits, Tls::Off).unwrap();
     let places = ["a", "b"].map(|name| directory.path().join(name));
     let accepting = places.clone().map(|place| {
         let (server, listener) = (server.clone(), Listener::unix(&place).unwrap());
@@ -138,7 +108,7 @@ fn a_socket_that_somebody_else_put_there_stays() {
 
 #[test]
 fn what_cannot_be_zeroed_fast_is_not_zeroed() {
-    let serving = Serving::disks(|_| vec![export("", Arc::new(Slow))]);
+    let serving = Serving::disks(|_| vec![export("", Arc::new(slow()))]);
     let mut client = Client::go(&serving, Mode::Structured);
     let error = client.error(command::WRITE_ZEROES, command::FLAG_FAST_ZERO, 0, 512, &[]);
     assert_eq!(error, error::ENOTSUP);
@@ -155,4 +125,27 @@ fn long_names_are_refused_shortly() {
     let replies = client.replies();
     assert_eq!(replies[0].0, reply::ERR_UNKNOWN);
     assert!(replies[0].1.len() <= wire::MESSAGE_MAX);
+}
+
+#[test]
+fn what_must_be_waited_for_is_waited_for_though_its_beginning_was_sent() {
+    const LEN: u64 = 256 << 10;
+    for mode in [Mode::Simple, Mode::Structured, Mode::Extended] {
+        // Many short extents, the last of which is not in memory when it is first read.
+        let read = |reads: &Reads, offset: u64, len: u64| match offset + len {
+            LEN if reads.most.fetch_add(1, Ordering::SeqCst) == 0 => Err(io::ErrorKind::WouldBlock.into()),
+            _ => Ok(()),
+        };
+        let disk = Arc::new(Scripted { capacity: LEN, extent: 512, read, ..Scripted::default() });
+        let serving = Serving::disks(|_| vec![export("", disk.clone())]);
+        let mut client = Client::go(&serving, mode);
+        client.ask(command::READ, 0, 0, LEN, &[]);
+        let (error, chunks) = client.answer();
+        assert_eq!((error, disk.reads.most.load(Ordering::SeqCst)), (0, 2), "{mode:?}");
+        if mode == Mode::Simple {
+            assert!(client.bytes(LEN as usize).iter().all(|byte| *byte == 0));
+        } else {
+            assert!(chunks.len() > 256, "{}", chunks.len());
+        }
+    }
 }

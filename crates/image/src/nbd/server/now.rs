@@ -25,7 +25,7 @@ enum Tells {
 }
 
 thread_local! {
-    /// The file that was read last and what it tells. A descriptor that comes to mean another file makes a read slower, or
+    /// The file that was read last and what it tells. A descriptor that comes to mean another file makes one read slower, or
     /// wait; nothing else.
     static LAST: Cell<Option<(RawFd, Tells)>> = const { Cell::new(None) };
 }
@@ -40,6 +40,11 @@ impl<'a> ReadNow<'a> {
     /// Reads go into `bytes`.
     pub fn new(bytes: &'a mut [u8]) -> Self {
         Self { into: ReadInto::new(bytes), may_have_waited: Cell::new(false) }
+    }
+
+    fn wait_for_file(&self, at: u64, len: u64, file: BorrowedFd<'_>, offset: u64) -> io::Result<()> {
+        self.may_have_waited.set(true);
+        self.into.read_file(at, len, file, offset)
     }
 
     /// Whether bytes came in ways that may have taken long.
@@ -96,12 +101,16 @@ impl Buffers for ReadNow<'_> {
 
     fn read_file(&self, at: u64, len: u64, file: BorrowedFd<'_>, offset: u64) -> io::Result<()> {
         match tells(file) {
-            Tells::Beforehand => self.into.with(at, len, |bytes| read_now(file, offset, bytes)),
+            Tells::Beforehand => match self.into.with(at, len, |bytes| read_now(file, offset, bytes)) {
+                // The descriptor means another file now.
+                Err(error) if error.raw_os_error() == Some(Errno::OPNOTSUPP.raw_os_error()) => {
+                    LAST.set(None);
+                    self.wait_for_file(at, len, file, offset)
+                }
+                done => done,
+            },
             Tells::Never => self.into.read_file(at, len, file, offset),
-            Tells::Nothing => {
-                self.may_have_waited.set(true);
-                self.into.read_file(at, len, file, offset)
-            }
+            Tells::Nothing => self.wait_for_file(at, len, file, offset),
         }
     }
 
@@ -136,6 +145,18 @@ mod test {
         now.put(8191, &[3]).unwrap();
         assert!(now.may_have_waited());
         assert!(bytes[..5000] == [7; 5000] && bytes[5000..8191] == [0; 3191] && bytes[8191] == 3);
+    }
+
+    #[test]
+    fn a_descriptor_that_has_come_to_mean_another_file_is_read_all_the_same() {
+        // What is no file of a disk cannot say whether it would wait.
+        let open = std::fs::File::open("/proc/version").unwrap();
+        LAST.set(Some((open.as_raw_fd(), Tells::Beforehand)));
+        let mut bytes = [0; 5];
+        let now = ReadNow::new(&mut bytes);
+        now.read_file(0, 5, open.as_fd(), 0).unwrap();
+        assert!(now.may_have_waited());
+        assert_eq!(&bytes, b"Linux");
     }
 
     #[test]

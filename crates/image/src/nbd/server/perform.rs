@@ -2,7 +2,7 @@
 
 use super::export::{Context, Contexts, Export};
 use super::now::ReadNow;
-use super::reply::Output;
+use super::reply::{Mark, Output};
 use crate::buffers::{ReadInto, WriteFrom};
 use crate::disk::Content;
 use crate::endian::{be32, be64, size};
@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Bytes that are read at a time where a reply may have several chunks: few enough to stay in a CPU's cache.
 pub const PIECE: u64 = 256 << 10;
-/// Room for the headers of a piece's chunks.
+/// Room for the headers of a piece's chunks, as many as there usually are.
 const HEADERS: usize = 4096;
 /// Reads of at least so many bytes are looked at for holes.
 const HOLES_FROM: u64 = 64 << 10;
@@ -173,7 +173,7 @@ impl Subject<'_> {
     }
 
     fn read(&self, request: &Request, output: &mut Output<'_>) -> io::Result<()> {
-        let read = |at: u64, bytes: &mut [u8]| self.export.disk.read(at, &ReadInto::new(bytes));
+        let read = |_, at: u64, bytes: &mut [u8]| self.export.disk.read(at, &ReadInto::new(bytes));
         match self.read_by(request, output, read)? {
             Ok(()) => Ok(()),
             Err(error) => output.failed(request, wire::error_value(&error), &error.to_string()),
@@ -182,10 +182,10 @@ impl Subject<'_> {
 
     /// Reads if that needs no waiting for a disk.
     pub fn read_now(&self, request: &Request, output: &mut Output<'_>) -> io::Result<Now> {
-        // With room for all of it nothing of it is sent before it is whole.
+        // With room for all of it usually nothing of it is sent before it is whole.
         let mark = output.mark(size(request.len.min(PIECE)).saturating_add(HEADERS))?;
         let (mut may_have_waited, mut would_wait) = (false, false);
-        let read = |at: u64, bytes: &mut [u8]| {
+        let read = |here: Mark, at: u64, bytes: &mut [u8]| {
             let now = ReadNow::new(bytes);
             let read = self.export.disk.read(at, &now);
             may_have_waited |= now.may_have_waited();
@@ -193,8 +193,9 @@ impl Subject<'_> {
             if !read.as_ref().is_err_and(waits) {
                 return read;
             }
-            // The beginning of a long read may be with the client already; then the rest is waited for here.
-            would_wait = request.len <= PIECE;
+            // The beginning may be with the client already; then the rest is waited for here.
+            would_wait = here.is_sent_with(mark);
+            may_have_waited |= !would_wait;
             if would_wait { read } else { self.export.disk.read(at, &ReadInto::new(bytes)) }
         };
         let done = self.read_by(request, output, read)?;
@@ -212,7 +213,7 @@ impl Subject<'_> {
         &self,
         request: &Request,
         output: &mut Output<'_>,
-        mut read: impl FnMut(u64, &mut [u8]) -> io::Result<()>,
+        mut read: impl FnMut(Mark, u64, &mut [u8]) -> io::Result<()>,
     ) -> io::Result<io::Result<()>> {
         let disk = &self.export.disk;
         let whole = self.mode == Mode::Simple || request.flags & command::FLAG_DF != 0;
@@ -238,7 +239,9 @@ impl Subject<'_> {
                 }
             }
             let done = at.saturating_add(len) == end;
-            if let Err(error) = output.data(request, (at, size(len)), done, |into| read(at, into))? {
+            if let Err(error) =
+                output.data(request, (at, size(len)), done, |here, into| read(here, at, into))?
+            {
                 return Ok(Err(error));
             }
             at = at.saturating_add(len);

@@ -27,6 +27,13 @@ pub struct Mark {
     used: usize,
 }
 
+impl Mark {
+    /// Whether nothing was sent between two places.
+    pub fn is_sent_with(self, other: Self) -> bool {
+        self.sends == other.sends
+    }
+}
+
 impl<'a> Output<'a> {
     /// Room for `room` bytes, more for replies that must be longer. `bytes` is a buffer to use again, or an empty one.
     pub fn new(stream: &'a Stream, mode: Mode, room: usize, mut bytes: Vec<u8>) -> Self {
@@ -168,22 +175,22 @@ impl<'a> Output<'a> {
         self.chunk(request, chunk::ERROR, true, &[&error.to_be_bytes(), &count, message.as_bytes()])
     }
 
-    /// `len` bytes of a read at `offset`, which `read` puts in place: a chunk, or in simple mode the whole reply. Nothing
-    /// is added if `read` fails.
+    /// `len` bytes of a read at `offset`, which `read` puts in place: a chunk, or in simple mode the whole reply. It hears
+    /// where replies are then. Nothing is added if it fails.
     pub fn data(
         &mut self,
         request: &wire::Request,
         (offset, len): (u64, usize),
         done: bool,
-        read: impl FnOnce(&mut [u8]) -> io::Result<()>,
+        read: impl FnOnce(Mark, &mut [u8]) -> io::Result<()>,
     ) -> io::Result<io::Result<()>> {
         let place = if self.mode == Mode::Simple { 0 } else { 8 };
         let head = self.mode.reply_len().saturating_add(place);
-        self.make_room(head.saturating_add(len))?;
+        let here = self.mark(head.saturating_add(len))?;
         let from = self.used.saturating_add(head);
         let to = from.saturating_add(len);
         let Some(bytes) = self.bytes.get_mut(from..to) else { return Err(io::ErrorKind::OutOfMemory.into()) };
-        if let Err(error) = read(bytes) {
+        if let Err(error) = read(here, bytes) {
             return Ok(Err(error));
         }
         if self.mode == Mode::Simple {

@@ -319,30 +319,46 @@ fn what_is_no_protocol_ends_the_connection_and_no_other() {
     assert_eq!(witness.error(command::READ, 0, 0, 0, &[]), 0);
 }
 
-/// A disk that fails at some places and takes its time at others.
-#[derive(Default)]
-struct Faulty {
-    /// Slow reads now, and at most.
-    now: AtomicU64,
-    most: AtomicU64,
+/// A disk that does as it is told, and else nothing: what is read is the byte of its offset, what is written fails.
+pub struct Scripted {
+    pub capacity: u64,
+    /// Bytes of an extent.
+    pub extent: u64,
+    /// Before each read.
+    pub read: fn(&Reads, offset: u64, len: u64) -> io::Result<()>,
+    pub reads: Reads,
+    /// Before zeroes are written.
+    pub zero: fn(),
 }
 
-impl Disk for Faulty {
+/// What a disk remembers of reads.
+#[derive(Default)]
+pub struct Reads {
+    pub now: AtomicU64,
+    pub most: AtomicU64,
+}
+
+impl Default for Scripted {
+    fn default() -> Self {
+        Self {
+            capacity: SIZE,
+            extent: u64::MAX,
+            read: |_, _, _| Ok(()),
+            reads: Reads::default(),
+            zero: || {},
+        }
+    }
+}
+
+impl Disk for Scripted {
     fn capacity(&self) -> u64 {
-        SIZE
+        self.capacity
     }
     fn read_only(&self) -> bool {
         false
     }
     fn read(&self, offset: u64, buffers: &dyn Buffers) -> io::Result<()> {
-        if offset < 1 << 20 {
-            let now = self.now.fetch_add(1, Ordering::SeqCst) + 1;
-            self.most.fetch_max(now, Ordering::SeqCst);
-            std::thread::sleep(Duration::from_millis(20));
-            self.now.fetch_sub(1, Ordering::SeqCst);
-        } else if offset.saturating_add(buffers.len()) > 3 << 20 {
-            return Err(io::Error::other("the disk is on fire"));
-        }
+        (self.read)(&self.reads, offset, buffers.len())?;
         buffers.put(0, &vec![offset as u8; buffers.len() as usize])
     }
     fn write(&self, _: u64, _: &dyn Buffers) -> io::Result<()> {
@@ -355,9 +371,11 @@ impl Disk for Faulty {
         Ok(())
     }
     fn write_zeroes(&self, _: u64, _: u64, _: bool) -> io::Result<()> {
+        (self.zero)();
         Ok(())
     }
-    fn block_status(&self, _: u64, len: u64) -> io::Result<Status> {
+    fn block_status(&self, offset: u64, len: u64) -> io::Result<Status> {
+        let len = len.min(self.extent - offset % self.extent);
         Ok(Status { len, content: Content::Data, depth: 0, present: true, offset: None, compressed: false })
     }
     fn resize(&self, _: u64) -> io::Result<()> {
@@ -368,9 +386,25 @@ impl Disk for Faulty {
     }
 }
 
+/// A disk that fails at some places and takes its time at others.
+fn faulty() -> Scripted {
+    let read = |reads: &Reads, offset: u64, len: u64| {
+        if offset < 1 << 20 {
+            let now = reads.now.fetch_add(1, Ordering::SeqCst) + 1;
+            reads.most.fetch_max(now, Ordering::SeqCst);
+            std::thread::sleep(Duration::from_millis(20));
+            reads.now.fetch_sub(1, Ordering::SeqCst);
+        } else if offset.saturating_add(len) > 3 << 20 {
+            return Err(io::Error::other("the disk is on fire"));
+        }
+        Ok(())
+    };
+    Scripted { read, ..Scripted::default() }
+}
+
 #[test]
 fn errors_of_the_disk_reach_the_client() {
-    let serving = Serving::disks(|_| vec![export("", Arc::new(Faulty::default()))]);
+    let serving = Serving::disks(|_| vec![export("", Arc::new(faulty()))]);
     for mode in [Mode::Simple, Mode::Structured, Mode::Extended] {
         let mut client = Client::go(&serving, mode);
         assert_eq!(client.error(command::READ, 0, 3 << 20, 512, &[]), error::EIO);
@@ -387,7 +421,7 @@ fn errors_of_the_disk_reach_the_client() {
 
 #[test]
 fn a_slow_disk_serves_many_requests_at_a_time() {
-    let disk = Arc::new(Faulty::default());
+    let disk = Arc::new(faulty());
     let serving = Serving::disks(|_| vec![export("", disk.clone())]);
     let mut client = Client::go(&serving, Mode::Simple);
     for _ in 0..2 {
@@ -398,7 +432,7 @@ fn a_slow_disk_serves_many_requests_at_a_time() {
             assert_eq!(client.bytes(16 + 512).len(), 528);
         }
     }
-    assert!(disk.most.load(Ordering::SeqCst) > 4);
+    assert!(disk.reads.most.load(Ordering::SeqCst) > 4);
 }
 
 #[test]
@@ -421,7 +455,7 @@ fn a_client_that_takes_no_replies_hurts_nobody() {
 
 #[test]
 fn a_stopping_server_answers_what_has_begun() {
-    let mut serving = Serving::disks(|_| vec![export("", Arc::new(Faulty::default()))]);
+    let mut serving = Serving::disks(|_| vec![export("", Arc::new(faulty()))]);
     let mut client = Client::go(&serving, Mode::Simple);
     client.ask(command::READ, 0, 0, 512, &[]);
     std::thread::sleep(Duration::from_millis(5));
