@@ -11,7 +11,7 @@
 //!
 //! Bytes move between an image and whatever holds them above (guest RAM, a network buffer) through [`Buffers`], so
 //! that formats that need no copy make none.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 #![cfg_attr(
     not(test),
     deny(

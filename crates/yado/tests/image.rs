@@ -382,3 +382,210 @@ fn links_are_followed_bitmaps_kept_and_speed_measured() {
     place.yado(125, "bench -c 1 top.qcow2");
     place.yado(0, "bench -f qcow2 -c 1 top.qcow2");
 }
+
+/// Four images of 8 MiB that have much in common, each in a raw file and a qcow2 image: the second differs in places, the third
+/// has some of it elsewhere, the last is longer.
+fn alike(place: &Place) -> [&'static str; 4] {
+    place.raw("a.raw");
+    let first = std::fs::read(place.path("a.raw")).unwrap();
+    let mut second = first.clone();
+    second[3 << 20..(3 << 20) + 5000].fill(9);
+    // Where the first has data this one has none.
+    second[6 << 20..7 << 20].fill(0);
+    let third = [&first[4 << 20..], &first[..4 << 20]].concat();
+    let last = [&first[..], &vec![0; 1 << 20], &first[..100 << 10]].concat();
+    for (name, bytes) in [("b.raw", second), ("c.raw", third), ("d.raw", last)] {
+        std::fs::write(place.path(name), bytes).unwrap();
+    }
+    ["a", "b", "c", "d"]
+}
+
+fn taken(place: &Place, names: &[&str]) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    names.iter().map(|name| std::fs::metadata(place.path(name)).unwrap().blocks() * 512).sum()
+}
+
+#[test]
+fn images_are_put_on_what_they_have_in_common() {
+    let place = Place::new();
+    let names = alike(&place);
+    let options =
+        ["", "-o cluster_size=4K,lazy_refcounts=on", "-o compat=0.10", "-o extended_l2=on,cluster_size=128K"];
+    for (name, options) in names.iter().zip(options) {
+        place.yado(0, &format!("convert -q -f raw -O qcow2 {options} {name}.raw {name}.qcow2"));
+    }
+    let images = ["a.qcow2", "b.qcow2", "c.qcow2", "d.qcow2"];
+    let before = taken(&place, &images);
+    let three = "a.qcow2 b.qcow2 c.qcow2";
+    let report = |text: String| serde_json::from_str::<Value>(&text).unwrap();
+    let would = report(place.yado(0, &format!("dedup -n --json --base store.qcow2 {three}")));
+    assert!(!place.path("store.qcow2").exists() && before == taken(&place, &images));
+    let only_mine = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+    std::fs::set_permissions(place.path("a.qcow2"), only_mine).unwrap();
+    let done = report(place.yado(0, &format!("dedup --json --base store.qcow2 {three}")));
+    for field in ["data", "equal", "base"] {
+        assert_eq!(would[field], done[field], "{would:#} {done:#}");
+    }
+    // Half of the raw image is data that is not the same everywhere; it was there three times.
+    let all = ["a.qcow2", "b.qcow2", "c.qcow2", "d.qcow2", "store.qcow2"];
+    let saved = before - taken(&place, &all);
+    assert_eq!(done["saved"].as_u64(), Some(saved), "{done:#}");
+    assert!(
+        saved > 6 << 20 && would["saved"].as_u64().unwrap().abs_diff(saved) < 2 << 20,
+        "{would:#} {done:#}"
+    );
+    // One that comes later; those that are on the base stay as they are.
+    place.yado(0, &format!("dedup --base store.qcow2 {three} d.qcow2"));
+    assert!(taken(&place, &["d.qcow2"]) < 1 << 20);
+    for (name, image) in names.iter().zip(images) {
+        place.qemu(&format!("check -f qcow2 {image}"));
+        place.qemu(&format!("compare -f raw -F qcow2 {name}.raw {image}"));
+        assert!(place.qemu(&format!("info {image}")).contains("backing file: store.qcow2"));
+    }
+    place.qemu("check -f qcow2 store.qcow2");
+    assert!(std::fs::metadata(place.path("store.qcow2")).unwrap().permissions().readonly());
+    let theirs: Value = serde_json::from_str(&place.qemu("info --output json c.qcow2")).unwrap();
+    assert_eq!(theirs["format-specific"]["data"]["compat"], "0.10");
+    // They can be written, each alone.
+    place.run("qemu-io", &["-c", "write -P 7 0 100k", "a.qcow2"]);
+    place.qemu("check -f qcow2 a.qcow2");
+    place.qemu("compare -f raw -F qcow2 d.raw d.qcow2");
+    let mode = std::fs::metadata(place.path("a.qcow2")).unwrap().permissions();
+    assert_eq!(std::os::unix::fs::PermissionsExt::mode(&mode) & 0o777, 0o600);
+    let left = std::fs::read_dir(place.0.path()).unwrap().count();
+    assert_eq!(left, 9, "nothing else is left");
+}
+
+#[test]
+fn images_that_would_lose_something_are_left_alone() {
+    let place = Place::new();
+    place.raw("a.raw");
+    for name in ["snapshot", "bitmap", "top"] {
+        place.yado(0, &format!("convert -q -f raw -O qcow2 a.raw {name}.qcow2"));
+    }
+    place.yado(0, "snapshot -c one snapshot.qcow2");
+    place.yado(0, "bitmap -f qcow2 --add bitmap.qcow2 one");
+    place.yado(0, "rebase -q -f qcow2 -b a.raw -F raw top.qcow2");
+    for (name, why) in
+        [("snapshot", "snapshots would be lost"), ("bitmap", "bitmaps"), ("top", "a backing file already")]
+    {
+        let said = place.yado(2, &format!("dedup --base store.qcow2 {name}.qcow2"));
+        assert!(said.contains(why), "{said}");
+    }
+    assert!(place.yado(2, "dedup --base s top.qcow2 ./top.qcow2").contains("twice"));
+    assert!(place.yado(2, "dedup --block-size 5K top.qcow2").contains("power of two"));
+    place.yado(125, "dedup --base store.qcow2 a.raw");
+    assert!(!place.path("store.qcow2").exists());
+}
+
+/// Whatever moment it is killed at, every image reads as it did.
+#[test]
+fn a_killed_dedup_loses_nothing() {
+    let place = Place::new();
+    let names = alike(&place);
+    for round in 0..8u64 {
+        for name in names {
+            place.yado(0, &format!("convert -q -f raw -O qcow2 {name}.raw {name}.qcow2"));
+        }
+        let _ = std::fs::remove_file(place.path("store.qcow2"));
+        let mut child = Command::new(env!("CARGO_BIN_EXE_yado"))
+            .args([
+                "image",
+                "dedup",
+                "-q",
+                "--base",
+                "store.qcow2",
+                "a.qcow2",
+                "b.qcow2",
+                "c.qcow2",
+                "d.qcow2",
+            ])
+            .current_dir(place.0.path())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(40 * round));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        for name in names {
+            place.qemu(&format!("check -q -f qcow2 {name}.qcow2"));
+            place.qemu(&format!("compare -f raw -F qcow2 {name}.raw {name}.qcow2"));
+        }
+        // And what was begun can be ended.
+        place.yado(0, "dedup -q --base store.qcow2 a.qcow2 b.qcow2 c.qcow2 d.qcow2");
+        for name in names {
+            place.qemu(&format!("compare -f raw -F qcow2 {name}.raw {name}.qcow2"));
+        }
+    }
+}
+
+/// A file system in a file, mounted as long as the value lives.
+struct Mounted(std::path::PathBuf);
+
+impl Mounted {
+    /// `None` where mounting is not allowed.
+    fn new(place: &Place, kind: &str) -> Option<Self> {
+        let (file, target) = (place.path(&format!("{kind}.fs")), place.path(kind));
+        std::fs::File::create(&file).unwrap().set_len(512 << 20).unwrap();
+        let mkfs = xtask::setup::find(&format!("mkfs.{kind}")).expect("`cargo xtask setup` installs it");
+        assert!(Command::new(mkfs).arg("-q").arg(&file).status().unwrap().success());
+        std::fs::create_dir(&target).unwrap();
+        let mount = Command::new("mount").args(["-o", "loop"]).arg(&file).arg(&target).output().ok()?;
+        mount.status.success().then_some(Self(target))
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn file_systems_that_can_share_blocks_do() {
+    for kind in ["btrfs", "xfs"] {
+        let place = Place::new();
+        let names = alike(&place);
+        let Some(mounted) = Mounted::new(&place, kind) else {
+            // Nobody but root may mount. What is left to see is that other file systems are told apart.
+            let said = place.yado(125, "dedup a.raw b.raw");
+            assert!(said.contains("--base"), "{said}");
+            return;
+        };
+        let inside = Place(tempfile::tempdir_in(&mounted.0).unwrap());
+        for name in names {
+            std::fs::copy(place.path(&format!("{name}.raw")), inside.path(&format!("{name}.raw"))).unwrap();
+        }
+        place.yado(0, "convert -q -f raw -O qcow2 a.raw e.qcow2");
+        std::fs::copy(place.path("e.qcow2"), inside.path("e.qcow2")).unwrap();
+        let used = || {
+            Command::new("sync").arg("-f").arg(inside.path("a.raw")).status().unwrap();
+            let free =
+                Command::new("df").args(["--output=used", "-B1"]).arg(inside.path("a.raw")).output().unwrap();
+            let text = String::from_utf8(free.stdout).unwrap();
+            text.lines().nth(1).unwrap().trim().parse::<u64>().unwrap()
+        };
+        let report = |text: String| serde_json::from_str::<Value>(&text).unwrap();
+        let line = "dedup --json a.raw b.raw c.raw d.raw e.qcow2";
+        let would = report(inside.yado(0, &format!("{line} -n")));
+        let before = used();
+        let done = report(inside.yado(0, line));
+        assert_eq!(would["saved"], done["saved"], "{would:#} {done:#}");
+        let saved = done["saved"].as_u64().unwrap();
+        // The data of one of them is in all.
+        assert!(saved > 16 << 20, "{kind}: {done:#}");
+        // btrfs keeps an extent as long as any of it is used: only the third file is nothing but what others have.
+        let gained = before.saturating_sub(used());
+        let least = if kind == "btrfs" { 7 << 20 } else { saved.saturating_sub(4 << 20) };
+        assert!((least..saved + (4 << 20)).contains(&gained), "{kind}: {gained} of {saved}");
+        for name in names {
+            let (one, other) = (place.path(&format!("{name}.raw")), inside.path(&format!("{name}.raw")));
+            assert!(std::fs::read(one).unwrap() == std::fs::read(other).unwrap());
+        }
+        inside.qemu("check -q -f qcow2 e.qcow2");
+        inside.qemu("compare -f raw -F qcow2 a.raw e.qcow2");
+        // What is one is told apart from what is equal, and there is nothing more to do.
+        let again = report(inside.yado(0, line));
+        assert_eq!((&again["saved"], &again["equal"]), (&0.into(), &done["equal"]), "{kind}: {again:#}");
+        assert_eq!(again["shared-before"], again["equal"]);
+    }
+}

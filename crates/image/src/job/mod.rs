@@ -4,6 +4,7 @@
 mod bench;
 mod compare;
 mod convert;
+pub mod dedup;
 mod merge;
 mod share;
 

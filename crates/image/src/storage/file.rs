@@ -148,6 +148,11 @@ impl StorageFile {
         }
     }
 
+    /// The open file.
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
     /// Whether another open file is the same one.
     pub(super) fn is_file(&self, other: &File) -> io::Result<bool> {
         let (own, other) = (self.file.metadata()?, other.metadata()?);

@@ -5,10 +5,12 @@ mod direct;
 mod file;
 #[cfg(test)]
 pub(crate) mod power;
+mod sharing;
 
 pub use cache::{CacheMode, WriteThrough};
 pub use direct::DirectFile;
 pub use file::StorageFile;
+pub use sharing::{Placed, Shared};
 
 use crate::Error;
 use crate::buffers::{Buffers, ReadInto, WriteFrom};

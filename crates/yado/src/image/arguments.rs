@@ -41,6 +41,8 @@ pub enum Command {
     Bench(super::qemu_img::arguments::Bench),
     /// Make a copy at once: by shared blocks where the file system can, else a qcow2 image on top of the original
     Clone(CloneImage),
+    /// Make equal parts of several images one: by shared blocks where the file system can, or in a base that all build on
+    Dedup(super::dedup::Dedup),
     /// Serve images to NBD clients until Ctrl-C
     Serve(super::serve::Serve),
 }

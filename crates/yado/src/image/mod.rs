@@ -1,6 +1,7 @@
 //! `yado image`: images made, looked at, copied and repaired.
 
 pub mod arguments;
+mod dedup;
 mod options;
 pub mod qemu_img;
 pub mod qemu_nbd;
@@ -45,6 +46,7 @@ pub fn run(command: arguments::Image) -> Result<u8> {
         Command::Bitmap(options) => qemu_img::make::bitmap(&options, Guesses::Refuse)?,
         Command::Bench(options) => qemu_img::make::bench(&options, Guesses::Refuse)?,
         Command::Clone(options) => work::clone(&options)?,
+        Command::Dedup(options) => dedup::dedup(&options)?,
         Command::Serve(options) => serve::serve(&options)?,
     }
     Ok(0)

@@ -129,7 +129,7 @@ fn same_file(a: &Path, b: &Path) -> bool {
 }
 
 /// A name beside the target for what is not whole yet.
-fn beside(target: &Path) -> PathBuf {
+pub fn beside(target: &Path) -> PathBuf {
     let mut name = std::ffi::OsString::from(".");
     name.push(target.file_name().unwrap_or_default());
     name.push(format!(".{}.partial", std::process::id()));

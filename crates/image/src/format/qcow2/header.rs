@@ -392,31 +392,32 @@ impl Header {
         Self { bitmaps, ..self.clone() }.encode().is_some()
     }
 
-    /// What makes this the header of an image whose first cluster is `old`; `None` if it takes more than a sector.
+    /// What makes this the header of an image whose first cluster is `old`; `None` if there is no room for it beside that.
     pub fn encode_beside(&self, old: &[u8]) -> Option<Switch> {
-        let sector = |feature_names| {
-            let mut bytes = vec![0; SECTOR];
-            self.put_extensions(&mut bytes, feature_names).map(|end| (bytes, end))
-        };
         // Names of features are for people; they give way.
-        let (mut sector, end) = sector(true).or_else(|| sector(false))?;
+        [true, false].into_iter().find_map(|feature_names| self.encode_beside_with(old, feature_names))
+    }
+
+    fn encode_beside_with(&self, old: &[u8], feature_names: bool) -> Option<Switch> {
+        let mut sector = vec![0; SECTOR];
+        let end = self.put_extensions(&mut sector, feature_names)?;
         let Some(name) = self.backing.as_ref().map(|name| name.as_bytes()) else {
             return Some(Switch { name: None, sector });
         };
         let (start, len) = (size(be64(old, 8)), size(be32(old, 16).into()));
         let old_name = start..start.saturating_add(len);
         let stays = start >= end && old.get(old_name.clone()) == Some(name);
-        let old_end = extensions_end(old);
+        let old_end = extensions_end(old).max(SECTOR);
         let free = |at: &usize| {
             let end = at.saturating_add(name.len());
-            *at >= old_end && end <= old.len() && (end <= old_name.start || *at >= old_name.end)
+            end <= old.len() && (end <= old_name.start || *at >= old_name.end)
         };
         let at = if end.saturating_add(name.len()) <= SECTOR {
             end
         } else if stays {
             start
         } else {
-            (SECTOR..old.len()).step_by(SECTOR).find(free)?
+            [old_end, old_end.max(old_name.end)].into_iter().find(free)?
         };
         point_at_name(&mut sector, at, name.len());
         // What of it lies in the first sector is written with that.
@@ -424,6 +425,11 @@ impl Header {
         put(&mut sector, at, name.get(..inside).unwrap_or_default());
         let is_new = at >= SECTOR && !stays;
         Some(Switch { name: is_new.then(|| (at as u64, name.to_vec())), sector })
+    }
+
+    /// Whether the extensions fit into the first sector.
+    pub fn is_short(&self) -> bool {
+        self.put_extensions(&mut [0; SECTOR], false).is_some()
     }
 
     /// Puts the fields and extensions to the beginning of `bytes`; answers where they end.

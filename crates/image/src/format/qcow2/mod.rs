@@ -35,6 +35,7 @@ mod noise;
 mod power_test;
 mod refcount;
 mod resize;
+mod share;
 mod snapshot;
 mod table;
 #[cfg(test)]

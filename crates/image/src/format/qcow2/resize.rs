@@ -91,6 +91,11 @@ impl Qcow2 {
                 }
                 storage.write_bytes(0, &switch.sector)?;
             }
+            None if header.is_short() => {
+                let text = "the backing file's name does not fit into the first cluster, beside the old one: use a shorter one";
+                return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+            }
+            // Somebody else's extensions are longer than any sector.
             None => {
                 let text = "the names do not fit into the first cluster";
                 let bytes = header.encode();
