@@ -45,12 +45,14 @@ impl Findings {
     /// One more thing is wrong.
     pub(crate) fn corrupt(&mut self, message: impl FnOnce() -> String) {
         self.corruptions = self.corruptions.saturating_add(1);
-        self.say(message);
+        if self.messages.len() < MESSAGES_MAX {
+            self.messages.push(message());
+        }
     }
 
-    /// Tells something in words.
+    /// Tells something in words that costs no data. It leaves room for what does.
     pub(crate) fn say(&mut self, message: impl FnOnce() -> String) {
-        if self.messages.len() < MESSAGES_MAX {
+        if self.messages.len() < MESSAGES_MAX / 2 {
             self.messages.push(message());
         }
     }
@@ -70,4 +72,12 @@ impl Findings {
     pub fn is_clean(&self) -> bool {
         self.corruptions == 0 && self.leaks == 0 && self.errors == 0
     }
+}
+
+#[test]
+fn any_number_of_leaks_leaves_room_for_damage() {
+    let mut found = Findings::default();
+    (0..2000).for_each(|_| found.say(|| "leaked".to_owned()));
+    found.corrupt(|| "damaged".to_owned());
+    assert_eq!(found.messages.last().map(String::as_str), Some("damaged"));
 }
