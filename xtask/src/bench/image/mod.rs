@@ -236,8 +236,8 @@ fn notes(options: &Options) -> String {
         "Medians of {} rounds (of the guest, which boots anew each time, fewer); in each round yado and its peer run one right after \
          the other, in changing order. The ratio is that of a round's pair, 2x is twice as good.\n\n\
          Images of {} MiB in memory (tmpfs). Requests: 4 KiB, 64 at a time, {} of them, in a row or \
-         each 7 MiB and 4 KiB behind the last, around and around; `yado image bench` beside `qemu-img bench -t none -i native`, the fastest way here, each on one CPU \
-         unless two are said. Copies: stripes of 16 MiB of noise, text, noise, zeroes. \
+         each 7 MiB and 4 KiB behind the last, around and around; `yado image bench` beside `qemu-img bench -t none -i native`, the \
+         fastest way here, each on one CPU unless two are said. Copies: stripes of 16 MiB of noise, text, noise, zeroes. \
          qemu-img compresses with `-W -m 16`. The disk: a file past the page cache (`-t none`) beside fio with io_uring on the same \
          file, 32 at a time. The guest: one vCPU, O_DIRECT, io_uring in the guest (`xtask/src/bin/workloads/disk.rs`), every block's \
          content checked; QEMU with TCG, virtio-blk in an I/O thread, `aio=io_uring,cache=none`.\n",
