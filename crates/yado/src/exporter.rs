@@ -106,7 +106,7 @@ impl<T: Fn() -> anyhow::Result<String> + Send + Sync + 'static> Service<T> {
                 std::thread::sleep(Duration::from_millis(100));
                 continue;
             };
-            let service = self.clone();
+            let (service, all) = (self.clone(), self.clone());
             let many = self.clients.fetch_add(1, Ordering::SeqCst) >= CLIENTS_MAX;
             let mut answer = move || {
                 // A client that leaves early is none of our affair.
@@ -115,8 +115,9 @@ impl<T: Fn() -> anyhow::Result<String> + Send + Sync + 'static> Service<T> {
             };
             if many {
                 answer();
-            } else {
-                std::thread::Builder::new().name("client".into()).spawn(answer)?;
+            } else if std::thread::Builder::new().name("client".into()).spawn(answer).is_err() {
+                // The host has no thread to spare now: this client is dropped, others come.
+                all.clients.fetch_sub(1, Ordering::SeqCst);
             }
         }
     }
@@ -139,7 +140,6 @@ const METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
 const PLAIN: &str = "text/plain; charset=utf-8";
 
 fn refuse(client: &mut impl Client) -> io::Result<()> {
-    client.patience(Duration::from_millis(100))?;
     reply(client, "503 Service Unavailable", PLAIN, "too many clients at once\n", true)
 }
 
@@ -149,9 +149,21 @@ fn reply(client: &mut impl Client, status: &str, kind: &str, text: &str, body: b
     let head = format!(
         "HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\n{allow}Connection: close\r\n\r\n"
     );
-    client.write_all(head.as_bytes())?;
-    if body {
-        client.write_all(text.as_bytes())?;
+    let until = Instant::now() + PATIENCE;
+    let mut left = [head.as_bytes(), if body { text.as_bytes() } else { b"" }].concat();
+    while !left.is_empty() {
+        // Who takes a byte now and then takes up one of few places.
+        let time = until.saturating_duration_since(Instant::now());
+        if time.is_zero() {
+            return Err(ErrorKind::TimedOut.into());
+        }
+        client.patience(time)?;
+        match client.write(&left) {
+            Ok(0) => return Err(ErrorKind::WriteZero.into()),
+            Ok(count) => drop(left.drain(..count.min(left.len()))),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
     }
     client.flush()
 }
@@ -183,7 +195,6 @@ fn head(client: &mut impl Client) -> io::Result<Vec<u8>> {
             Err(error) => return Err(error),
         }
     }
-    client.patience(PATIENCE)?;
     Ok(head)
 }
 

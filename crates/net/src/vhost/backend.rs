@@ -13,7 +13,7 @@ use super::ring::{self, Places, Ring};
 use rustix::io::Errno;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// The most rings: 64 queue pairs.
@@ -68,10 +68,10 @@ pub struct Queue {
     enabled: bool,
     ring: Option<Ring>,
     broken: Option<ring::Error>,
-    waited: Waited,
+    waited: Arc<Mutex<Waited>>,
 }
 
-/// How long its driver's event counter has made us wait lately.
+/// How long the event counters of a connection, all of them, have made us wait lately.
 #[derive(Debug, Default)]
 struct Waited {
     since: Option<Instant>,
@@ -87,9 +87,6 @@ impl Waited {
 
     /// Answers whether that is too long.
     fn add(&mut self, begin: Instant, took: Duration) -> bool {
-        if took < Self::LITTLE {
-            return false;
-        }
         if self.since.is_none_or(|since| begin.saturating_duration_since(since) > Self::PERIOD) {
             (self.since, self.all) = (Some(begin), Duration::ZERO);
         }
@@ -138,7 +135,9 @@ impl Queue {
         let begin = Instant::now();
         // If the count is at its end it is readable anyway. An interruption says that the write has waited, and for long.
         let result = rustix::io::write(call, &1u64.to_ne_bytes());
-        if self.waited.add(begin, begin.elapsed()) || result == Err(Errno::INTR) {
+        let took = begin.elapsed();
+        let waited = || self.waited.lock().unwrap_or_else(PoisonError::into_inner).add(begin, took);
+        if took >= Waited::LITTLE && waited() || result == Err(Errno::INTR) {
             self.fail(ring::Error::Call);
             return Err(ring::Error::Call);
         }
@@ -169,6 +168,7 @@ pub struct Backend {
     protocols: u64,
     memory: Arc<Memory>,
     queues: Vec<Queue>,
+    waited: Arc<Mutex<Waited>>,
     status: u8,
     mtu: u16,
 }
@@ -188,6 +188,7 @@ impl Backend {
             protocols: 0,
             memory: Arc::default(),
             queues: Vec::new(),
+            waited: Arc::default(),
             status: 0,
             mtu: 0,
         }
@@ -348,7 +349,9 @@ impl Backend {
             return Err(Error::Protocol("a ring beyond the last"));
         }
         if self.queues.len() <= number {
-            self.queues.resize_with(number.saturating_add(1), Queue::default);
+            let waited = &self.waited;
+            let new = || Queue { waited: waited.clone(), ..Queue::default() };
+            self.queues.resize_with(number.saturating_add(1), new);
         }
         self.queues.get_mut(number).ok_or(Error::Protocol("a ring beyond the last"))
     }
@@ -369,7 +372,8 @@ impl Backend {
         for queue in &mut self.queues {
             queue.stop();
             let kick_version = queue.kick_version.wrapping_add(1);
-            *queue = Queue { call: queue.call.take(), kick_version, ..Queue::default() };
+            let waited = queue.waited.clone();
+            *queue = Queue { call: queue.call.take(), kick_version, waited, ..Queue::default() };
         }
         self.features = 0;
     }

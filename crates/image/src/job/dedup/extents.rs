@@ -4,7 +4,7 @@
 //! system, which locks both, compares, and makes them one: at every moment each file reads the same, even if it is in use.
 //! What is one already is found by its place and left alone.
 
-use super::{BLOCKS_MAX, Sum, buffer, check_block, sum, too_many};
+use super::{Sum, add, buffer, check_block, sum};
 use crate::endian::size;
 use crate::job::{Progress, in_pieces};
 use crate::storage::{Placed, Shared, Storage, StorageFile};
@@ -144,12 +144,7 @@ fn scan(
             }
             done = done.saturating_add(part);
         }
-        let mut found = found.lock().unwrap_or_else(PoisonError::into_inner);
-        if found.len().saturating_add(new.len()) > BLOCKS_MAX {
-            return Err(too_many());
-        }
-        found.append(&mut new);
-        drop(found);
+        add(&found, new)?;
         progress.advance(len)
     })?;
     *blocks = found.into_inner().unwrap_or_else(PoisonError::into_inner);

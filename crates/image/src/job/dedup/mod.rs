@@ -13,6 +13,7 @@ pub mod store;
 use crate::endian::size;
 use crate::job::is_zero;
 use std::io;
+use std::sync::{Mutex, PoisonError};
 
 /// Blocks that one job knows of at most: their sums take up to 32 bytes of memory each.
 const BLOCKS_MAX: usize = 1 << 27;
@@ -37,6 +38,16 @@ pub fn check_block(block: u64) -> io::Result<()> {
         return Ok(());
     }
     Err(io::Error::new(io::ErrorKind::InvalidInput, "a block has a power of two of bytes, from 4K to 2M"))
+}
+
+/// Adds what a piece has to what was found.
+fn add<T>(found: &Mutex<Vec<T>>, mut new: Vec<T>) -> io::Result<()> {
+    let mut found = found.lock().unwrap_or_else(PoisonError::into_inner);
+    if found.len().saturating_add(new.len()) > BLOCKS_MAX {
+        return Err(too_many());
+    }
+    found.append(&mut new);
+    Ok(())
 }
 
 fn too_many() -> io::Error {

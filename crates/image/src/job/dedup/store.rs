@@ -4,7 +4,7 @@
 //! have there. In the base's file every content is stored once, wherever it is shown: what two disks have at different places
 //! is shared too, if neither place is taken by something better.
 
-use super::{BLOCKS_MAX, Sum, buffer, check_block, sum_of_data, too_many};
+use super::{Sum, add, buffer, check_block, sum_of_data, too_many};
 use crate::buffers::{ReadInto, WriteFrom};
 use crate::disk::{Content, Disk};
 use crate::endian::size;
@@ -163,12 +163,7 @@ fn scan(
             new.extend(sum_of_data(bytes).map(|sum| Block { number: number_of_block, sum, disk: number }));
             done = done.saturating_add(part);
         }
-        let mut found = found.lock().unwrap_or_else(PoisonError::into_inner);
-        if found.len().saturating_add(new.len()) > BLOCKS_MAX {
-            return Err(too_many());
-        }
-        found.append(&mut new);
-        drop(found);
+        add(&found, new)?;
         progress.advance(len)
     })?;
     *blocks = found.into_inner().unwrap_or_else(PoisonError::into_inner);
