@@ -496,3 +496,23 @@ fn make_harmless(file: &OwnedFd) -> Option<()> {
     let flags = fcntl_getfl(file).ok()?;
     fcntl_setfl(file, flags | OFlags::NONBLOCK).ok()
 }
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn what_all_rings_of_a_connection_wait_is_one_sum() {
+        let mut backend = Backend::new(UnixStream::pair().unwrap().0);
+        assert!(backend.queue(3).is_ok());
+        backend.reset();
+        let begin = Instant::now();
+        let mut most = Vec::new();
+        for queue in &backend.queues {
+            most.push(queue.waited.lock().unwrap().add(begin, Waited::MOST / 3));
+        }
+        assert_eq!(most, [false, false, false, true]);
+        let later = begin + Waited::PERIOD + Duration::from_secs(1);
+        assert!(!backend.queues[0].waited.lock().unwrap().add(later, Waited::MOST));
+    }
+}
