@@ -15,7 +15,8 @@ const STDIN_WINDOW: u32 = 64 * 1024;
 const STDIN_WINDOW_NARROW: u32 = 2 * 1024;
 const ANNOUNCE_EVERY_MS: i64 = 1000;
 const REOPEN_FIRST_MS: i64 = 10;
-const REOPEN_MAX_MS: i64 = 200;
+/// An idle guest whose host has no use for the agent is to stay idle.
+const REOPEN_MAX_MS: i64 = 5000;
 /// How long sessions of a host that is gone may take to clean up between SIGHUP and SIGKILL.
 const HANGUP_GRACE_MS: i64 = 500;
 const READ_SIZE: usize = 16 * 1024;
@@ -91,7 +92,7 @@ impl Supervisor {
                 self.announce_at = now;
             } else {
                 self.retry_at = now.saturating_add(self.retry_delay);
-                self.retry_delay = self.retry_delay.saturating_mul(2).min(REOPEN_MAX_MS);
+                self.retry_delay = longer(self.retry_delay);
             }
         }
         if self.stream.is_some() && !self.peer.is_up() && now >= self.announce_at {
@@ -166,7 +167,7 @@ impl Supervisor {
 
     fn pause_stream(&mut self) {
         self.retry_at = sys::monotonic_ms().saturating_add(self.retry_delay);
-        self.retry_delay = self.retry_delay.saturating_mul(2).min(REOPEN_MAX_MS);
+        self.retry_delay = longer(self.retry_delay);
     }
 
     fn close_stream(&mut self) {
@@ -259,4 +260,9 @@ impl Supervisor {
             !due
         });
     }
+}
+
+/// The delay after this one: 0.2 s after 1.3 s, 1 s after 8 s, the longest after 42 s.
+fn longer(delay: i64) -> i64 {
+    delay.saturating_add((delay / 8).max(REOPEN_FIRST_MS)).min(REOPEN_MAX_MS)
 }

@@ -97,6 +97,7 @@ mod bit {
     pub const HTT: u32 = 1 << 28;
 
     pub const FSGSBASE: u32 = 1 << 0;
+    pub const TSC_ADJUST: u32 = 1 << 1;
     pub const BMI1: u32 = 1 << 3;
     pub const AVX2: u32 = 1 << 5;
     pub const SMEP: u32 = 1 << 7;
@@ -135,7 +136,7 @@ mod bit {
 
 /// What a hypervisor offers whatever the host has: emulated by yado's engines.
 const EMULATED_1_ECX: u32 = bit::PCID | bit::X2APIC | bit::TSC_DEADLINE | bit::HYPERVISOR;
-const EMULATED_7_EBX: u32 = bit::FSGSBASE | bit::SMEP | bit::INVPCID | bit::ERMS;
+const EMULATED_7_EBX: u32 = bit::FSGSBASE | bit::TSC_ADJUST | bit::SMEP | bit::INVPCID | bit::ERMS;
 const EMULATED_7_ECX: u32 = bit::UMIP | bit::RDPID;
 const EMULATED_7_EDX: u32 = bit::FSRM | bit::SERIALIZE;
 const EMULATED_EXT_EDX: u32 = bit::SYSCALL | bit::NX | bit::PDPE1GB | bit::RDTSCP | bit::LM;
@@ -494,11 +495,11 @@ mod test {
         let named = |name| offered(&Model::named(name).unwrap());
         assert_eq!(
             named("x86-64-v2.1").map(|word| format!("{word:08x}")).join(" "),
-            "81ba2201 078bbb7d 00000681 00400004 00004010 00000001 2c100800 00000000"
+            "81ba2201 078bbb7d 00000683 00400004 00004010 00000001 2c100800 00000000"
         );
         assert_eq!(
             named("x86-64-v3.1").map(|word| format!("{word:08x}")).join(" "),
-            "f7fa3203 078bbb7d 000007a9 00400004 00004010 00000121 2c100800 00000007"
+            "f7fa3203 078bbb7d 000007ab 00400004 00004010 00000121 2c100800 00000007"
         );
         let mut table = CpuidTable::default();
         paravirtual(&mut table, 2_000_000_000);

@@ -25,11 +25,16 @@ pub(super) struct Mode {
     pub avx: bool,
     /// RDTSC is allowed.
     pub clock: bool,
+    /// RDFSBASE and its kin exist.
+    pub bases: bool,
 }
 
 impl Mode {
+    /// How many bits a mode's number has.
+    pub(super) const BITS: usize = 6;
+
     pub(super) fn bits(self) -> u8 {
-        let bits = [self.user, self.x87, self.sse, self.avx, self.clock];
+        let bits: [bool; Self::BITS] = [self.user, self.x87, self.sse, self.avx, self.clock, self.bases];
         bits.iter().rev().fold(0, |number, &bit| number << 1 | u8::from(bit))
     }
 
@@ -41,7 +46,12 @@ impl Mode {
     fn allows(self, template: &Template) -> bool {
         let system =
             matches!(template.kind, Kind::PopFlags | Kind::SetInterrupt | Kind::SwapBase | Kind::VerifyWrite);
-        if self.user && system || template.kind == Kind::ReadClock && !self.clock {
+        let absent = match template.kind {
+            Kind::ReadClock => !self.clock,
+            Kind::ReadBase | Kind::WriteBase => !self.bases,
+            _ => false,
+        };
+        if self.user && system || absent {
             return false;
         }
         match template.domain {

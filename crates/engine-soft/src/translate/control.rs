@@ -69,6 +69,9 @@ impl Generator {
             Kind::ReadClock => self.read_clock(instruction, site),
             Kind::Repeat => return self.repeat(instruction, site),
             Kind::SwapBase => self.swap_base(),
+            Kind::ReadSelector => return self.read_selector(instruction),
+            Kind::ReadBase => self.read_base(instruction),
+            Kind::WriteBase => self.write_base(instruction, site),
             Kind::VerifyWrite => return self.verify_write(instruction, site),
             Kind::Return => {
                 let top = self.pop_check(site);
@@ -167,25 +170,9 @@ impl Generator {
         let guest = to.number() as u8;
         match (host(guest), to.size()) {
             (Some(register), 8) => self.effective(instruction, register, None),
-            (register, size) => {
+            _ => {
                 self.effective(instruction, r::ADDR, None)?;
-                let target = register.unwrap_or(r::T1);
-                match size {
-                    8 => self.out.store(spill(guest), r::ADDR),
-                    4 => {
-                        self.out.mov32(target, r::ADDR);
-                        if register.is_none() {
-                            self.out.store(spill(guest), target);
-                        }
-                    }
-                    _ => {
-                        self.out.byte(0x66);
-                        match register {
-                            Some(register) => self.out.mov32(register, r::ADDR),
-                            None => self.out.store32(spill(guest), r::ADDR),
-                        }
-                    }
-                }
+                self.assign(to);
                 Some(())
             }
         }

@@ -19,6 +19,7 @@ mod flags;
 mod generate;
 pub mod hints;
 pub mod linkage;
+mod segment;
 mod store;
 mod system;
 mod template;
@@ -690,12 +691,13 @@ fn mode(state: &CpuState) -> Option<Mode> {
     let sse = x87 && state.cr4_has(cr4::OSFXSR) && state.mxcsr & 0x1f80 == 0x1f80;
     let avx = sse && state.cr4_has(cr4::OSXSAVE) && state.xcr0 & 6 == 6;
     let clock = (!user || !state.cr4_has(cr4::TSD)) && state.tsc_divisor == 1;
-    Some(Mode { user, x87, sse, avx, clock })
+    let bases = state.cr4_has(cr4::FSGSBASE);
+    Some(Mode { user, x87, sse, avx, clock, bases })
 }
 
 /// Whether nothing that a user program may do now is for the single-step tier to refuse.
 pub(crate) fn runs_everything(state: &CpuState) -> bool {
-    mode(state).is_some_and(|mode| mode.avx && mode.clock)
+    mode(state).is_some_and(|mode| mode.avx && mode.clock && mode.bases)
 }
 
 /// AH after LAHF: SF, ZF, AF, PF, CF.

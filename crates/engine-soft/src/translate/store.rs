@@ -3,6 +3,7 @@
 //! A block lives until bytes it was made from change, or the whole cache is flushed; numbers of blocks and links are
 //! not used again before that.
 
+use super::block::Mode;
 use super::block::Range;
 use super::cache::CodeCache;
 use super::linkage::Linkage;
@@ -248,7 +249,7 @@ pub(super) enum Write {
 }
 
 fn key(address: u64, mode: u8) -> u64 {
-    address << 5 | u64::from(mode)
+    address << Mode::BITS | u64::from(mode)
 }
 
 /// Bytes of a range; `None` if there are too many.

@@ -8,10 +8,10 @@ use super::control::kept;
 use super::emit::{Emitter, Mem, cc, r};
 use super::generate::{Check, Generator, Place, Site};
 use super::thunk::{self, linked};
-use crate::state::{CpuState, seg};
+use crate::state::CpuState;
 use cpu::rflags;
 use iced_x86::{Code, Instruction, OpKind, Register};
-use std::mem::{offset_of, size_of};
+use std::mem::offset_of;
 
 /// 32 bits of the state's RFLAGS: no flag is above.
 fn flags_field() -> Mem {
@@ -240,15 +240,6 @@ impl Generator {
             self.restore_flags();
         }
         Some(())
-    }
-
-    pub(super) fn swap_base(&mut self) {
-        let gs = Mem::state(offset_of!(CpuState, segments) + seg::GS * size_of::<cpu::Segment>());
-        let kernel = Mem::state(offset_of!(CpuState, msrs) + offset_of!(crate::state::Msrs, kernel_gs_base));
-        self.out.load(r::T1, gs);
-        self.out.load(r::T2, kernel);
-        self.out.store(gs, r::T2);
-        self.out.store(kernel, r::T1);
     }
 
     /// VERW of a selector of the GDT in memory. Kernels execute it before each return to the user on CPUs that must be told to

@@ -1,6 +1,7 @@
 //! What the translator knows of each instruction form: whether it may be copied, and which fields of its encoding
 //! name general registers.
 
+use super::segment;
 use crate::step::feature;
 use cpu::cpuid::CpuidTable;
 use iced_x86::{
@@ -63,6 +64,12 @@ pub(super) enum Kind {
     Repeat,
     /// SWAPGS at CPL 0.
     SwapBase,
+    /// MOV from a segment register to a general one.
+    ReadSelector,
+    /// RDFSBASE and RDGSBASE.
+    ReadBase,
+    /// WRFSBASE and WRGSBASE.
+    WriteBase,
     /// VERW of a selector in memory at CPL 0.
     VerifyWrite,
 }
@@ -134,10 +141,15 @@ impl Templates {
         if repeats(code) {
             return Template { kind: Kind::Repeat, ..step };
         }
+        let present = |f: &CpuidFeature| feature::supported(*f, &self.cpuid);
+        if let Some(kind) = segment::kind(code)
+            && code.cpuid_features().iter().all(present)
+        {
+            return Template { kind, ..step };
+        }
         let Some(fields) = fields(code) else { return step };
         let Some(domain) = domain(code, self.avx) else { return step };
         let kind = kind(code, domain);
-        let present = |f: &CpuidFeature| feature::supported(*f, &self.cpuid);
         if (kind != Kind::Nop || code == Code::Serialize) && !code.cpuid_features().iter().all(present) {
             return step;
         }

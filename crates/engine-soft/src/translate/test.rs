@@ -521,6 +521,63 @@ fn whether_a_segment_is_writable_is_asked_without_the_other_tier() {
     }
 }
 
+// The assembler leaves out the prefix that makes the operand 16 bits wide.
+guest!(bases:
+    "mov eax, 0x80"
+    "add al, 0x80"
+    "mov rbx, 0x7fffffffffff"
+    "wrfsbase rbx"
+    "mov r12, -1"
+    "wrgsbase r12d"
+    "rdgsbase r13"
+    "wrgsbase r12"
+    "rdfsbase ecx"
+    "mov r14, -1"
+    ".byte 0x66"
+    "mov r14w, es"
+    "mov r15, -1"
+    "mov r15d, ds"
+    "mov rdx, fs"
+    ".byte 0x66"
+    "mov si, ss"
+    "pushfq"
+);
+
+#[test]
+fn selectors_and_bases_are_moved_without_the_other_tier() {
+    let mut machine = Machine::new(bases);
+    let state = &mut machine.core.state;
+    for (number, segment) in state.segments.iter_mut().enumerate().filter(|(number, _)| *number != 1) {
+        segment.selector = 0x1110 + number as u16 * 8;
+    }
+    state.gpr[6] = u64::MAX;
+    machine.run();
+    let state = &machine.core.state;
+    assert_eq!(state.segments[crate::state::seg::FS].base, 0x7fff_ffff_ffff);
+    assert_eq!(state.segments[crate::state::seg::GS].base, u64::MAX);
+    assert_eq!(state.gpr[13], 0xffff_ffff);
+    assert_eq!(state.gpr[1], 0xffff_ffff);
+    assert_eq!(state.gpr[14], 0xffff_ffff_ffff_1110);
+    assert_eq!(state.gpr[15], 0x1128);
+    assert_eq!(state.gpr[2], 0x1130);
+    assert_eq!(state.gpr[6], 0xffff_ffff_ffff_1120);
+    // As 80h + 80h left them.
+    assert_eq!(machine.u64(STACK - 8) & STATUS, rflags::CF | rflags::OF | rflags::PF | rflags::ZF);
+}
+
+#[test]
+fn a_base_that_is_no_address_or_may_not_be_written_is_for_the_other_tier() {
+    guest!(write: "nop" "wrfsbase r12");
+    let mut machine = Machine::new(write);
+    machine.core.state.gpr[12] = 1 << 47;
+    assert_eq!(machine.translator.run(&mut machine.core), Outcome::Step);
+    assert_eq!(machine.core.state.rip, CODE + 1);
+    let mut machine = Machine::new(write);
+    machine.core.state.cr4 &= !cr4::FSGSBASE;
+    assert_eq!(machine.translator.run(&mut machine.core), Outcome::Step);
+    assert_eq!(machine.core.state.rip, CODE + 1);
+}
+
 guest!(enable: "cli" "nop" "sti" "inc eax" "inc eax");
 
 #[test]

@@ -340,12 +340,13 @@ impl Runner {
         let limit = deadline.map(|at| self.common.clock.until(at).unwrap_or(Duration::MAX));
         self.steal.sleeps(&self.common.memory);
         slot.sleep(limit, &self.patience);
-        self.patience.learn(began.elapsed());
-        if self.steal.wakes(&self.common.memory) {
+        let slept = began.elapsed();
+        self.patience.learn(slept);
+        if self.steal.wakes(slept, &self.common.memory) {
             self.vcpu.flush_tlb();
             self.tally.flushes = self.tally.flushes.wrapping_add(1);
         }
-        self.tally.slept(began.elapsed());
+        self.tally.slept(slept);
         slot.note();
     }
 

@@ -21,7 +21,7 @@ const PREEMPTED: u64 = 16;
 /// Bits of `preempted`.
 const IS_PREEMPTED: u32 = 1 << 0;
 const FLUSH_TLB: u32 = 1 << 1;
-/// How often the host is asked.
+/// How often the host is asked, in time that the vCPU does not sleep: idle guests need not pay for what nobody takes.
 const PERIOD: Duration = Duration::from_millis(2);
 
 /// One vCPU's.
@@ -56,7 +56,7 @@ impl StealTime {
             self.accounts = File::open("/proc/thread-self/schedstat").ok();
             self.known = self.waited().unwrap_or(0);
             self.updated = None;
-            self.wakes(memory);
+            self.wakes(Duration::ZERO, memory);
         }
         Some(())
     }
@@ -94,8 +94,9 @@ impl StealTime {
         }
     }
 
-    /// The vCPU runs again; answers whether others want its TLB flushed.
-    pub(super) fn wakes(&self, memory: &GuestMemory) -> bool {
+    /// The vCPU runs again after so long; answers whether others want its TLB flushed.
+    pub(super) fn wakes(&mut self, slept: Duration, memory: &GuestMemory) -> bool {
+        self.updated = self.updated.and_then(|updated| updated.checked_add(slept));
         let Some(at) = self.at() else { return false };
         let before = memory.atomic_u32(at.wrapping_add(PREEMPTED), |word| {
             word.fetch_and(!(IS_PREEMPTED | FLUSH_TLB), Ordering::SeqCst)
@@ -134,9 +135,9 @@ mod test {
         assert_eq!(memory.load_u32(0x100 + PREEMPTED).unwrap(), IS_PREEMPTED);
         // As another vCPU does it.
         memory.write(0x100 + PREEMPTED, &[3]).unwrap();
-        assert!(steal.wakes(&memory));
+        assert!(steal.wakes(Duration::ZERO, &memory));
         assert_eq!(memory.load_u32(0x100 + PREEMPTED).unwrap(), 0);
-        assert!(!steal.wakes(&memory));
+        assert!(!steal.wakes(Duration::ZERO, &memory));
         let off = StealTime::default();
         off.sleeps(&memory);
         assert!(!off.wakes(&memory));
