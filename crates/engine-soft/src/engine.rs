@@ -6,7 +6,7 @@ use crate::step::model::host_tsc;
 use crate::vcpu::SoftVcpu;
 use cpu::{Engine, Error, Vcpu, VcpuConfig};
 use memory::GuestMemory;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 /// How the engine works.
@@ -100,10 +100,26 @@ fn stated() -> Option<u64> {
     None
 }
 
-/// Against CLOCK_MONOTONIC_RAW.
+/// The first of the two looks at the clocks.
+static FIRST: OnceLock<(u64, u64)> = OnceLock::new();
+
+/// Looks at the host's clocks for the first time. The TSC's frequency is measured between this and [`SoftEngine::new`], which
+/// waits if there are not 5 ms between them: call it early.
+pub fn look_at_clocks() {
+    FIRST.get_or_init(sample);
+}
+
+/// Against CLOCK_MONOTONIC_RAW: a look is sharp to some 10 ns, so this to a few millionths.
 fn measure() -> u64 {
-    let (start, ticks) = sample();
-    std::thread::sleep(Duration::from_millis(20));
+    const SPAN: u64 = 5_000_000;
+    // That clock stands while the host sleeps, and the TSC may not.
+    const LONG: u64 = 10_000_000_000;
+    let now = sample();
+    let first = *FIRST.get_or_init(|| now);
+    let (start, ticks) = if now.0.saturating_sub(first.0) < LONG { first } else { now };
+    if let Some(left) = SPAN.checked_sub(now.0.saturating_sub(start)) {
+        std::thread::sleep(Duration::from_nanos(left));
+    }
     let (end, later) = sample();
     let nanoseconds = end.saturating_sub(start).max(1);
     let hz = u128::from(later.wrapping_sub(ticks)) * 1_000_000_000 / u128::from(nanoseconds);

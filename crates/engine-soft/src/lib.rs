@@ -35,5 +35,5 @@ pub mod translate;
 mod vcpu;
 pub mod verify;
 
-pub use engine::{Options, SoftEngine};
+pub use engine::{Options, SoftEngine, look_at_clocks};
 pub use vcpu::SoftVcpu;

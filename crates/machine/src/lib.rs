@@ -45,6 +45,7 @@ pub use config::{
     BackEnd, DiskConfig, DiskInterface, EngineKind, MachineConfig, MemoryPolicy, NetworkConfig, NetworkKind,
     OnError,
 };
+pub use engine_soft::look_at_clocks;
 pub use functions::Error as FunctionError;
 pub use lifecycle::{Crash, Outcome};
 pub use machine::{CPUS_MAX, Error, Machine};

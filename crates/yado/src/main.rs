@@ -65,7 +65,10 @@ fn sentence(error: &anyhow::Error) -> String {
 
 fn dispatch(command: Command) -> anyhow::Result<u8> {
     match command {
-        Command::Run(options) => return run::run(*options),
+        Command::Run(options) => {
+            machine::look_at_clocks();
+            return run::run(*options);
+        }
         Command::Exec(options) => return guests::exec(options),
         Command::Ps(options) => guests::ps(&options)?,
         Command::Console(named) => guests::console(&named)?,

@@ -129,7 +129,7 @@ mod test {
     fn a_sleeper_can_be_asked_to_flush() {
         let memory = GuestMemory::new(&[(0, 0x1000)], Backing::Private).unwrap();
         assert_eq!(StealTime::default().set(0x103, &memory), None);
-        let steal = on(&memory);
+        let mut steal = on(&memory);
         assert_eq!(steal.value(), 0x101);
         steal.sleeps(&memory);
         assert_eq!(memory.load_u32(0x100 + PREEMPTED).unwrap(), IS_PREEMPTED);
@@ -138,9 +138,9 @@ mod test {
         assert!(steal.wakes(Duration::ZERO, &memory));
         assert_eq!(memory.load_u32(0x100 + PREEMPTED).unwrap(), 0);
         assert!(!steal.wakes(Duration::ZERO, &memory));
-        let off = StealTime::default();
+        let mut off = StealTime::default();
         off.sleeps(&memory);
-        assert!(!off.wakes(&memory));
+        assert!(!off.wakes(Duration::ZERO, &memory));
     }
 
     #[test]
