@@ -102,7 +102,8 @@ impl Core {
             return Ok((first, None));
         }
         let mut next = (linear | (PAGE_SIZE - 1)).wrapping_add(1);
-        if !self.state.code64() {
+        // What the CPU itself accesses may be above, even if the code that runs cannot be.
+        if !self.state.code64() && linear >> 32 == 0 {
             next &= u64::from(u32::MAX);
         }
         let second = self.mmu.resolve(&mut self.state, next, access, privilege)?;

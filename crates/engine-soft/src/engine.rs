@@ -6,6 +6,7 @@ use crate::step::model::host_tsc;
 use crate::vcpu::SoftVcpu;
 use cpu::{Engine, Error, Vcpu, VcpuConfig};
 use memory::GuestMemory;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -40,6 +41,20 @@ impl Default for Options {
     }
 }
 
+/// How long the machine has stood still, in ticks of the host's TSC: the same for all vCPUs, or their TSCs would differ.
+#[derive(Debug, Default)]
+pub(crate) struct Stood {
+    ticks: AtomicU64,
+    /// Since when it stands; 0 if it does not.
+    since: AtomicU64,
+}
+
+impl Stood {
+    pub(crate) fn ticks(&self) -> u64 {
+        self.ticks.load(Ordering::SeqCst)
+    }
+}
+
 /// The software engine of one VM.
 pub struct SoftEngine {
     memory: GuestMemory,
@@ -47,15 +62,16 @@ pub struct SoftEngine {
     tsc_hz: u64,
     /// Host TSC when the guest's was zero.
     tsc_start: u64,
+    stood: Arc<Stood>,
     watch: Arc<Watch>,
 }
 
 impl SoftEngine {
-    /// An engine over `memory`. Takes about 20 ms to measure the clock.
+    /// An engine over `memory`. Waits up to 5 ms to measure the clock: see [`look_at_clocks`].
     pub fn new(memory: GuestMemory, options: Options) -> Result<Self, Error> {
         let watch = Arc::new(Watch::new(&memory, !options.single_cpu));
         memory.set_code_watch(watch.clone());
-        Ok(Self { memory, options, tsc_hz: calibrate(), tsc_start: host_tsc(), watch })
+        Ok(Self { memory, options, tsc_hz: calibrate(), tsc_start: host_tsc(), stood: Arc::default(), watch })
     }
 }
 
@@ -67,13 +83,24 @@ impl Engine for SoftEngine {
     fn create_vcpu(&self, config: VcpuConfig) -> Result<Box<dyn Vcpu>, Error> {
         let divisor = u64::from(self.options.clock_divisor.max(1));
         let offset = self.tsc_start.checked_div(divisor).unwrap_or(0).wrapping_neg();
-        let clock = (self.tsc_hz, offset);
+        let clock = (self.tsc_hz, offset, self.stood.clone());
         let vcpu = SoftVcpu::new(self.memory.clone(), &config, &self.options, &self.watch, clock)?;
         Ok(Box::new(vcpu))
     }
 
     fn tsc_hz(&self) -> u64 {
         self.tsc_hz
+    }
+
+    fn stand(&self) {
+        self.stood.since.store(host_tsc(), Ordering::SeqCst);
+    }
+
+    fn go_on(&self) {
+        let since = self.stood.since.swap(0, Ordering::SeqCst);
+        if since != 0 {
+            self.stood.ticks.fetch_add(host_tsc().saturating_sub(since), Ordering::SeqCst);
+        }
     }
 }
 

@@ -99,7 +99,8 @@ impl Core {
                 && cached.bytes == bytes & cached.mask
                 && cached.bitness == bitness
             {
-                return Ok(cached.decoded);
+                let decoded = cached.decoded;
+                return self.within_limit(rip, &decoded.instruction, bitness).map(|()| decoded);
             }
         }
         let decoded = self.decode(rip, linear, bitness)?;
@@ -160,14 +161,18 @@ impl Core {
                 _ => return Err(Exception::UD.into()),
             }
         }
-        if bitness != 64 {
-            let last = rip.wrapping_add(instruction.len() as u64 - 1);
-            if last > u64::from(self.state.segments[seg::CS].limit) {
-                return Err(Exception::GP.into());
-            }
-        }
+        self.within_limit(rip, &instruction, bitness)?;
         let execute = crate::step::classify(&instruction);
         Ok(Decoded { instruction, execute, bytes: u128::from_le_bytes(bytes) })
+    }
+
+    /// All of an instruction must be inside the code segment, but in 64-bit mode.
+    fn within_limit(&self, rip: u64, instruction: &Instruction, bitness: u32) -> Result<(), Trap> {
+        let last = rip.wrapping_add(instruction.len() as u64).wrapping_sub(1);
+        if bitness != 64 && last > u64::from(self.state.segments[seg::CS].limit) {
+            return Err(Exception::GP.into());
+        }
+        Ok(())
     }
 
     /// Decoder options that follow the vendor that CPUID names.

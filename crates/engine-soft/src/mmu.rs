@@ -91,6 +91,8 @@ pub struct Walk {
 pub(crate) struct Seen {
     /// Guest-physical address of the page.
     pub physical: u64,
+    /// Log2 of the size of the page that it is, or is part of.
+    pub shift: u32,
     /// It can be written, and has been.
     pub write: bool,
     /// Code can be fetched from it.
@@ -302,12 +304,15 @@ impl Mmu {
     /// What 4-level page tables say of a page of the user's that has been accessed, without a trace of having looked.
     pub(crate) fn look(&self, state: &CpuState, address: u64) -> Option<Seen> {
         let mut table = state.cr3 & 0x000f_ffff_ffff_f000;
-        let mut seen = Seen { physical: 0, write: true, execute: true };
+        let reserved = reserved(self.physical_bits, state.efer & efer::NXE != 0);
+        let mut seen = Seen { physical: 0, shift: 12, write: true, execute: true };
         let mut shift = 39;
         loop {
             let entry = self.memory.load_u64(table + (address >> shift & 0x1ff) * 8).ok()?;
             let leaf = shift == 12 || entry & PS != 0;
-            if entry & (P | U | A) != P | U | A || leaf && shift > 30 {
+            let inner = if leaf && shift > 12 { (1u64 << shift) - (1 << 13) } else { 0 };
+            let wrong = inner | reserved | if shift == 39 { PS } else { 0 };
+            if entry & (P | U | A) != P | U | A || leaf && shift > 30 || entry & wrong != 0 {
                 return None;
             }
             seen.write &= entry & W != 0;
@@ -315,6 +320,7 @@ impl Mmu {
             table = entry & 0x000f_ffff_ffff_f000;
             if leaf {
                 seen.write &= entry & D != 0;
+                seen.shift = shift;
                 let inside = (1u64 << shift) - 1;
                 seen.physical = table & !inside | address & inside & PAGE_MASK;
                 return Some(seen);
@@ -553,8 +559,7 @@ impl Walker<'_> {
 
     /// Bits that must be zero in every 8-byte entry.
     fn reserved(&self) -> u64 {
-        let above = !0u64 << self.mmu.physical_bits & !(0xfff << 52);
-        if self.nx { above } else { above | NX }
+        reserved(self.mmu.physical_bits, self.nx)
     }
 
     fn long(&self) -> Result<Walk, PageFault> {
@@ -712,4 +717,10 @@ impl Walker<'_> {
 /// The linear address of `offset` in segment `segment` for 64-bit code: only FS and GS have a base.
 pub fn linear64(state: &CpuState, segment: usize, offset: u64) -> u64 {
     if segment >= seg::FS { offset.wrapping_add(state.segments[segment].base) } else { offset }
+}
+
+/// Bits that must be zero in every 8-byte entry.
+fn reserved(physical_bits: u32, nx: bool) -> u64 {
+    let above = !0u64 << physical_bits & !(0xfff << 52);
+    if nx { above } else { above | NX }
 }

@@ -8,9 +8,10 @@
 //! may send are blocked in it, since translated code does not keep RSP on a stack.
 
 use crate::cpu_core::{Core, attention};
+use crate::debug::DR6_BS;
 use crate::direct::{Direct, Next};
-use crate::engine::Options;
-use crate::exception::Stop;
+use crate::engine::{Options, Stood};
+use crate::exception::{Exception, Stop};
 use crate::peers::{Flag, Peers, Requests, Watch, kick};
 use crate::saved;
 use crate::signal;
@@ -32,6 +33,9 @@ pub struct SoftVcpu {
     verifier: Option<Verifier>,
     flag: Arc<Flag>,
     requests: Arc<Requests>,
+    /// How long the machine has stood still, and how much of that the TSC knows.
+    stood: Arc<Stood>,
+    stood_known: u64,
 }
 
 impl Drop for SoftVcpu {
@@ -50,7 +54,7 @@ impl SoftVcpu {
         config: &VcpuConfig,
         options: &Options,
         watch: &Arc<Watch>,
-        (tsc_hz, tsc_offset): (u64, u64),
+        (tsc_hz, tsc_offset, stood): (u64, u64, Arc<Stood>),
     ) -> Result<Self, Error> {
         let mut core = Core::new(memory, config.cpuid.clone(), config.index, tsc_hz)?;
         core.state.tsc_offset = tsc_offset;
@@ -72,7 +76,8 @@ impl SoftVcpu {
         let direct =
             options.direct && options.translate && !options.verify && core.mmu.memory.file().is_some();
         let direct = direct.then(|| Direct::new(tsc_hz));
-        let mut vcpu = Self { core, translator, direct, verifier, flag, requests };
+        let stood_known = stood.ticks();
+        let mut vcpu = Self { core, translator, direct, verifier, flag, requests, stood, stood_known };
         vcpu.reset(false);
         Ok(vcpu)
     }
@@ -94,6 +99,11 @@ impl SoftVcpu {
                 match self.run_direct()? {
                     Next::Kicked => continue,
                     Next::Step => {}
+                    Next::SingleStepped => match self.core.raise(Exception::debug(DR6_BS)) {
+                        Stop::Continue => continue,
+                        Stop::Exit(exit) => return Ok(exit),
+                        Stop::Fail(error) => return Err(error),
+                    },
                     Next::Translate => {
                         if self.translate()? == Outcome::Kicked {
                             continue;
@@ -264,6 +274,13 @@ impl Vcpu for SoftVcpu {
 
     fn flush_tlb(&mut self) {
         self.core.mmu.flush_all(&mut self.core.state);
+    }
+
+    fn go_on(&mut self) {
+        let stood = self.stood.ticks();
+        let more = stood.wrapping_sub(std::mem::replace(&mut self.stood_known, stood));
+        let state = &mut self.core.state;
+        state.tsc_offset = state.tsc_offset.wrapping_sub(more.checked_div(state.tsc_divisor).unwrap_or(0));
     }
 
     fn reset(&mut self, init: bool) {

@@ -6,7 +6,8 @@
 use super::process::{self, Command, Process};
 use super::rewritten::Rewritten;
 use super::scan::SITES_MAX;
-use std::collections::{BTreeSet, HashMap};
+use crate::mmu::Seen;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io;
 
 /// What code may do with a page: PROT_* bits.
@@ -35,6 +36,8 @@ pub(super) struct Wanted {
     /// Where it is in the file of the guest's RAM.
     pub offset: u64,
     pub rights: Rights,
+    /// Log2 of the size of the guest's page that it is, or is part of.
+    pub shift: u32,
 }
 
 /// The mirror of one address space.
@@ -44,6 +47,8 @@ pub(super) struct Mirror {
     tables: u64,
     /// Rights and guest-physical address by linear address.
     pages: HashMap<u64, (Rights, u64)>,
+    /// Large pages of which parts are there: first address and log2 of the size.
+    large: HashSet<(u64, u32)>,
     /// Pages that can be written or executed, by guest-physical and linear address.
     watched: BTreeSet<(u64, u64)>,
     /// System calls to be made before guest code runs again.
@@ -66,6 +71,7 @@ impl Mirror {
             process,
             tables: 0,
             pages: HashMap::new(),
+            large: HashSet::new(),
             watched: BTreeSet::new(),
             due: vec![],
             mappings: 0,
@@ -93,6 +99,7 @@ impl Mirror {
             return;
         }
         self.pages.clear();
+        self.large.clear();
         self.watched.clear();
         self.unwatch(|_| true);
         self.due.clear();
@@ -100,8 +107,8 @@ impl Mirror {
         self.mappings = 0;
     }
 
-    /// Forgets what is not as `now` says: guest-physical address and rights by linear address, for the page tables at `tables`.
-    pub(super) fn check(&mut self, tables: u64, now: impl Fn(u64) -> Option<(u64, Rights)>) {
+    /// Forgets what is not as `now` says: what is at a linear address, and the rights to it, for the page tables at `tables`.
+    pub(super) fn check(&mut self, tables: u64, now: impl Fn(u64) -> Option<(Seen, Rights)>) {
         if std::mem::replace(&mut self.tables, tables) != tables {
             // Another program.
             self.rewritten = Rewritten::default();
@@ -110,15 +117,15 @@ impl Mirror {
         if self.pages.len() > CHECKED_MAX {
             return self.clear();
         }
-        let holds = |linear: u64, (rights, physical): (Rights, u64)| {
-            now(linear).is_some_and(|(place, allowed)| place == physical && rights & !allowed == 0)
-        };
-        let gone: Vec<u64> = self
-            .pages
-            .iter()
-            .filter(|&(&linear, &page)| !holds(linear, page))
-            .map(|(&linear, _)| linear)
-            .collect();
+        let mut gone = vec![];
+        for (&linear, &(rights, physical)) in &self.pages {
+            match now(linear) {
+                Some((seen, allowed)) if seen.physical == physical && rights & !allowed == 0 => {
+                    note_large(&mut self.large, linear, seen.shift);
+                }
+                _ => gone.push(linear),
+            }
+        }
         if gone.len() > GONE_MAX {
             return self.clear();
         }
@@ -127,7 +134,22 @@ impl Mirror {
         }
     }
 
-    /// Forgets a linear page.
+    /// The guest has invalidated what is known of a linear address: if it is in a large page, that is all of the page (Intel SDM
+    /// 3, 4.10.4.1).
+    pub(super) fn invalidate(&mut self, linear: u64) {
+        for shift in [21, 30] {
+            let first = linear >> shift << shift;
+            if self.large.remove(&(first, shift)) {
+                let parts = self.pages.keys().copied().filter(|page| page >> shift << shift == first);
+                for page in parts.collect::<Vec<_>>() {
+                    self.forget(page);
+                }
+            }
+        }
+        self.forget(linear);
+    }
+
+    /// Forgets a linear page of 4 KiB.
     pub(super) fn forget(&mut self, linear: u64) {
         if let Some((_, physical)) = self.pages.remove(&linear) {
             self.watched.remove(&(physical, linear));
@@ -165,6 +187,7 @@ impl Mirror {
             self.mappings += 1;
         }
         for page in wanted {
+            note_large(&mut self.large, page.linear, page.shift);
             if let Some((_, old)) = self.pages.insert(page.linear, (page.rights, page.physical)) {
                 self.watched.remove(&(old, page.linear));
             }
@@ -218,6 +241,7 @@ impl Mirror {
         if let Err(error) = self.process.run_commands(&due) {
             // Too many mappings, or no memory for them: begin again with none.
             self.pages.clear();
+            self.large.clear();
             self.watched.clear();
             self.unwatch(|_| true);
             self.mappings = 0;
@@ -227,5 +251,11 @@ impl Mirror {
             }
         }
         Ok(true)
+    }
+}
+
+fn note_large(large: &mut HashSet<(u64, u32)>, linear: u64, shift: u32) {
+    if shift > 12 {
+        large.insert((linear >> shift << shift, shift));
     }
 }

@@ -50,6 +50,8 @@ const SI_KERNEL: i32 = 0x80;
 
 /// `si_code` of SIGTRAP for one of our breakpoints.
 const TRAP_HWBKPT: i32 = 4;
+/// And of the trap that TF asks for, after an instruction.
+const TRAP_TRACE: i32 = 2;
 
 /// Parts of an XSAVE image in standard form (Intel SDM 1, 13.4).
 const XSTATE_BV: usize = 512;
@@ -64,6 +66,8 @@ pub(crate) enum Next {
     Translate,
     /// Somebody wants the vCPU.
     Kicked,
+    /// The instruction before RIP has been executed with TF set.
+    SingleStepped,
 }
 
 /// How many times what happened, for people.
@@ -145,6 +149,8 @@ impl Direct {
             && [seg::DS, seg::ES, seg::FS, seg::GS].into_iter().all(|index| segment(index) == 0)
             && [seg::FS, seg::GS].into_iter().all(|index| state.segments[index].base < process::OURS)
             && state.rip < process::OURS
+            // The host's kernel would not obey CLI, nor show what it did.
+            && state.rflags & (rflags::IOPL | rflags::IF) == rflags::IF
             && crate::translate::runs_everything(state)
     }
 
@@ -221,7 +227,7 @@ impl Direct {
         {
             mirror.check(tables(state), |linear| {
                 let seen = mmu.look(state, linear)?;
-                Some((seen.physical, rights(&seen, mmu.memory.host_page(seen.physical)?.flags)))
+                Some((seen, rights(&seen, mmu.memory.host_page(seen.physical)?.flags)))
             });
         }
         let news = &mut mmu.news;
@@ -232,7 +238,7 @@ impl Direct {
         for (mirror, space) in self.mirrors.iter_mut().zip(&mut news.spaces) {
             let Some(mirror) = mirror else { continue };
             for page in space.pages.drain(..) {
-                mirror.forget(page);
+                mirror.invalidate(page);
             }
             for &page in &news.protected {
                 mirror.forget_physical(page, WRITE);
@@ -316,6 +322,13 @@ impl Direct {
                     }
                 }
                 Stop::Raised { signal: libc::SIGTRAP, code: TRAP_HWBKPT, .. } => break Next::Step,
+                Stop::Raised { signal: libc::SIGTRAP, code: TRAP_TRACE, .. } => break Next::SingleStepped,
+                // The vsyscall page, from which the host's kernel has returned already.
+                Stop::Raised { signal: libc::SIGSYS, address, .. } => {
+                    registers.rip = address;
+                    registers.rsp = registers.rsp.wrapping_sub(8);
+                    break Next::Step;
+                }
                 Stop::Raised { signal: libc::SIGTRAP, .. } => {
                     registers.rip = trapped(core, registers.rip);
                     break Next::Step;
@@ -435,7 +448,7 @@ impl Direct {
                 rights |= WRITE;
             }
             if rights & !known != 0 {
-                wanted.push(Wanted { linear, physical, offset, rights });
+                wanted.push(Wanted { linear, physical, offset, rights, shift: seen.shift });
             }
         }
         if !wanted.iter().any(|wanted| wanted.linear == page) {
@@ -593,7 +606,12 @@ fn load_vectors(state: &mut CpuState, mirror: &mut Mirror, ymm_high: usize) -> i
             place.copy_from_slice(bytes);
         }
     };
-    put(0, state.x87.0.get(..24).unwrap_or_default());
+    put(0, state.x87.0.get(..8).unwrap_or_default());
+    // The addresses of the last x87 instruction and of its operand: the process's own, or of this process, which none of the
+    // guest's is to see.
+    if before.get(8..24) != state.x87.0.get(8..24) {
+        put(8, &[0; 16]);
+    }
     put(24, &state.mxcsr.to_le_bytes());
     put(32, state.x87.0.get(32..160).unwrap_or_default());
     for (number, [a, b, c, d]) in state.ymm.0.iter().enumerate() {

@@ -10,6 +10,7 @@
 #![allow(unsafe_code)]
 
 use crate::step::model::host_tsc;
+use std::cell::Cell;
 use std::io;
 use std::mem::{size_of, zeroed};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -36,6 +37,11 @@ pub(super) const USER_SS: u64 = 0x2b;
 const PROGRAM: u64 = 0;
 const COMMANDS: u64 = 1;
 pub(super) const RAM: u64 = 2;
+
+/// `si_code` of SIGSEGV for an access that PKRU forbids.
+const SEGV_PKUERR: i32 = 4;
+/// The byte of an XSAVE image, and its bit, that says that PKRU is there (XSTATE_BV, bit 9).
+const PKRU_PRESENT: (usize, u8) = (513, 1 << 1);
 
 /// A system call: its number and six arguments, and nothing.
 pub(super) type Command = [u64; 8];
@@ -103,6 +109,8 @@ pub(super) enum Stop {
 /// The process. Only the thread that made it may use it.
 pub(super) struct Process {
     pid: libc::pid_t,
+    /// It has been reaped: its number may be another's by now.
+    ended: Cell<bool>,
     /// Our view of the command page.
     commands: NonNull<Command>,
     /// Bytes of the XSAVE image that the kernel wants.
@@ -305,8 +313,16 @@ impl Process {
             libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &raw mut cpus);
             cpus
         };
-        let mut process =
-            Self { pid, commands, xsave_len: 0, cpu: -1, cpus, stops_at_more: false, _ram: ram };
+        let mut process = Self {
+            pid,
+            ended: Cell::new(false),
+            commands,
+            xsave_len: 0,
+            cpu: -1,
+            cpus,
+            stops_at_more: false,
+            _ram: ram,
+        };
         process.start()?;
         Ok(process)
     }
@@ -351,6 +367,7 @@ impl Process {
             }
         }
         if !libc::WIFSTOPPED(status) {
+            self.ended.set(true);
             let code =
                 if libc::WIFEXITED(status) { libc::WEXITSTATUS(status) } else { -libc::WTERMSIG(status) };
             return Err(io::Error::other(format!("the process that runs guest code has ended ({code})")));
@@ -500,12 +517,23 @@ impl Process {
         registers.orig_rax = u64::MAX;
         self.set_registers(&registers)?;
         let began = host_tsc();
+        let mut unlocked = false;
         loop {
             self.trace(libc::PTRACE_CONT, 0, 0, "changing mappings")?;
             match self.wait()? {
                 // A kick, which is looked for before guest code runs.
                 Stop::Sent => {}
                 Stop::Raised { signal: libc::SIGTRAP, .. } => break,
+                // Guest code has locked itself, and us, out of memory by PKRU. What is not in an image is as after a reset.
+                Stop::Raised { signal: libc::SIGSEGV, code: SEGV_PKUERR, .. } if !unlocked => {
+                    unlocked = true;
+                    let mut image = vec![0; self.xsave_len];
+                    self.xsave(&mut image)?;
+                    if let Some(byte) = image.get_mut(PKRU_PRESENT.0) {
+                        *byte &= !PKRU_PRESENT.1;
+                    }
+                    self.set_xsave(&mut image)?;
+                }
                 stop => return Err(io::Error::other(format!("changing mappings ended with {stop:?}"))),
             }
         }
@@ -532,7 +560,9 @@ fn end(pid: libc::pid_t) {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        end(self.pid);
+        if !self.ended.get() {
+            end(self.pid);
+        }
         // SAFETY: our own mapping.
         unsafe { libc::munmap(self.commands.as_ptr().cast(), PAGE as usize) };
     }

@@ -208,6 +208,67 @@ fn pages_are_forgotten_when_the_guest_says_so() {
 }
 
 #[test]
+fn a_large_page_is_forgotten_whole() {
+    const LARGE: u64 = 0x80_0000;
+    const ENTRY: u64 = 0x3020;
+    const SIZE: u64 = 1 << 7;
+    let code = program(&[&rdi(LARGE + 0x3000), &[0x48, 0x8b, 0x07], &SYSCALL]);
+    let mut guest = Guest::new(&code);
+    guest.write(0x60_3000, 1);
+    guest.write(0x20_3000, 2);
+    guest.write(ENTRY, 0x60_0000 | OPEN | SIZE);
+    assert_eq!(load(&mut guest), 1);
+    guest.write(ENTRY, 0x20_0000 | OPEN | SIZE);
+    guest.core.mmu.invalidate_page(&mut guest.core.state, LARGE);
+    assert_eq!(load(&mut guest), 2);
+    // A table of small pages instead, and one large page again with the same frames, of which only a flush of all tells.
+    guest.write(ENTRY, 0x5000 | OPEN);
+    guest.core.mmu.invalidate_page(&mut guest.core.state, LARGE);
+    assert_eq!(load(&mut guest), 2);
+    guest.write(ENTRY, 0x20_0000 | OPEN | SIZE | 0x60);
+    guest.core.mmu.flush_all(&mut guest.core.state);
+    assert_eq!(load(&mut guest), 2);
+    guest.write(ENTRY, OPEN | SIZE | 0x60);
+    guest.write(0x3000, 3);
+    guest.core.mmu.invalidate_page(&mut guest.core.state, LARGE);
+    assert_eq!(load(&mut guest), 3);
+}
+
+#[test]
+fn a_step_that_the_program_asks_for_itself_is_over_when_it_is_told() {
+    // pushfq; or dword [rsp], 0x100; popfq; mov al, 0xcc; syscall
+    let code = program(&[&[0x9c, 0x81, 0x0c, 0x24, 0, 1, 0, 0, 0x9d, 0xb0, 0xcc], &SYSCALL]);
+    let mut guest = Guest::new(&code);
+    assert_eq!(guest.run(), Next::SingleStepped);
+    assert_eq!(guest.core.state.rip, CODE + 11);
+    assert_eq!(guest.core.state.gpr[0] & 0xff, 0xcc);
+    assert_ne!(guest.core.state.rflags & rflags::TF, 0);
+}
+
+#[test]
+fn the_hosts_vsyscall_page_is_not_the_guests() {
+    const TIME: u64 = 0xffff_ffff_ff60_0400;
+    // mov rax, TIME; call rax
+    let code = program(&[&[0x48, 0xb8], &TIME.to_le_bytes(), &[0xff, 0xd0]]);
+    let mut guest = Guest::new(&code);
+    assert_eq!(guest.run(), Next::Step);
+    assert_eq!((guest.core.state.rip, guest.core.state.gpr[4]), (TIME, STACK - 8));
+    assert_eq!(guest.read(STACK - 8), CODE + 12);
+}
+
+#[test]
+fn interrupts_that_are_off_are_not_left_to_the_host() {
+    let mut guest = Guest::new(&[0x90]);
+    let tables = tables(&guest.core.state);
+    (0..1000).for_each(|turn| guest.direct.policy.sample(tables, true, f64::from(turn) * 0.004));
+    assert!(guest.direct.wants(&guest.core.state));
+    guest.core.state.rflags |= rflags::IOPL;
+    assert!(!guest.direct.wants(&guest.core.state));
+    guest.core.state.rflags = rflags::FIXED;
+    assert!(!guest.direct.wants(&guest.core.state));
+}
+
+#[test]
 fn rights_are_those_of_the_page_tables() {
     // mov [rdi], rax; syscall
     let code = program(&[&rdi(DATA), &[0x48, 0x89, 0x07], &SYSCALL]);

@@ -360,7 +360,8 @@ pub(crate) fn iret(core: &mut Core, d: &Decoded) -> Result<(), Trap> {
         core.state.rip = rip;
         core.move_stack(3 * step);
         let vm = core.state.rflags & rflags::VM;
-        set_flags(core, flags, size, 0);
+        let level = if core.state.cr0 & cr0::PE != 0 { 3 } else { 0 };
+        set_flags(core, flags, size, level);
         core.state.rflags |= vm;
         return Ok(());
     }
@@ -368,7 +369,7 @@ pub(crate) fn iret(core: &mut Core, d: &Decoded) -> Result<(), Trap> {
         if core.state.long_mode() {
             return Err(Exception::GP.into());
         }
-        return Err(task_switch(core.state.rip));
+        return Err(return_to_task(core)?);
     }
     let cpl = core.state.cpl();
     if flags & rflags::VM != 0 && size == 4 && cpl == 0 && !core.state.long_mode() {
@@ -391,6 +392,23 @@ pub(crate) fn iret(core: &mut Core, d: &Decoded) -> Result<(), Trap> {
     core.set_gpr_sized(reg::RSP, sp, width);
     set_flags(core, flags, size, cpl);
     Ok(())
+}
+
+/// IRET with NT set: back to the task that the TSS links to (Intel SDM 2, IRET, TASK-RETURN). A link of a system without tasks, 0,
+/// is a fault.
+fn return_to_task(core: &mut Core) -> Result<Trap, Trap> {
+    let link = core.read_implicit(core.state.tr.base, 2)? as u16;
+    if link & 4 != 0 || link & !3 == 0 {
+        return Err(Exception::ts(link & !3).into());
+    }
+    let to = core.descriptor(link, Exception::ts)?;
+    if to.segment() || !matches!(to.kind(), system::TSS_BUSY | system::TSS16_BUSY) {
+        return Err(Exception::ts(link & !3).into());
+    }
+    if !to.present() {
+        return Err(Exception::np(link & !3).into());
+    }
+    Ok(task_switch(core.state.rip))
 }
 
 /// Loads the flags that IRET may change at `cpl`.

@@ -38,6 +38,8 @@ pub(crate) type Execute = fn(&mut Core, &Decoded) -> Result<(), Trap>;
 pub(crate) struct Checkpoint {
     /// Software interrupts clear TF before their single-step trap would come (Intel SDM 3, 7.12.1.2).
     quiet: bool,
+    /// Of SYSCALL and SYSRET the TF that they leave counts, not the one they found (AMD APM 2, 6.1; Intel SDM 2, SYSRET).
+    late: bool,
     gpr: [u64; 16],
     rip: u64,
     rflags: u64,
@@ -75,9 +77,11 @@ pub fn step(core: &mut Core) -> Stop {
     core.io.rewind();
     core.pending.debug = 0;
     core.before.quiet = false;
+    core.before.late = false;
     match execute(core) {
         Ok(()) => {
             core.io.commit();
+            let stepping = if core.before.late { core.state.rflags & rflags::TF != 0 } else { stepping };
             complete(core, stepping && !core.before.quiet, shadow)
         }
         Err(Trap::Exception(exception)) => {
@@ -115,8 +119,9 @@ fn execute(core: &mut Core) -> Result<(), Trap> {
     };
     let rf = core.state.rflags & rflags::RF != 0;
     (decoded.execute)(core, &decoded)?;
-    // RF lives for one instruction; IRET's new value is for the next one.
-    if rf && decoded.instruction.code() as u32 != 0 && !is_iret(&decoded.instruction) {
+    // RF lives for one instruction, all of a repeated one; IRET's new value is for the next one.
+    let goes_on = core.state.rip == core.before.rip && decoded.instruction.is_string_instruction();
+    if rf && !goes_on && decoded.instruction.code() as u32 != 0 && !is_iret(&decoded.instruction) {
         core.state.rflags &= !rflags::RF;
     }
     Ok(())

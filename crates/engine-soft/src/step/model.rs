@@ -5,6 +5,7 @@ use crate::cpu_core::{Core, attention};
 use crate::exception::{Exception, Trap};
 use crate::fetch::Decoded;
 use crate::mmu::Mmu;
+use crate::peers::kick;
 use crate::state::{reg, seg};
 use cpu::cpuid::Leaf;
 use cpu::{cr4, efer, msr};
@@ -122,6 +123,7 @@ impl Core {
         let ticks = self.ticks();
         let s = &mut self.state;
         match index {
+            // The machine's local APIC, whose deadline is a TSC, has to know before the next instruction.
             msr::TSC => {
                 let offset = value.wrapping_sub(ticks);
                 if !host {
@@ -129,12 +131,14 @@ impl Core {
                     s.msrs.tsc_adjust = s.msrs.tsc_adjust.wrapping_add(by);
                 }
                 s.tsc_offset = offset;
+                s.doorbell.ring(kick::LEAVE);
             }
             msr::TSC_ADJUST => {
                 if !host {
                     s.tsc_offset = s.tsc_offset.wrapping_add(value.wrapping_sub(s.msrs.tsc_adjust));
                 }
                 s.msrs.tsc_adjust = value;
+                s.doorbell.ring(kick::LEAVE);
             }
             msr::EFER => return self.set_efer(value, host),
             msr::STAR => s.msrs.star = value,

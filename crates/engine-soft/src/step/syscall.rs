@@ -42,6 +42,7 @@ pub(crate) fn syscall(core: &mut Core, d: &Decoded) -> Result<(), Trap> {
     }
     core.state.segments[seg::SS] = flat((selector & !3).wrapping_add(8), attr::DATA, 0);
     core.state.attention |= attention::MODE;
+    core.before.late = true;
     Ok(())
 }
 
@@ -83,6 +84,7 @@ pub(crate) fn sysret(core: &mut Core, d: &Decoded) -> Result<(), Trap> {
         flat(stack, attr::DATA, 3)
     };
     core.state.attention |= attention::MODE;
+    core.before.late = true;
     Ok(())
 }
 

@@ -378,7 +378,6 @@ impl Runner {
 
     /// The machine is paused: waits without cost, then tells the guest that time stood still.
     fn park(&mut self, slot: &Slot) -> bool {
-        let tsc = self.vcpu.tsc();
         self.vcpu.stand();
         // While it stands still it answers nothing else.
         slot.take_questions();
@@ -388,10 +387,8 @@ impl Runner {
             return false;
         }
         self.vcpu.go_on();
-        if let Some(apic) = &self.apic {
-            self.vcpu.set_msr(msr::TSC, tsc);
-            let now = self.common.clock.now();
-            lock(apic).set_tsc_clock(TscClock::of(self.common.tsc_hz, tsc, now));
+        if self.apic.is_some() {
+            self.sync_tsc();
             self.write_system_time(true);
         }
         slot.note();
@@ -462,7 +459,12 @@ impl Runner {
                 self.window = false;
                 slot.note();
             }
-            Exit::Interrupted | Exit::Debug => slot.note(),
+            Exit::Interrupted => {
+                // The guest may have written its TSC.
+                self.sync_tsc();
+                slot.note();
+            }
+            Exit::Debug => slot.note(),
             Exit::Shutdown if self.means_reset() => {
                 self.common.resets.reset();
                 slot.note();

@@ -220,6 +220,25 @@ fn syscall_and_sysret_make_a_round_trip() {
 }
 
 #[test]
+fn single_step_over_system_calls_counts_as_they_leave_it() {
+    let mut machine = Machine::new(syscall_there);
+    machine.write(0x10_1000, &[0x90, 0x48, 0x0f, 0x07]);
+    let state = &mut machine.core.state;
+    state.efer |= efer::SCE;
+    state.msrs.star = u64::from(selector::CODE64) << 32 | 0x23 << 48;
+    state.msrs.lstar = 0x10_1000;
+    state.msrs.sfmask = rflags::TF;
+    state.rflags |= rflags::TF;
+    machine.user();
+    machine.step();
+    assert_eq!((machine.core.state.rip, machine.core.state.cpl()), (0x10_1000, 0), "no trap");
+    machine.step();
+    machine.step();
+    assert_eq!(machine.core.state.rip, HANDLERS + 16);
+    assert_eq!(machine.frame(0), CODE + 2, "before the program goes on");
+}
+
+#[test]
 fn sysret_to_a_non_canonical_address_faults_where_the_vendor_says() {
     let mut machine = Machine::new(sysret_back);
     machine.core.state.msrs.star = 0x23 << 48;

@@ -119,13 +119,20 @@ fn segment_limits_hold_in_32_bit_code() {
 }
 
 #[test]
-fn legacy_paging_translates_with_two_levels() {
-    let mut machine = compatibility(&[0xa1, 0x34, 0x12, 0x40, 0x00]);
-    // Page directory at 0x7000: 4 MiB page for code, a table for the rest.
+fn a_limit_counts_for_code_that_ran_before_too() {
+    let mut machine = compatibility(&[0x90, 0x90]);
+    machine.step();
+    machine.core.state.rip = CODE;
+    machine.core.state.segments[seg::CS].limit = CODE as u32 - 1;
+    assert_eq!(machine.fault(), 13);
+}
+
+/// 32-bit code in legacy mode, with 4 MiB pages: the page directory is at 0x7000, and a table at 0x8000.
+fn legacy(code: &[u8]) -> Machine {
+    let mut machine = compatibility(code);
     machine.write(0x7000, &0x83u32.to_le_bytes());
     machine.write(0x7004, &0x8007u32.to_le_bytes());
     machine.write(0x8004, &(DATA as u32 | 7).to_le_bytes());
-    machine.write(DATA + 0x234, &0xcafe_f00du32.to_le_bytes());
     let state = &mut machine.core.state;
     state.efer = 0;
     state.cr4 = cpu::cr4::PSE;
@@ -134,6 +141,22 @@ fn legacy_paging_translates_with_two_levels() {
         state.segments[segment].attr &= !(3 << 5);
     }
     machine.core.mmu.flush_all(&mut machine.core.state);
+    machine
+}
+
+/// No task is linked to, and no gate leads to a handler.
+#[test]
+fn a_return_to_a_task_that_is_none_is_the_programs_fault() {
+    let mut machine = legacy(&[0xcf]);
+    machine.core.state.rflags |= cpu::rflags::NT;
+    machine.core.state.idtr.limit = 0;
+    assert_eq!(machine.run(), Exit::Shutdown);
+}
+
+#[test]
+fn legacy_paging_translates_with_two_levels() {
+    let mut machine = legacy(&[0xa1, 0x34, 0x12, 0x40, 0x00]);
+    machine.write(DATA + 0x234, &0xcafe_f00du32.to_le_bytes());
     machine.step();
     assert_eq!(machine.core.state.gpr[0], 0xcafe_f00d);
     assert_eq!(machine.u32(0x8004) & 0x60, 0x20, "accessed, not dirty");
