@@ -395,6 +395,12 @@ mod test {
     /// A vCPU in flat 64-bit mode with an IDT of one gate, 0x40, to `hlt` at 0x9000.
     fn vcpu(translate: bool, code: &[u8]) -> (GuestMemory, Box<dyn Vcpu>) {
         let memory = GuestMemory::new(&[(0, 4 << 20)], Backing::Private).unwrap();
+        let vcpu = vcpus(&memory, translate, code, 1).remove(0);
+        (memory, vcpu)
+    }
+
+    /// Several of them.
+    fn vcpus(memory: &GuestMemory, translate: bool, code: &[u8], cpus: u32) -> Vec<Box<dyn Vcpu>> {
         memory.write(CODE, code).unwrap();
         memory.write(0x9000, &[0xf4]).unwrap();
         memory.write(0x1000, &0x2007u64.to_le_bytes()).unwrap();
@@ -403,9 +409,13 @@ mod test {
         memory.write(0x4400, &0x0000_8e00_0008_9000u64.to_le_bytes()).unwrap();
         let options = Options { translate, ..Options::default() };
         let engine = SoftEngine::new(memory.clone(), options).unwrap();
-        let topology = cpu::cpuid::Topology { apic_id: 0, cpus: 1 };
+        (0..cpus).map(|index| flat64(&engine, index, cpus)).collect()
+    }
+
+    fn flat64(engine: &SoftEngine, index: u32, cpus: u32) -> Box<dyn Vcpu> {
+        let topology = cpu::cpuid::Topology { apic_id: index, cpus };
         let table = cpu::cpuid::default_model().table(topology, engine.tsc_hz()).unwrap();
-        let mut vcpu = engine.create_vcpu(VcpuConfig { index: 0, cpuid: Arc::new(table) }).unwrap();
+        let mut vcpu = engine.create_vcpu(VcpuConfig { index, cpuid: Arc::new(table) }).unwrap();
         let mut registers = vcpu.registers();
         registers.cr0 = cr0::PE | cr0::PG | cr0::ET | cr0::NE;
         registers.cr3 = 0x1000;
@@ -419,7 +429,21 @@ mod test {
         registers.segments = [flat(0, 0); 6];
         registers.segments[1] = flat(8, cpu::attr::CODE64);
         vcpu.set_registers(&registers);
-        (memory, vcpu)
+        vcpu
+    }
+
+    #[test]
+    fn locked_accesses_over_a_page_end_are_atomic() {
+        const COUNT: u64 = 5000;
+        const AT: u64 = 0x1_0ffd;
+        // mov ecx, COUNT; mov edi, AT; 1: lock inc qword ptr [rdi]; loop 1b; hlt
+        let code = [0xb9, 0x88, 0x13, 0, 0, 0xbf, 0xfd, 0x0f, 1, 0, 0xf0, 0x48, 0xff, 0x07, 0xe2, 0xfa, 0xf4];
+        let memory = GuestMemory::new(&[(0, 4 << 20)], Backing::Shared).unwrap();
+        let threads = vcpus(&memory, true, &code, 2)
+            .into_iter()
+            .map(|mut vcpu| std::thread::spawn(move || while vcpu.run().unwrap() != Exit::Halt {}));
+        threads.collect::<Vec<_>>().into_iter().for_each(|thread| thread.join().unwrap());
+        assert_eq!(memory.load_u64(AT).unwrap_or_default(), 2 * COUNT);
     }
 
     #[test]

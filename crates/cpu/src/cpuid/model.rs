@@ -128,7 +128,6 @@ mod bit {
     pub const SYSCALL: u32 = 1 << 11;
     pub const NX: u32 = 1 << 20;
     pub const MMXEXT: u32 = 1 << 22;
-    pub const FXSR_OPT: u32 = 1 << 25;
     pub const PDPE1GB: u32 = 1 << 26;
     pub const RDTSCP: u32 = 1 << 27;
     pub const LM: u32 = 1 << 29;
@@ -180,7 +179,7 @@ const HOST: Model = Model {
     leaf7_ebx: V3.leaf7_ebx | bit::RDSEED | bit::ADX | bit::CLFLUSHOPT | bit::SHA,
     leaf7_ecx: EMULATED_7_ECX | bit::GFNI | bit::VAES | bit::VPCLMULQDQ,
     ext1_ecx: V3.ext1_ecx | bit::SSE4A | bit::MISALIGNSSE,
-    ext1_edx: EMULATED_EXT_EDX | bit::MMXEXT | bit::FXSR_OPT,
+    ext1_edx: EMULATED_EXT_EDX | bit::MMXEXT,
     ..V3
 };
 

@@ -6,6 +6,7 @@
 
 pub(crate) mod arena;
 mod emit;
+mod window;
 
 use super::feature;
 use super::operand::segment_index;
@@ -13,13 +14,14 @@ use crate::access::room_in_page;
 use crate::cpu_core::Core;
 use crate::exception::{Exception, Trap, vector};
 use crate::fetch::Decoded;
-use crate::mmu::{Access, Mmu, Privilege};
+use crate::mmu::{Access, Mmu, Privilege, Target};
 use arena::Arena;
 use cpu::{Error, cr0, cr4, rflags};
 use emit::{ADDRESS, BIT, FLAGS};
 use iced_x86::{
     CpuidFeature, EncodingKind, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register,
 };
+use window::Window;
 
 const SLOTS: usize = 4096;
 /// The largest operand that goes through the bounce buffer: FXSAVE's.
@@ -44,6 +46,8 @@ struct Memory {
     size: usize,
     read: bool,
     write: bool,
+    /// In one with respect to all others.
+    atomic: bool,
 }
 
 /// A stub with what must be checked and prepared.
@@ -162,6 +166,23 @@ fn with_memory(core: &mut Core, prepared: &Prepared, memory: Memory, linear: u64
         }
         return Ok(());
     }
+    if memory.atomic
+        && core.peers.is_some()
+        && let Some(second) = second
+        && let (Some(one), Some(two)) = (first.host, second.host)
+        && let Some(window) = adjoin(core, [first, second])
+    {
+        let head = room_in_page(linear).min(memory.size);
+        core.note_write(one, head);
+        core.note_write(two, memory.size - head);
+        run(core, prepared, window.at((linear & 0xfff) as usize))?;
+        for (target, len) in [(first, head), (second, memory.size - head)] {
+            if target.code {
+                core.notify_code_write(target.physical, len as u64);
+            }
+        }
+        return Ok(());
+    }
     // A crossing, or a device: the same alignment as the guest's address, so that the host judges it alike.
     let mut bounce = Bounce([0; BOUNCE + 64]);
     let start = (linear & 63) as usize;
@@ -210,6 +231,13 @@ fn with_memory(core: &mut Core, prepared: &Prepared, memory: Memory, linear: u64
         return done;
     }
     Ok(())
+}
+
+/// The pages of two targets, one behind the other.
+fn adjoin(core: &Core, targets: [Target; 2]) -> Option<Window> {
+    let memory = &core.mmu.memory;
+    let [first, second] = targets.map(|target| memory.file_offset(target.physical));
+    Window::new(memory.file()?, [first?, second?])
 }
 
 /// The checks of CPUID and of the execution unit alone.
@@ -428,7 +456,8 @@ fn memory_of(i: &Instruction, factory: &mut InstructionInfoFactory) -> Option<Me
         access,
         OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite
     );
-    Some(Memory { size, read, write })
+    let atomic = i.has_lock_prefix() || i.mnemonic() == Mnemonic::Xchg;
+    Some(Memory { size, read, write, atomic })
 }
 
 fn unit_of(i: &Instruction, factory: &mut InstructionInfoFactory) -> (Unit, bool) {
