@@ -78,4 +78,8 @@ pub struct VcpuState {
     pub activity: Activity,
     /// The registers of its local APIC, as its page shows them (1 KiB), of an engine that has local APICs of its own.
     pub local_apic: Option<Vec<u8>>,
+    /// Nanoseconds of the machine's kvmclock at the moment of saving, of an engine that keeps one. It is the same for all vCPUs of a
+    /// machine that stands. Its pages are in [`Self::msrs`].
+    #[serde(default)]
+    pub clock_ns: Option<u64>,
 }

@@ -98,6 +98,11 @@ impl Double {
         self.state().refused.insert(name, error);
     }
 
+    /// It does not any more.
+    pub(crate) fn accept(&self, name: &'static str) {
+        self.state().refused.remove(name);
+    }
+
     /// The next KVM_RUN that has nothing else to do.
     pub(crate) fn then(&self, run: impl FnOnce(&mut [u8]) -> io::Result<u32> + Send + 'static) {
         self.state().runs.push_back(Box::new(run));

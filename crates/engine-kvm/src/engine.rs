@@ -228,6 +228,26 @@ impl Vm {
         self.standing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// kvmclock in nanoseconds: where it stands, or now. `None` if the kernel has none.
+    pub(crate) fn clock_ns(&self) -> Option<u64> {
+        let standing = self.standing();
+        match standing.since {
+            Some((clock, _)) => Some(clock),
+            None => self.handle.get(ioctl::GET_CLOCK).ok().map(|clock: kvm_clock_data| clock.clock),
+        }
+    }
+
+    /// kvmclock goes on from there: when the machine does, if it stands.
+    pub(crate) fn set_clock_ns(&self, clock: u64) -> Result<(), Error> {
+        let mut standing = self.standing();
+        if let Some((stands_at, _)) = &mut standing.since {
+            *stands_at = clock;
+            return Ok(());
+        }
+        let clock = kvm_clock_data { clock, ..kvm_clock_data::zeroed() };
+        self.handle.set(ioctl::SET_CLOCK, clock).map_err(host("KVM_SET_CLOCK")).map(|_| ())
+    }
+
     /// How far TSCs are to be moved back since the VM was made.
     pub(crate) fn tsc_back(&self) -> u64 {
         self.standing().tsc_back

@@ -75,6 +75,8 @@ pub(crate) fn wire_local_apic(vcpu: &Handle) -> Result<(), Error> {
 pub(crate) fn at_power_up(state: &mut VcpuState) {
     state.msrs.remove(&cpu::msr::TSC);
     state.msrs.remove(&cpu::msr::TSC_ADJUST);
+    // As does kvmclock.
+    state.clock_ns = None;
     state.events = Events::default();
 }
 
@@ -101,12 +103,13 @@ pub(crate) fn save(vcpu: &KvmVcpu) -> Result<VcpuState, Error> {
         events: from_events(&events),
         activity: activity(mp_state),
         local_apic: Some(page(&apic)),
+        clock_ns: vcpu.vm().clock_ns(),
     })
 }
 
 /// All but the activity.
 pub(crate) fn restore(vcpu: &mut KvmVcpu, state: &VcpuState) -> Result<(), Error> {
-    let VcpuState { registers, extended, msrs, events, activity: _, local_apic } = state;
+    let VcpuState { registers, extended, msrs, events, activity: _, local_apic, clock_ns: _ } = state;
     let mut groups = vcpu.groups().map_err(host("reading registers"))?;
     groups.set(registers);
     deliver_payload(events, &mut groups);

@@ -317,6 +317,72 @@ fn state_that_the_kernel_does_not_take_fails_the_next_run() {
 }
 
 #[test]
+fn a_refusal_is_forgotten_with_the_state_that_was_refused() {
+    let (double, _engine, mut vcpu) = vcpu();
+    let saved = vcpu.save().unwrap();
+    for restored in [false, true] {
+        double.refuse("SET_SREGS", libc::EINVAL);
+        vcpu.set_registers(&Registers::default());
+        double.accept("SET_SREGS");
+        if restored {
+            vcpu.restore(&saved).unwrap()
+        } else {
+            vcpu.reset(false)
+        }
+        double.exits(kvm::KVM_EXIT_HLT, zeroed());
+        assert_eq!(vcpu.run().unwrap(), Exit::Halt);
+    }
+    // One that cannot be restored is not sound again.
+    double.refuse("SET_XSAVE", libc::EINVAL);
+    assert!(vcpu.restore(&saved).is_err());
+    vcpu.reset(false);
+    assert!(vcpu.run().unwrap_err().to_string().starts_with("KVM_SET_XSAVE: "));
+}
+
+#[test]
+fn the_guests_clock_is_saved_and_goes_on() {
+    let clock =
+        |double: &Double| double.kept::<kvm::kvm_clock_data>(VM, "SET_CLOCK").map(|clock| clock.clock);
+    let passes = |double: &Double, clock| {
+        double.set(VM, "SET_CLOCK", kvm::kvm_clock_data { clock, ..kvm::kvm_clock_data::zeroed() });
+    };
+    let (double, engine, mut first) = vcpu();
+    let mut second = engine.create_vcpu(VcpuConfig { index: 1, cpuid: Arc::default() }).unwrap();
+    passes(&double, 5000);
+    for vcpu in [&mut first, &mut second] {
+        vcpu.stand();
+    }
+    engine.stand();
+    passes(&double, 9000);
+    let mut saved = first.save().unwrap();
+    assert_eq!((saved.clock_ns, second.save().unwrap().clock_ns), (Some(5000), Some(5000)));
+    // What is restored meanwhile is what goes on.
+    saved.clock_ns = Some(70_000);
+    first.restore(&saved).unwrap();
+    second.restore(&saved).unwrap();
+    assert_eq!((clock(&double), first.save().unwrap().clock_ns), (Some(9000), Some(70_000)));
+    engine.go_on();
+    assert_eq!(clock(&double), Some(70_000));
+    first.go_on();
+    second.go_on();
+    // Of a machine that runs, the first vCPU's word counts; a reset changes no clock, and a state without one neither.
+    saved.clock_ns = Some(80_000);
+    second.restore(&saved).unwrap();
+    assert_eq!(clock(&double), Some(70_000));
+    first.restore(&saved).unwrap();
+    assert_eq!(clock(&double), Some(80_000));
+    passes(&double, 81_000);
+    first.reset(false);
+    saved.clock_ns = None;
+    first.restore(&saved).unwrap();
+    assert_eq!(clock(&double), Some(81_000));
+    // States of before it was saved have none.
+    let mut text = serde_json::to_value(&saved).unwrap();
+    text.as_object_mut().unwrap().remove("clock_ns");
+    assert_eq!(serde_json::from_value::<VcpuState>(text).unwrap(), saved);
+}
+
+#[test]
 fn a_vcpu_is_saved_and_restored_group_by_group_in_order() {
     let (double, _engine, mut vcpu) = vcpu();
     double.set_msr(cpu::msr::STAR, 0x1234);
@@ -346,6 +412,7 @@ fn a_vcpu_is_saved_and_restored_group_by_group_in_order() {
             "SET_LAPIC",
             "SET_MSRS",
             "SET_VCPU_EVENTS",
+            "SET_CLOCK",
             "SET_MP_STATE"
         ]
     );

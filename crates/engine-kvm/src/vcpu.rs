@@ -51,6 +51,7 @@ pub struct KvmVcpu {
     msrs: Msrs,
     statistics: Option<Statistics>,
     power_up: Option<Box<VcpuState>>,
+    index: u32,
     signature: u32,
     frozen: state::Frozen,
     /// How far the TSC has been moved back, of what the VM has stood in all.
@@ -90,18 +91,19 @@ impl KvmVcpu {
             msrs,
             statistics,
             power_up: None,
+            index,
             signature: cpuid.query(1, 0).eax,
             frozen: state::Frozen::default(),
             moved_back: vm.tsc_back(),
             vm,
         };
-        vcpu.power_up(index)?;
+        vcpu.power_up()?;
         Ok(vcpu)
     }
 
     /// Brings the vCPU into the state after power-up, and remembers it.
-    fn power_up(&mut self, index: u32) -> Result<(), Error> {
-        if index == 0 {
+    fn power_up(&mut self) -> Result<(), Error> {
+        if self.index == 0 {
             state::wire_local_apic(&self.handle)?;
         }
         let mut state = self.save()?;
@@ -464,7 +466,13 @@ impl Vcpu for KvmVcpu {
     fn restore(&mut self, state: &VcpuState) -> Result<(), Error> {
         self.forget_exit();
         self.external = None;
+        // All that the kernel may have refused before is set anew.
+        self.failed = None;
         state::restore(self, state)?;
+        // One clock for all: of a machine that does not stand, the first vCPU's word counts, lest it step with each.
+        if let Some(clock) = state.clock_ns.filter(|_| self.index == 0 || self.frozen.stands()) {
+            self.vm.set_clock_ns(clock)?;
+        }
         // An event under way does not end HLT by itself.
         let woken = state.events.interrupt.is_some() || state.events.exception.is_some();
         let activity = if woken { Activity::Running } else { state.activity };

@@ -95,6 +95,8 @@ fn what_was_saved_in_one_vm_goes_on_in_another() {
     let mut again = vcpu.save().unwrap();
     // Time goes on.
     again.msrs.insert(cpu::msr::TSC, saved.msrs[&cpu::msr::TSC]);
+    assert!(again.clock_ns > saved.clock_ns);
+    again.clock_ns = saved.clock_ns;
     assert_eq!(again, saved);
     for value in 4..8 {
         assert_eq!(vcpu.run().unwrap(), out(value));
@@ -152,4 +154,48 @@ fn counters_count() {
     assert!(sum(&*vcpu) >= before + 100, "{:?}", vcpu.counters());
     assert!(vcpu.counters().iter().any(|(name, _)| *name == "exits"));
     assert!(vcpu.counters().len() > 10);
+}
+
+#[test]
+fn the_clock_that_a_guest_was_saved_with_goes_on_in_another_vm() {
+    const PAGE: u64 = 0x9000;
+    // out 0x80, al; jmp
+    let Some((memory, first, mut vcpu)) = guest(&[0xe6, 0x80, 0xeb, 0xfc], Options::default()) else {
+        return;
+    };
+    assert!(vcpu.set_msr(cpu::msr::KVM_SYSTEM_TIME, PAGE | 1));
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(vcpu.run().unwrap(), out(0));
+    vcpu.kick_handle().kick();
+    assert_eq!(vcpu.run().unwrap(), Exit::Interrupted);
+    vcpu.stand();
+    first.stand();
+    let saved = vcpu.save().unwrap();
+    let clock = saved.clock_ns.unwrap();
+    assert!(clock > 250_000_000, "{clock}");
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!(vcpu.save().unwrap().clock_ns, Some(clock), "it stands");
+    drop((vcpu, first));
+
+    let second = KvmEngine::new(memory.clone(), Options::default()).unwrap();
+    let mut vcpu = create(&second);
+    vcpu.stand();
+    second.stand();
+    vcpu.restore(&saved).unwrap();
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!(vcpu.save().unwrap().clock_ns, Some(clock), "it stands here too");
+    memory.write(PAGE, &[0; 32]).unwrap();
+    let began = Instant::now();
+    second.go_on();
+    vcpu.go_on();
+    assert_eq!(vcpu.run().unwrap(), out(0));
+    let now = vcpu.save().unwrap().clock_ns.unwrap();
+    let passed = began.elapsed().as_nanos() as u64;
+    assert!(now >= clock && now <= clock + passed, "{clock} {now} {passed}");
+    // `pvclock_vcpu_time_info`: its version is even, and its time not that of a new VM.
+    let (version, time) = (memory.load_u32(PAGE).unwrap(), memory.load_u64(PAGE + 16).unwrap());
+    assert!(
+        version != 0 && version % 2 == 0 && (clock..=now).contains(&time),
+        "{version} {clock} {time} {now}"
+    );
 }

@@ -6,14 +6,17 @@
 use crate::cpu_core::{Core, attention};
 use crate::exception::{Exception, Stop, vector};
 use crate::state::Shadow;
+use crate::state::seg;
 use crate::step::xstate::AREA;
-use cpu::{Activity, Error, Events, VcpuState, msr};
+use cpu::{Activity, Error, Events, Registers, VcpuState, msr};
 
 /// Parts of an XSAVE area in the standard form (Intel SDM 1, 13.4).
 const MXCSR: std::ops::Range<usize> = 24..28;
 const X87: [std::ops::Range<usize>; 2] = [0..24, 32..160];
 const XMM: usize = 160;
 const XSTATE_BV: std::ops::Range<usize> = 512..520;
+/// XCOMP_BV and a word more, which are zero in that form (Intel SDM 1, 13.8.1).
+const COMPACTED: std::ops::Range<usize> = 520..536;
 const YMM_HIGH: usize = 576;
 const X87_PART: u64 = 1 << 0;
 const SSE_PART: u64 = 1 << 1;
@@ -50,8 +53,23 @@ pub(crate) fn save(core: &Core) -> VcpuState {
         extended: extended(core),
         msrs: numbers.filter_map(|number| Some((number, core.msr(number)?))).collect(),
         events: events(core),
-        activity: if core.state.halted { Activity::Halted } else { Activity::Running },
+        activity: activity(core),
         local_apic: None,
+        clock_ns: None,
+    }
+}
+
+/// A processor that waits for start-up is one that halts where INIT has put it: at the reset vector, behind which nothing halts,
+/// for that would be an HLT in the last bytes of a firmware that no board of ours has.
+fn activity(core: &Core) -> Activity {
+    let (state, reset) = (&core.state, Registers::default());
+    let reset_base = reset.segments.get(seg::CS).map(|cs| cs.base);
+    match state.halted {
+        false => Activity::Running,
+        true if state.rip == reset.rip && Some(state.segments[seg::CS].base) == reset_base => {
+            Activity::WaitingForStartup
+        }
+        true => Activity::Halted,
     }
 }
 
@@ -107,7 +125,7 @@ fn refused(why: impl Into<String>) -> Error {
 
 /// Becomes what was saved. The caller forgets what was translated.
 pub(crate) fn restore(core: &mut Core, saved: &VcpuState) -> Result<(), Error> {
-    let VcpuState { registers, extended, msrs, events, activity, local_apic: _ } = saved;
+    let VcpuState { registers, extended, msrs, events, activity, local_apic: _, clock_ns: _ } = saved;
     if events.triple_fault {
         return Err(refused("the guest was saved in a triple fault: start it anew"));
     }
@@ -130,7 +148,11 @@ pub(crate) fn restore(core: &mut Core, saved: &VcpuState) -> Result<(), Error> {
         }
     }
     restore_events(core, events)?;
-    core.state.halted = *activity == Activity::Halted;
+    core.state.halted = *activity != Activity::Running;
+    if *activity == Activity::WaitingForStartup {
+        // Nothing but a start-up message ends that (Intel SDM 3, 10.4.4.1): it comes as new registers.
+        (core.pending.interrupt, core.pending.nmi, core.pending.debug) = (None, false, 0);
+    }
     Ok(())
 }
 
@@ -146,6 +168,11 @@ fn restore_extended(core: &mut Core, area: &[u8]) -> Result<(), Error> {
         return Err(refused(format!(
             "the guest has used processor state that it does not have ({parts:#x})"
         )));
+    }
+    if word(COMPACTED)?.iter().any(|&byte| byte != 0) {
+        return Err(refused(
+            "the saved XSAVE area is in the compacted form, or in none: it was not saved by yado",
+        ));
     }
     let mxcsr = u32::from_le_bytes(word(MXCSR)?.try_into().map_err(|_| short())?);
     if mxcsr & !MXCSR_KNOWN != 0 {
@@ -211,6 +238,63 @@ fn restore_events(core: &mut Core, events: &Events) -> Result<(), Error> {
                     Err(refused(format!("the guest has no handler for exception {vector}: start it anew")))
                 }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use crate::{Options, SoftEngine};
+    use cpu::{Engine, Exit, Vcpu, VcpuConfig};
+    use memory::{Backing, GuestMemory};
+
+    fn vcpu() -> Box<dyn Vcpu> {
+        let memory = GuestMemory::new(&[(0, 0x1000)], Backing::Private).unwrap();
+        let engine = SoftEngine::new(memory, Options { translate: false, ..Options::default() }).unwrap();
+        engine.create_vcpu(VcpuConfig { index: 1, cpuid: std::sync::Arc::default() }).unwrap()
+    }
+
+    #[test]
+    fn one_that_waits_for_startup_waits_on_and_nothing_else_wakes_it() {
+        let mut vcpu = vcpu();
+        let mut state = vcpu.save().unwrap();
+        assert_eq!(state.activity, Activity::Running);
+        state.activity = Activity::WaitingForStartup;
+        (state.events.nmi_pending, state.events.interrupt) = (true, Some(0x40));
+        vcpu.restore(&state).unwrap();
+        let reset = vcpu.registers();
+        assert_eq!(vcpu.run().unwrap(), Exit::Halt, "it executes nothing");
+        assert_eq!(vcpu.registers(), reset);
+        assert_eq!(vcpu.save().unwrap().activity, Activity::WaitingForStartup);
+        // The start-up message: `hlt` at 0.
+        let mut registers = reset;
+        registers.rip = 0;
+        registers.segments[seg::CS].base = 0;
+        vcpu.set_registers(&registers);
+        assert_eq!(vcpu.save().unwrap().activity, Activity::Running);
+        state.activity = Activity::Halted;
+        state.events = Events::default();
+        state.registers = registers;
+        vcpu.restore(&state).unwrap();
+        assert_eq!(vcpu.save().unwrap().activity, Activity::Halted, "HLT is another thing");
+    }
+
+    #[test]
+    fn an_area_that_is_not_in_the_standard_form_is_refused() {
+        let mut vcpu = vcpu();
+        let sound = vcpu.save().unwrap();
+        for byte in COMPACTED {
+            let mut state = sound.clone();
+            state.extended[byte] = 0x80;
+            let error = vcpu.restore(&state).unwrap_err().to_string();
+            assert!(error.contains("compacted"), "{byte}: {error}");
+        }
+        vcpu.restore(&sound).unwrap();
+        for len in [0, 520, 535] {
+            let mut state = sound.clone();
+            state.extended.truncate(len);
+            assert!(vcpu.restore(&state).unwrap_err().to_string().contains("cut off"), "{len}");
         }
     }
 }
