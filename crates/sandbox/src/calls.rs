@@ -122,6 +122,14 @@ const THREAD: u64 = libc::CLONE_THREAD as u64;
 /// A vCPU of KVM: all requests of /dev/kvm's kind.
 const KVM: &[Call] = &[when(libc::SYS_ioctl, &[When::Bits(1, 0xff00, 0xae00)])];
 
+/// Every other thread of a machine on KVM: KVM_SIGNAL_MSI, for devices interrupt from wherever their work is done, and
+/// KVM_SET_CLOCK and KVM_GET_CLOCK, for whoever lets the machine stand or go on.
+const KVM_INTERRUPTS: &[Call] = &[
+    when(libc::SYS_ioctl, &[When::Is(1, 0x4020_aea5)]),
+    when(libc::SYS_ioctl, &[When::Is(1, 0x4030_ae7b)]),
+    when(libc::SYS_ioctl, &[When::Is(1, 0x8030_ae7c)]),
+];
+
 /// A vCPU of the software engine: code that it writes, and processes in which the guest's programs run, which have their own
 /// filter besides. Their first page comes from memory, never from a path.
 const CODE: &[Call] = &[
@@ -237,6 +245,8 @@ fn of_role(role: Role, plan: &Plan) -> Vec<&'static [Call]> {
     let mut lists = vec![EVERYBODY, EVERYBODY_WHEN];
     if plan.makes_code {
         lists.push(STOPS);
+    } else {
+        lists.push(KVM_INTERRUPTS);
     }
     let network = |lists: &mut Vec<&'static [Call]>| {
         lists.push(SOCKETS);
@@ -397,6 +407,30 @@ mod test {
             lists.extend(Role::ALL.into_iter().flat_map(|role| of_role(role, &plan)));
             let both: Vec<_> = numbers(&lists).intersection(&forbidden).copied().collect();
             assert!(both.is_empty(), "{plan:?}: {both:?}");
+        }
+    }
+
+    #[test]
+    fn on_kvm_everybody_interrupts_and_only_vcpus_do_more_with_it() {
+        let may = |role, plan: &Plan, request: u64| {
+            of_role(role, plan).into_iter().flatten().any(|call| {
+                let fits = |when: &When| match *when {
+                    When::Is(1, value) => request == value,
+                    When::Bits(1, mask, value) => request & mask == value,
+                    _ => false,
+                };
+                call.number == libc::SYS_ioctl && call.when.iter().all(fits)
+            })
+        };
+        // KVM_SIGNAL_MSI, KVM_SET_CLOCK, KVM_GET_CLOCK; KVM_RUN, KVM_CREATE_VM, KVM_SET_USER_MEMORY_REGION.
+        let (of_all, of_vcpus) = ([0x4020_aea5, 0x4030_ae7b, 0x8030_ae7c], [0xae80, 0xae01, 0x4020_ae46]);
+        for plan in plans() {
+            for role in Role::ALL {
+                let all = of_all.iter().all(|&request| may(role, &plan, request));
+                assert_eq!(all, !plan.makes_code, "{role:?} {plan:?}");
+                let some = of_vcpus.iter().any(|&request| may(role, &plan, request));
+                assert_eq!(some, role == Role::Vcpu && !plan.makes_code, "{role:?} {plan:?}");
+            }
         }
     }
 
