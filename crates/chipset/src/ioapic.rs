@@ -53,7 +53,8 @@ impl Pin {
     /// What it sends, masked or not.
     fn message(&self) -> Msi {
         let trigger = if self.is_level() { Trigger::Level } else { Trigger::Edge };
-        let destination = ((self.entry >> 56) | ((self.entry >> 48) & 0x7f) << 8) as u32;
+        // Bits 63-56 as ever; KVM_FEATURE_MSI_EXT_DEST_ID puts 14-8 into 55-49, beside the bit that would mean remapping.
+        let destination = ((self.entry >> 56) | ((self.entry >> 49) & 0x7f) << 8) as u32;
         let logical = self.entry & entry::LOGICAL != 0;
         msi::encode(destination, logical, (self.entry >> 8) as u32, self.entry as u8, trigger)
     }

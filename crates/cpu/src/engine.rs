@@ -8,6 +8,7 @@
 use crate::cpuid::CpuidTable;
 use crate::registers::Registers;
 use crate::state::{Activity, VcpuState};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 /// An address space of a bus access.
@@ -156,6 +157,16 @@ pub trait LocalApics: Send + Sync {
     fn set_pins(&self, messages: &[(u64, u32)]);
 }
 
+/// Doorbells of an engine that has them (KVM's are in the kernel): guests' writes that signal an event counter instead of ending
+/// [`Vcpu::run`], so that the vCPU goes on at once and whoever serves the device hears of it without a thread between them.
+pub trait Doorbells: Send + Sync {
+    /// From now on writes of two bytes, of any value, to this guest-physical address signal `event`. `false`: not this one; such
+    /// writes go on to be [`Exit::Write`], as all others to that address are.
+    fn hang(&self, address: u64, event: BorrowedFd<'_>) -> bool;
+    /// They do not any more. Of an address and event that hang.
+    fn take_down(&self, address: u64, event: BorrowedFd<'_>);
+}
+
 /// Makes the vCPUs of one VM.
 pub trait Engine: Send + Sync {
     /// "soft" or "kvm".
@@ -170,6 +181,10 @@ pub trait Engine: Send + Sync {
     }
     /// The engine's own local APICs; without, the machine's are used.
     fn local_apics(&self) -> Option<Arc<dyn LocalApics>> {
+        None
+    }
+    /// Its doorbells; without, every write to a device is an exit.
+    fn doorbells(&self) -> Option<Arc<dyn Doorbells>> {
         None
     }
     /// Writes of the guest to its RAM are to be known, or not any more. The software engine always knows them.

@@ -10,6 +10,6 @@ pub mod msr;
 mod registers;
 mod state;
 
-pub use engine::{Engine, Error, Exit, HostCode, Kick, LocalApics, Space, Vcpu, VcpuConfig};
+pub use engine::{Doorbells, Engine, Error, Exit, HostCode, Kick, LocalApics, Space, Vcpu, VcpuConfig};
 pub use registers::{DescriptorTable, Registers, Segment, attr, cr0, cr4, efer, rflags};
 pub use state::{Activity, Events, Exception, Shadow, VcpuState};

@@ -35,9 +35,12 @@ fn width(address: u64, left: u64) -> u8 {
 }
 
 impl Accesses {
-    /// Takes over KVM_EXIT_IO.
-    pub(crate) fn port(&mut self, page: &RunPage) {
+    /// Takes over KVM_EXIT_IO; `false` if it is of no width that ports have.
+    pub(crate) fn port(&mut self, page: &RunPage) -> bool {
         let Io { direction, size, port, count, data_offset } = page.detail();
+        if !matches!(size, 1 | 2 | 4) {
+            return false;
+        }
         let address = u64::from(port);
         // No more than the page can hold, whatever a kernel says.
         let count = u64::from(count).min(4096);
@@ -51,6 +54,7 @@ impl Accesses {
                 (Exit::Read { space: Space::Port, address, size }, Some(Place::Data { offset, size }))
             });
         }
+        true
     }
 
     /// Takes over KVM_EXIT_MMIO.

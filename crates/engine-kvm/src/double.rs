@@ -4,6 +4,7 @@
 //!
 //! Unsafe, because it stands where the kernel writes through addresses.
 #![allow(unsafe_code)]
+#![cfg_attr(fuzzing, allow(dead_code))]
 
 use crate::host::Host;
 use crate::ioctl::Request;
@@ -37,6 +38,8 @@ struct State {
     vcpus: i32,
     closed: Vec<RawFd>,
     dirty: Vec<u64>,
+    /// A run for which nothing is queued is interrupted; else it is a fault of the test's.
+    idle: bool,
     /// KVM_VCPU_TSC_OFFSET of the vCPU that was asked last.
     tsc_offset: u64,
 }
@@ -91,6 +94,19 @@ impl Double {
     pub(crate) fn without(self, capability: u32) -> Self {
         self.state().capabilities.remove(&capability);
         self
+    }
+
+    /// Runs for which nothing is queued are interrupted.
+    pub(crate) fn idle(self) -> Self {
+        self.state().idle = true;
+        self
+    }
+
+    /// What was asked and queued before does not count any more.
+    pub(crate) fn forget_asked(&self) {
+        let mut state = self.state();
+        state.asked.clear();
+        state.runs.clear();
     }
 
     /// This request fails with this error from now on.
@@ -234,7 +250,7 @@ impl Host for Double {
             "GET_TSC_KHZ" => 2_500_000,
             "RUN" => {
                 let run = state.runs.pop_front();
-                let (at, _) = state.pages[&fd];
+                let ((at, _), idle) = (state.pages[&fd], state.idle);
                 drop(state);
                 // SAFETY: as in `page`.
                 let page = unsafe { std::slice::from_raw_parts_mut(at as *mut u8, RUN_LEN) };
@@ -245,7 +261,10 @@ impl Host for Double {
                     }
                     return Err(io::Error::from_raw_os_error(libc::EINTR));
                 }
-                return run.expect("KVM_RUN has something to do")(page);
+                return match run {
+                    None if idle => Err(io::Error::from_raw_os_error(libc::EINTR)),
+                    run => run.expect("KVM_RUN has something to do")(page),
+                };
             }
             "GET_STATS_FD" => return Err(io::Error::from_raw_os_error(libc::ENOTTY)),
             _ => 0,

@@ -9,12 +9,13 @@
 use crate::capability::Capabilities;
 use crate::cpuid::Supported;
 use crate::dirty::DirtyLog;
+use crate::doorbell::Bells;
 use crate::host::{Handle, Host, Linux, MsrFilter, Plain};
 use crate::ioctl;
 use crate::routing::Apics;
 use crate::vcpu::{KvmVcpu, host};
 use cpu::cpuid::CpuidTable;
-use cpu::{Engine, Error, LocalApics, Vcpu, VcpuConfig};
+use cpu::{Doorbells, Engine, Error, LocalApics, Vcpu, VcpuConfig};
 use kvm_bindings as kvm;
 use kvm_bindings::{kvm_clock_data, kvm_enable_cap, kvm_userspace_memory_region};
 use memory::GuestMemory;
@@ -314,6 +315,10 @@ impl Engine for KvmEngine {
 
     fn local_apics(&self) -> Option<Arc<dyn LocalApics>> {
         Some(self.apics.clone())
+    }
+
+    fn doorbells(&self) -> Option<Arc<dyn Doorbells>> {
+        Some(Arc::new(Bells::new(self.vm.clone())))
     }
 
     fn log_writes(&self, wanted: bool) -> Result<(), Error> {

@@ -61,6 +61,8 @@ requests! {
     SET_TSS_ADDR = NONE 0x47;
     SET_IDENTITY_MAP_ADDR = WRITE 0x48, u64;
     SET_GSI_ROUTING = WRITE 0x6a, kvm::kvm_irq_routing;
+    /// The structure holds a descriptor, no address.
+    IOEVENTFD = WRITE 0x79, kvm::kvm_ioeventfd;
     SET_CLOCK = WRITE 0x7b, kvm::kvm_clock_data;
     GET_CLOCK = READ 0x7c, kvm::kvm_clock_data;
     RUN = NONE 0x80;
@@ -196,6 +198,7 @@ mod test {
         same!(rows, kvm_irq_routing_entry: gsi, type_, flags, u);
         same!(rows, kvm_irq_routing_msi: address_lo, address_hi, data);
         same!(rows, kvm_msi: address_lo, address_hi, data, flags, devid);
+        same!(rows, kvm_ioeventfd: datamatch, addr, len, fd, flags);
         same!(rows, kvm_clock_data: clock, flags, realtime, host_tsc);
         same!(rows, kvm_device_attr: flags, group, attr, addr);
         same!(rows, kvm_enable_cap: cap, flags, args);

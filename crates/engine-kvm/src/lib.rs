@@ -3,13 +3,13 @@
 //!
 //! From the kernel up: [`ioctl`](mod@ioctl) names the requests, `host` makes them (or a double answers in the kernel's stead),
 //! `run_page` is what a vCPU shares with the kernel, `access` cuts device accesses to natural widths, `state` moves register
-//! groups, `cpuid` and `msr` say what guests see of the processor, `routing` sends interrupts, `vcpu` and `engine` are
-//! the seam. `failure` puts into words what should not happen.
+//! groups, `cpuid` and `msr` say what guests see of the processor, `routing` sends interrupts, `doorbell` hears notifications,
+//! `vcpu` and `engine` are the seam. `failure` puts into words what should not happen.
 //!
 //! What may enter: `cpu`, `memory`.
 #![deny(unsafe_code)]
 #![cfg_attr(
-    not(test),
+    not(any(test, fuzzing)),
     deny(
         clippy::unwrap_used,
         clippy::expect_used,
@@ -23,10 +23,13 @@ mod access;
 mod capability;
 mod cpuid;
 mod dirty;
-#[cfg(test)]
+mod doorbell;
+#[cfg(any(test, fuzzing))]
 mod double;
 mod engine;
 mod failure;
+#[cfg(any(test, fuzzing))]
+mod fuzz;
 mod guest;
 mod host;
 mod ioctl;
@@ -43,5 +46,7 @@ mod test;
 mod vcpu;
 
 pub use engine::{KvmEngine, Options};
+#[cfg(fuzzing)]
+pub use fuzz::fuzz_exits;
 pub use probe::{Verdict, probe};
 pub use vcpu::KvmVcpu;

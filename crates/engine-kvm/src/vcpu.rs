@@ -154,10 +154,7 @@ impl KvmVcpu {
 
     fn exit(&mut self) -> Result<Option<Exit>, Error> {
         Ok(Some(match self.page.exit_reason() {
-            kvm::KVM_EXIT_IO => {
-                self.accesses.port(&self.page);
-                return Ok(None);
-            }
+            kvm::KVM_EXIT_IO if self.accesses.port(&self.page) => return Ok(None),
             kvm::KVM_EXIT_MMIO => {
                 self.accesses.mmio(&self.page);
                 return Ok(None);

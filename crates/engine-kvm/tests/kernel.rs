@@ -4,6 +4,7 @@ use cpu::cpuid::{Model, Topology};
 use cpu::{Activity, Engine, Exit, Registers, Segment, Space, Vcpu, VcpuConfig, attr, cr0};
 use engine_kvm::{KvmEngine, Options};
 use memory::{Backing, GuestMemory, PageFlags};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -198,4 +199,36 @@ fn the_clock_that_a_guest_was_saved_with_goes_on_in_another_vm() {
         version != 0 && version % 2 == 0 && (clock..=now).contains(&time),
         "{version} {clock} {time} {now}"
     );
+}
+
+#[test]
+fn a_doorbell_is_heard_without_an_exit_until_it_is_taken_down() {
+    const PLACE: u64 = 0xfe00_3004;
+    // mov edx, 0xfe003004; four times mov [edx], ax; mov [edx], eax; then out 0x80, al; and again.
+    let code = [
+        0xba, 0x04, 0x30, 0x00, 0xfe, 0x66, 0x89, 0x02, 0x66, 0x89, 0x02, 0x66, 0x89, 0x02, 0x66, 0x89, 0x02,
+        0x89, 0x02, 0xe6, 0x80, 0xeb, 0xee,
+    ];
+    let Some((_memory, engine, mut vcpu)) = guest(&code, Options::default()) else { return };
+    let bells = engine.doorbells().unwrap();
+    let events: [_; 2] =
+        std::array::from_fn(|_| rustix::event::eventfd(0, rustix::event::EventfdFlags::NONBLOCK).unwrap());
+    let heard = |event: &std::os::fd::OwnedFd| {
+        let mut count = [0; 8];
+        rustix::io::read(event, &mut count).map_or(0, |_| u64::from_ne_bytes(count))
+    };
+    let write = |size| Exit::Write { space: Space::Mmio, address: PLACE, size, value: 0 };
+    assert!(bells.hang(PLACE, events[0].as_fd()));
+    assert!(bells.hang(PLACE + 4, events[1].as_fd()), "of another queue");
+    for _ in 0..3 {
+        // Another width is an exit.
+        assert_eq!(vcpu.run().unwrap(), write(4));
+        assert_eq!(vcpu.run().unwrap(), out(0));
+        assert_eq!((heard(&events[0]), heard(&events[1])), (4, 0));
+    }
+    bells.take_down(PLACE, events[0].as_fd());
+    for size in [2, 2, 2, 2, 4] {
+        assert_eq!(vcpu.run().unwrap(), write(size));
+    }
+    assert_eq!(heard(&events[0]), 0);
 }

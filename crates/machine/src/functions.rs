@@ -12,8 +12,10 @@ use image::format::Raw;
 use image::{Disk, Image, OpenOptions, Overlay};
 use memory::GuestMemory;
 use nvme::{Nvme, NvmeConfig};
+use std::collections::BTreeSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -60,6 +62,9 @@ pub enum Error {
     /// The host has no event counter left.
     #[error("cannot serve a network card: {0}")]
     Card(io::Error),
+    /// The same.
+    #[error("cannot hear a device's doorbell: {0}")]
+    Bell(io::Error),
 }
 
 /// Starts threads.
@@ -116,9 +121,31 @@ pub(crate) struct Slots<'a> {
     pub(crate) memory: &'a GuestMemory,
     pub(crate) notices: &'a Notices,
     pub(crate) standstill: &'a Standstill,
+    /// The engine's, if it has any.
+    pub(crate) doorbells: Option<Arc<dyn cpu::Doorbells>>,
 }
 
 impl Slots<'_> {
+    /// What hangs doorbells that ring `event`, if the engine has any.
+    pub(crate) fn bell(&self, event: BorrowedFd<'_>) -> io::Result<Option<virtio::Bell>> {
+        let Some(doorbells) = self.doorbells.clone() else { return Ok(None) };
+        let event = event.try_clone_to_owned()?;
+        let mut hanging = BTreeSet::new();
+        Ok(Some(Box::new(move |address, wanted| {
+            // What the engine does not hang is heard as any other write is.
+            if wanted && doorbells.hang(address, event.as_fd()) {
+                hanging.insert(address);
+            } else if !wanted && hanging.remove(&address) {
+                doorbells.take_down(address, event.as_fd());
+            }
+        })))
+    }
+
+    /// One for the workers of a device, who hear the engine's doorbells if there are any.
+    fn wake(&self) -> io::Result<Wake> {
+        if self.doorbells.is_some() { Wake::with_ear() } else { Ok(Wake::default()) }
+    }
+
     pub(crate) fn attach(&self, function: SharedFunction) -> Result<(), Error> {
         self.pci.attach(function).map(|_| ()).ok_or(Error::BusFull)
     }
@@ -138,7 +165,7 @@ impl Slots<'_> {
                 discard: !disk.read_only(),
                 write_cache: !config.cache.is_write_through(),
             };
-            let wake = Wake::default();
+            let wake = self.wake().map_err(Error::Bell)?;
             let controller = self.controller(number, config, geometry, cpus, &wake)?;
             let name = format!("disk{number}");
             let traffic = Traffic::default();
@@ -200,7 +227,12 @@ impl Slots<'_> {
                 let (memory, sink) = (self.memory.clone(), self.msi.clone());
                 // A queue for each vCPU, so that none waits for another's lock in the guest.
                 let queues = u16::try_from(cpus).unwrap_or(u16::MAX);
-                let block = Block::new(memory, sink, wake.notify_one(), geometry, &serial, queues);
+                let mut block = Block::new(memory, sink, wake.notify_one(), geometry, &serial, queues);
+                if let Some(ear) = wake.ear()
+                    && let Some(bell) = self.bell(ear).map_err(Error::Bell)?
+                {
+                    block.set_bell(bell);
+                }
                 let block = Arc::new(Mutex::new(block));
                 self.attach(block.clone())?;
                 Ok(block)

@@ -104,8 +104,10 @@ pub enum Error {
     },
 }
 
-/// The most vCPUs that one machine may have: what xAPIC ids and the MADT's processor entries reach.
-pub const CPUS_MAX: u32 = 255;
+/// The most vCPUs that one machine may have: what KVM gives on most hosts. From 256 on guests need x2APIC, as Linux has it.
+pub const CPUS_MAX: u32 = 1024;
+/// With more than these, messages need wider destinations than xAPIC has.
+const XAPIC_CPUS_MAX: u32 = 255;
 
 #[derive(Default)]
 struct Threads {
@@ -190,6 +192,7 @@ impl Machine {
             memory: &memory,
             notices: &notices,
             standstill: &standstill,
+            doorbells: engine.doorbells(),
         };
         slots_on_bus.disks(&config.disks, config.cpus, &mut workers)?;
         let mut wakes = vec![board.serial_wake.clone()];
@@ -531,6 +534,17 @@ fn make_engine(config: &MachineConfig, memory: &GuestMemory) -> Result<Arc<dyn E
     }
 }
 
+/// Tells the guest that messages of devices reach all processors: their addresses, and the I/O APIC's entries, have seven more
+/// bits (KVM_FEATURE_MSI_EXT_DEST_ID). The board does that, whatever the engine.
+fn widen(table: &mut CpuidTable) {
+    const FEATURES: u32 = 0x4000_0001;
+    const MSI_EXT_DEST_ID: u32 = 1 << 15;
+    if let Some(mut leaf) = table.get(FEATURES, 0) {
+        leaf.eax |= MSI_EXT_DEST_ID;
+        table.set(FEATURES, None, leaf);
+    }
+}
+
 /// The model that is whatever this host has.
 const HOST_MODEL: &str = "host";
 
@@ -540,7 +554,10 @@ fn cpuid_tables(config: &MachineConfig, package: u32, engine: &dyn Engine) -> Re
         (0..config.cpus)
             .map(|apic_id| {
                 let table = model.table(Topology { apic_id, cpus: package }, engine.tsc_hz())?;
-                let table = engine.offer(table);
+                let mut table = engine.offer(table);
+                if config.cpus > XAPIC_CPUS_MAX {
+                    widen(&mut table);
+                }
                 model.missing_in(&table).map(|()| table)
             })
             .collect()

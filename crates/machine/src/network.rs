@@ -94,7 +94,12 @@ impl Slots<'_> {
                 front = Some((back_end, connection, rings));
             }
             let notify = Notify::new(move || ring.ring());
-            let card = Net::new(self.memory.clone(), self.msi.clone(), notify, about);
+            let mut card = Net::new(self.memory.clone(), self.msi.clone(), notify, about);
+            if self.doorbells.is_some()
+                && let Some(hung) = self.bell(bell.hang()).map_err(Error::Bell)?
+            {
+                card.set_bell(hung);
+            }
             let card = Arc::new(Mutex::new(card));
             let carrier = match &config.kind {
                 NetworkKind::User(user) => {

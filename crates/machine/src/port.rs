@@ -4,7 +4,11 @@
 
 use device::Notify;
 use device::serial::Endpoint;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::time::Timespec;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How many bytes one [`Port::receive`] takes at most.
@@ -14,8 +18,18 @@ const CHUNK: usize = 64 * 1024;
 const GATHER: Duration = Duration::from_micros(500);
 
 /// Wakes the holders of a device's ports; made before the device, which gets [`Wake::notify`].
+///
+/// One with an *ear*, an event counter, is woken by whatever counts that up, too: one of those who wait listens to it, the others wait
+/// for a nudge. When the listener leaves to work, the ear is deaf until somebody waits again, for rings are not lost meanwhile.
 #[derive(Clone, Default)]
-pub struct Wake(Arc<(Mutex<Turn>, Condvar)>);
+pub struct Wake(Arc<Shared>);
+
+#[derive(Default)]
+struct Shared {
+    turn: Mutex<Turn>,
+    changed: Condvar,
+    ear: Option<OwnedFd>,
+}
 
 #[derive(Default)]
 struct Turn {
@@ -23,17 +37,33 @@ struct Turn {
     closed: bool,
     /// Threads that wait: without any, a nudge is no system call.
     waiting: usize,
+    /// Another one listens to the ear.
+    listening: bool,
+}
+
+/// Whom a change concerns.
+#[derive(PartialEq, Eq)]
+enum Whom {
+    One,
+    All,
 }
 
 impl Wake {
+    /// One with an ear.
+    pub fn with_ear() -> io::Result<Self> {
+        let ear = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
+        Ok(Self(Arc::new(Shared { ear: Some(ear), ..Shared::default() })))
+    }
+
+    /// The event counter that it listens to.
+    pub fn ear(&self) -> Option<BorrowedFd<'_>> {
+        self.0.ear.as_ref().map(OwnedFd::as_fd)
+    }
+
     /// The nudge to give to the device.
     pub fn notify(&self) -> Notify {
         let wake = self.clone();
-        Notify::new(move || {
-            if wake.turn(|turn| turn.count = turn.count.wrapping_add(1)) {
-                wake.0.1.notify_all();
-            }
-        })
+        Notify::new(move || wake.change(Whom::All, |turn| turn.count = turn.count.wrapping_add(1)))
     }
 
     /// The nudge to give to a device whose holders all do the same: one of them is enough.
@@ -44,28 +74,41 @@ impl Wake {
 
     /// Wakes one of those that wait.
     pub fn nudge_one(&self) {
-        if self.turn(|turn| turn.count = turn.count.wrapping_add(1)) {
-            self.0.1.notify_one();
-        }
+        self.change(Whom::One, |turn| turn.count = turn.count.wrapping_add(1));
     }
 
     /// The machine is gone: nobody waits any longer.
     pub fn close(&self) {
-        if self.turn(|turn| turn.closed = true) {
-            self.0.1.notify_all();
+        self.change(Whom::All, |turn| turn.closed = true);
+    }
+
+    /// Changes something, and tells those that wait.
+    fn change(&self, whom: Whom, change: impl FnOnce(&mut Turn)) {
+        let mut turn = self.turn();
+        change(&mut turn);
+        let (waiting, listening) = (turn.waiting > 0, turn.listening);
+        drop(turn);
+        match whom {
+            Whom::One if waiting => self.0.changed.notify_one(),
+            Whom::All if waiting => self.0.changed.notify_all(),
+            _ => {}
+        }
+        if listening
+            && (whom == Whom::All || !waiting)
+            && let Some(ear) = &self.0.ear
+        {
+            // Fails only if the count is at its end, and then it is readable anyway.
+            let _ = rustix::io::write(ear, &1u64.to_ne_bytes());
         }
     }
 
-    /// Changes something; whether somebody waits.
-    fn turn(&self, change: impl FnOnce(&mut Turn)) -> bool {
-        let mut turn = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
-        change(&mut turn);
-        turn.waiting > 0
+    fn turn(&self) -> MutexGuard<'_, Turn> {
+        self.0.turn.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How often the device has stirred, and whether the machine is gone.
     pub fn count(&self) -> (u64, bool) {
-        let turn = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let turn = self.turn();
         (turn.count, turn.closed)
     }
 
@@ -77,17 +120,39 @@ impl Wake {
 
     /// Waits until the count differs from `seen`, the machine is gone, or `until`.
     fn wait(&self, seen: u64, until: Instant) {
-        let mut turn = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut turn = self.turn();
         while turn.count == seen && !turn.closed {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return;
             }
+            if let Some(ear) = self.0.ear.as_ref().filter(|_| !turn.listening) {
+                turn.listening = true;
+                drop(turn);
+                let rung = listen(ear, left);
+                turn = self.turn();
+                turn.listening = false;
+                if rung {
+                    turn.count = turn.count.wrapping_add(1);
+                }
+                continue;
+            }
             turn.waiting = turn.waiting.saturating_add(1);
-            turn = self.0.1.wait_timeout(turn, left).unwrap_or_else(PoisonError::into_inner).0;
+            turn = self.0.changed.wait_timeout(turn, left).unwrap_or_else(PoisonError::into_inner).0;
             turn.waiting = turn.waiting.saturating_sub(1);
         }
     }
+}
+
+/// Waits until `ear` has counted, at most so long; whether it has.
+fn listen(ear: &OwnedFd, limit: Duration) -> bool {
+    let limit = Timespec {
+        tv_sec: i64::try_from(limit.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: i64::from(limit.subsec_nanos()),
+    };
+    // Whatever ends it, the caller looks again.
+    let _ = poll(&mut [PollFd::new(ear, PollFlags::IN)], Some(&limit));
+    rustix::io::read(ear, &mut [0; 8]).is_ok()
 }
 
 /// One end of a byte stream; the guest's driver holds the other. Cheap to clone.
@@ -140,5 +205,81 @@ impl Port {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, dyn Endpoint + 'static> {
         self.device.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    /// Workers that take work from one place, as a disk's do.
+    struct Crew {
+        work: Arc<AtomicUsize>,
+        done: Arc<AtomicUsize>,
+        threads: Vec<std::thread::JoinHandle<()>>,
+    }
+
+    impl Crew {
+        fn new(wake: &Wake, threads: usize) -> Self {
+            let (work, done) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+            let one = || {
+                let (wake, work, done) = (wake.clone(), work.clone(), done.clone());
+                std::thread::spawn(move || {
+                    loop {
+                        let (seen, closed) = wake.count();
+                        let taken =
+                            work.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
+                        match taken {
+                            Ok(_) => _ = done.fetch_add(1, Ordering::SeqCst),
+                            Err(_) if closed => return,
+                            Err(_) => wake.wait_change(seen),
+                        }
+                    }
+                })
+            };
+            let threads = (0..threads).map(|_| one()).collect();
+            Self { work, done, threads }
+        }
+
+        fn until(&self, done: usize) {
+            let began = Instant::now();
+            while self.done.load(Ordering::SeqCst) < done {
+                assert!(began.elapsed() < Duration::from_secs(20), "{done} are not done");
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    #[test]
+    fn rings_and_nudges_are_all_heard_whoever_listens() {
+        for threads in [1, 3] {
+            let wake = Wake::with_ear().unwrap();
+            let crew = Crew::new(&wake, threads);
+            for turn in 1..=2000 {
+                crew.work.fetch_add(1, Ordering::SeqCst);
+                match turn % 3 {
+                    0 => wake.nudge_one(),
+                    1 => wake.notify().notify(),
+                    _ => _ = rustix::io::write(wake.ear().unwrap(), &1u64.to_ne_bytes()).unwrap(),
+                }
+                if turn % 7 != 0 {
+                    crew.until(turn);
+                }
+            }
+            crew.until(2000);
+            wake.close();
+            crew.threads.into_iter().for_each(|thread| thread.join().unwrap());
+        }
+    }
+
+    #[test]
+    fn one_without_an_ear_has_none_and_waits_no_longer_than_it_may() {
+        assert!(Wake::default().ear().is_none());
+        for wake in [Wake::default(), Wake::with_ear().unwrap()] {
+            let began = Instant::now();
+            wake.wait(0, began + Duration::from_millis(5));
+            assert!((Duration::from_millis(5)..Duration::from_secs(5)).contains(&began.elapsed()));
+        }
     }
 }

@@ -26,6 +26,8 @@ struct Inner {
     /// Somebody sleeps on `event`.
     asleep: AtomicBool,
     closed: AtomicBool,
+    /// Somebody rings by `event` alone.
+    hung: AtomicBool,
 }
 
 /// Rung by a card that has frames, or room for them again. Costs a system call only if somebody sleeps.
@@ -37,7 +39,19 @@ impl Bell {
     pub fn new() -> io::Result<Self> {
         let event = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
         let (rung, asleep, closed) = (AtomicBool::new(false), AtomicBool::new(false), AtomicBool::new(false));
-        Ok(Self(Arc::new(Inner { event, rung, asleep, closed })))
+        let hung = AtomicBool::new(false);
+        Ok(Self(Arc::new(Inner { event, rung, asleep, closed, hung })))
+    }
+
+    /// Its event counter, for whoever rings by that alone (an engine's doorbell): from now on everybody who answers looks at it.
+    pub fn hang(&self) -> BorrowedFd<'_> {
+        self.0.hung.store(true, Ordering::SeqCst);
+        self.as_fd()
+    }
+
+    /// Whether the event counter had counted; it is at its beginning then.
+    fn counted(&self) -> bool {
+        rustix::io::read(&self.0.event, &mut [0; 8]).is_ok()
     }
 
     /// Rings.
@@ -62,7 +76,8 @@ impl Bell {
 
     /// Whether it was rung since it was asked last.
     pub fn answer(&self) -> bool {
-        self.0.rung.swap(false, Ordering::SeqCst)
+        let counted = self.0.hung.load(Ordering::SeqCst) && self.counted();
+        self.0.rung.swap(false, Ordering::SeqCst) || counted
     }
 
     /// Says that the caller is about to sleep until [`Self::fd`] is readable; `false`: it was rung meanwhile, do not.
@@ -77,9 +92,9 @@ impl Bell {
 
     /// Says that the caller sleeps no longer.
     pub fn wake(&self) {
-        if !self.0.asleep.swap(false, Ordering::SeqCst) {
-            let mut count = [0; 8];
-            let _ = rustix::io::read(&self.0.event, &mut count);
+        let woken = !self.0.asleep.swap(false, Ordering::SeqCst);
+        if (woken || self.0.hung.load(Ordering::SeqCst)) && self.counted() {
+            self.0.rung.store(true, Ordering::SeqCst);
         }
     }
 }
@@ -115,5 +130,24 @@ mod test {
         assert!(bell.doze());
         bell.close();
         assert!(readable(&bell) && bell.closed());
+    }
+
+    #[test]
+    fn who_rings_by_the_counter_alone_is_heard_asleep_and_awake() {
+        let bell = Bell::new().unwrap();
+        let ring = || rustix::io::write(bell.hang(), &1u64.to_ne_bytes()).unwrap();
+        ring();
+        assert!(bell.answer() && !bell.answer(), "awake");
+        assert!(bell.doze());
+        ring();
+        assert!(readable(&bell));
+        bell.wake();
+        assert!(!readable(&bell) && bell.answer() && !bell.answer(), "asleep");
+        // Both ways at once are one ring.
+        assert!(bell.doze());
+        ring();
+        bell.ring();
+        bell.wake();
+        assert!(!readable(&bell) && bell.answer() && !bell.answer());
     }
 }

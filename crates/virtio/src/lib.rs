@@ -38,3 +38,4 @@ pub use console::{CONSOLE_PORT, Console, ConsoleDevice};
 #[doc(hidden)]
 pub use fuzz::{fuzz_block, fuzz_console, fuzz_net, fuzz_rng};
 pub use rng::{EntropySource, Rng, RngDevice};
+pub use transport::Bell;

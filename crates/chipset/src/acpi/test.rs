@@ -60,8 +60,9 @@ fn pointers_and_checksums_hold() {
 
 #[test]
 fn madt_lists_processors_of_both_kinds() {
-    for vcpus in [1u32, 4, 255, 300] {
+    for vcpus in [1u32, 4, 255, 300, 1024] {
         let tables = build(&Board::pc(vcpus), board::ACPI_TABLES);
+        assert!(tables.base + (tables.bytes.len() as u64) < 0x10_0000, "they end below the first mebibyte");
         assert!(board::ACPI_TABLES + (tables.bytes.len() as u64) < 0x10_0000, "below 1 MiB");
         let madt = &walk(&tables)["APIC"];
         let mut at = 44;

@@ -9,7 +9,7 @@ mod engines;
 mod program;
 
 use engines::*;
-use machine::{EngineKind, Machine, MachineConfig, Outcome};
+use machine::{DiskConfig, DiskInterface, EngineKind, Machine, MachineConfig, Outcome};
 use std::time::Duration;
 
 /// No case takes a tenth of it.
@@ -64,6 +64,7 @@ const EXPECTED: &[(&str, &str)] = &[
     ("case_memory_stack", "1111 2222 3333 3333"),
     ("case_memory_vectors", "123456789abcdef 123456789abcdef 123456789abcdef 123456700000077"),
     ("case_memory_paged", "ccddeeff 8899aabb 8899aabbccddeeff bbccddee ffffffffffffffff ff"),
+    ("case_disk", "1000 0 1001 0 1002 0 3 3"),
     ("case_msrs", "334455667788 310000 6b6b 6b6b #d/0 #d/0 #d/0 #d/0 #d/0 #d/0 500 1b0010000000000 100"),
     ("case_memory_types", "7040600070406 #d/0 7010600070106"),
     ("case_time", "1 1 #d/0"),
@@ -75,6 +76,7 @@ const EXPECTED: &[(&str, &str)] = &[
     ),
     ("case_compare_sixteen", "1 4"),
     ("case_processors", "6 counted 3 all"),
+    ("case_far_processor", "12b 1 1 heard"),
 ];
 
 /// Which fault of a KVM shows in which case.
@@ -98,9 +100,19 @@ fn run(case: &str, engine: EngineKind, patience: Duration) -> String {
     let directory = tempfile::tempdir().unwrap();
     let kernel = directory.path().join("kernel");
     std::fs::write(&kernel, program::kernel(case)).unwrap();
-    let cpus = if case == "case_processors" { 4 } else { 1 };
-    let config =
+    let cpus = match case {
+        "case_processors" => 4,
+        "case_far_processor" => 300,
+        _ => 1,
+    };
+    let mut config =
         MachineConfig { engine, cpus, memory: 16 << 20, test_devices: true, ..MachineConfig::new(kernel) };
+    if case == "case_disk" {
+        let image = directory.path().join("disk");
+        let sectors = (0x1000u32..0x1008).flat_map(|number| [number.to_le_bytes(); 128].concat());
+        std::fs::write(&image, sectors.collect::<Vec<_>>()).unwrap();
+        config.disks.push(DiskConfig { interface: DiskInterface::Virtio, ..DiskConfig::raw(image) });
+    }
     let machine = Machine::new(config).unwrap();
     machine.start().unwrap();
     let outcome = machine.wait_timeout(patience);

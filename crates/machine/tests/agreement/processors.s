@@ -109,6 +109,98 @@ other_processor:
     mov dword ptr [rax + 0x300], 0x4091
     jmp 3b
 
+# The last of three hundred: it starts, is interrupted by a message of another processor and by the I/O APIC, and answers; all
+# of it with an APIC id of more than eight bits.
+
+.set FAR, 299
+
+case_far_processor:
+    mov ecx, 0x1b
+    rdmsr
+    or eax, 0xc00
+    wrmsr
+    mov ecx, 0x80f
+    mov eax, 0x1ff
+    xor edx, edx
+    wrmsr
+    mov dword ptr [EOI_BY], 2
+    lea rsi, [rip + trampoline]
+    mov edi, 0x9000
+    .byte 0xb9                  # mov ecx, the length
+    .long trampoline_end - trampoline
+    rep movsb
+    lea rax, [rip + far_processor]
+    mov [0x9f00], rax
+    mov word ptr [0x9f10], GDT_LIMIT
+    mov dword ptr [0x9f12], GDT
+    mov ecx, 0x830
+    mov edx, FAR
+    mov eax, 0x4500
+    wrmsr
+    mov eax, 0x4609
+    wrmsr
+1:  pause
+    cmp qword ptr [STARTED], 1
+    jne 1b
+    mov rax, [SUM]
+    SHOW rax
+    # A message there, and one back.
+    mov eax, 0x4090
+    wrmsr
+    sti
+2:  hlt
+    cmp qword ptr [COUNTS + 0x91 * 8], 1
+    jne 2b
+    cli
+    mov rax, [COUNTS + 0x90 * 8]
+    SHOW rax
+    # Pin 20 of the I/O APIC: destination bits 7-0 and 14-8.
+    mov ebx, 0xfec00000
+    mov dword ptr [rbx], 0x11 + 40
+    mov dword ptr [rbx + 0x10], (FAR & 0xff) << 24 | (FAR >> 8) << 17
+    mov dword ptr [rbx], 0x10 + 40
+    mov dword ptr [rbx + 0x10], 0x92
+    mov dx, 0x2000 + 20
+    mov al, 1
+    out dx, al
+3:  pause
+    cmp qword ptr [COUNTS + 0x92 * 8], 1
+    jne 3b
+    # What the guest is told of such messages: KVM_FEATURE_MSI_EXT_DEST_ID.
+    mov eax, 0x40000001
+    cpuid
+    shr eax, 15
+    and eax, 1
+    SHOW rax
+    SAY "heard"
+    jmp end_of_case
+
+far_processor:
+    mov esp, 0x600000
+    lidt [IDTR]
+    mov ecx, 0x1b
+    rdmsr
+    or eax, 0xc00
+    wrmsr
+    mov ecx, 0x80f
+    mov eax, 0x1ff
+    xor edx, edx
+    wrmsr
+    mov ecx, 0x802
+    rdmsr
+    mov [SUM], rax
+    mov qword ptr [STARTED], 1
+    sti
+1:  hlt
+    cmp qword ptr [COUNTS + 0x90 * 8], 1
+    jne 1b
+    mov ecx, 0x830
+    xor edx, edx
+    mov eax, 0x4091
+    wrmsr
+2:  hlt
+    jmp 2b
+
 .code16
 trampoline:
     cli

@@ -82,6 +82,7 @@ cases! {
     case_memory_stack
     case_memory_vectors
     case_memory_paged
+    case_disk
     case_msrs
     case_memory_types
     case_time
@@ -89,6 +90,7 @@ cases! {
     case_floating_state
     case_compare_sixteen
     case_processors
+    case_far_processor
 }
 
 /// A kernel that runs one case.

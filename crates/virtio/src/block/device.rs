@@ -312,6 +312,10 @@ impl Device for BlockDevice {
         Ok(())
     }
 
+    fn only_wakes(&self, _queue: u16) -> bool {
+        true
+    }
+
     fn reset(&mut self) {
         self.lost.extend(std::mem::take(&mut self.pending).into_keys());
         (self.flushes, self.switches) = (false, false);

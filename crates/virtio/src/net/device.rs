@@ -239,6 +239,10 @@ impl Device for NetDevice {
         Ok(())
     }
 
+    fn only_wakes(&self, queue: u16) -> bool {
+        queue != self.control_queue()
+    }
+
     fn reset(&mut self) {
         self.features = 0;
         self.offloads = 0;

@@ -47,6 +47,11 @@ pub trait Device: Send {
     /// The driver says that `queue` has new chains (or may have). A device that stops before the queue is empty says
     /// [`Queues::again`].
     fn notified(&mut self, queue: u16, queues: &mut Queues) -> Result<(), RingError>;
+    /// Whether a notification of `queue` does nothing but wake whoever serves the device, so that an engine may wake them itself
+    /// ([`Bell`]).
+    fn only_wakes(&self, _queue: u16) -> bool {
+        false
+    }
     /// Forgets everything the driver has told it. Chains not given back are lost with their queue.
     fn reset(&mut self);
     /// After a reset: work is still being done on guest RAM, so the reset is not over.
@@ -56,6 +61,10 @@ pub trait Device: Send {
     /// The live state, for people.
     fn inspect(&self) -> serde_json::Value;
 }
+
+/// Hears at which guest-physical addresses the driver rings for a device's workers, so that an engine may let them hear it
+/// themselves: `hang` there, or take it down again.
+pub type Bell = Box<dyn FnMut(u64, bool) + Send>;
 
 /// The virtqueues of a device and the RAM they are in.
 #[derive(Debug)]

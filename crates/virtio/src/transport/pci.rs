@@ -9,12 +9,13 @@
 //! ```
 
 use super::registers::{self, COMMON_LEN};
-use super::{Device, Queues, feature, status};
+use super::{Bell, Device, Queues, feature, status};
 use crate::queue::RingError;
 use chipset::pci::{BarKind, ConfigSpace, Function, Identity, MsiX, VENDOR_CAPABILITY};
 use device::{MsiSink, VmTime};
 use memory::GuestMemory;
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 
 /// Vendor of all virtio devices (4.1.2).
 const VENDOR: u16 = 0x1af4;
@@ -86,6 +87,9 @@ pub struct Pci<D: Device> {
     /// Offset of the capability that gives access to the BAR through configuration space (4.1.4.9).
     access: u16,
     error: Option<RingError>,
+    bell: Option<Bell>,
+    /// Where it hangs.
+    hung: BTreeSet<u64>,
 }
 
 impl<D: Device> Pci<D> {
@@ -129,7 +133,39 @@ impl<D: Device> Pci<D> {
             draining: false,
             access,
             error: None,
+            bell: None,
+            hung: BTreeSet::new(),
         }
+    }
+
+    /// Names who hears where the driver rings, of queues whose notifications only wake somebody.
+    pub fn set_bell(&mut self, bell: Bell) {
+        self.bell = Some(bell);
+        self.place_bell();
+    }
+
+    /// Hangs the bell where the driver would ring now, and nowhere else: not over the addresses of another function, nor of a device
+    /// that is reset.
+    fn place_bell(&mut self) {
+        let Some(bell) = &mut self.bell else { return };
+        let status = self.negotiation.status;
+        let rings = status & status::DRIVER_OK != 0 && status & status::NEEDS_RESET == 0 && !self.draining;
+        let base = self.config.bar_address(BAR).filter(|_| rings);
+        let (device, queues) = (&self.device, &self.queues);
+        let wanted: BTreeSet<u64> = base.map_or_else(BTreeSet::new, |base| {
+            let first = base.saturating_add(NOTIFY);
+            (0..queues.len())
+                .filter(|&queue| queues.enabled(queue) && device.only_wakes(queue))
+                .map(|queue| first.saturating_add(u64::from(queue) << NOTIFY_SHIFT))
+                .collect()
+        });
+        for &gone in self.hung.difference(&wanted) {
+            bell(gone, false);
+        }
+        for &new in wanted.difference(&self.hung) {
+            bell(new, true);
+        }
+        self.hung = wanted;
     }
 
     /// The device. What it does to guest memory goes through [`Self::run`].
@@ -263,6 +299,8 @@ impl<D: Device> Pci<D> {
         }
         if added & status::DRIVER_OK != 0 {
             self.device.activate(features);
+            // First: what is rung for from now on is heard, and what was before is looked at here.
+            self.place_bell();
             self.notify_all();
         }
     }
@@ -276,6 +314,7 @@ impl<D: Device> Pci<D> {
             self.negotiation.status |= status::NEEDS_RESET;
             self.error = Some(error);
         } else if self.live() {
+            self.place_bell();
             self.notify(index);
         }
     }
@@ -287,6 +326,7 @@ impl<D: Device> Pci<D> {
         self.error = None;
         self.draining = false;
         self.read_isr();
+        self.place_bell();
     }
 
     /// Where a PCI configuration access points to: offset in the BAR and width.
@@ -379,6 +419,7 @@ impl<D: Device> Function for Pci<D> {
             return;
         }
         let live = self.live();
+        self.place_bell();
         self.msix.sync(&self.config);
         self.config.set_interrupt(self.isr != 0 && !self.msix.enabled());
         // The command register may have made the function a bus master, with chains waiting since before.

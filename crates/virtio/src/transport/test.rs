@@ -170,3 +170,50 @@ fn the_bar_can_be_reached_through_configuration_space() {
         assert_eq!(driver.status(), 3, "{offset:#x} is not followed");
     }
 }
+
+#[test]
+fn bells_hang_where_the_driver_rings_and_only_while_it_does() {
+    use device::Notify;
+    use device::block::Geometry;
+    let geometry =
+        Geometry { capacity: 1 << 20, block_size: 512, read_only: false, discard: true, write_cache: true };
+    let mut driver =
+        Driver::new(|memory, sink| crate::Block::new(memory, sink, Notify::new(|| {}), geometry, "s", 2));
+    let hung = Arc::new(Mutex::new(std::collections::BTreeSet::new()));
+    let told = hung.clone();
+    driver.function.set_bell(Box::new(move |address, wanted| {
+        let mut told = told.lock().unwrap();
+        assert!(if wanted { told.insert(address) } else { told.remove(&address) }, "{address:#x} twice");
+    }));
+    let now = || hung.lock().unwrap().iter().copied().collect::<Vec<_>>();
+    assert!(now().is_empty(), "nobody drives it");
+    driver.function.config_mut().set_bar_base(0, 0xfe00_0000);
+    driver.set_command(command::MEMORY | command::BUS_MASTER);
+    driver.start(VERSION_1);
+    let notify = driver.notify;
+    let at = |base: u64| vec![base + notify, base + notify + 4];
+    assert_eq!(now(), at(0xfe00_0000));
+    // The guest moves the BAR, as kernels do: with its decoding off meanwhile.
+    driver.set_command(command::BUS_MASTER);
+    assert!(now().is_empty());
+    driver.function.config_mut().set_bar_base(0, 0xfd00_0000);
+    driver.set_command(command::MEMORY | command::BUS_MASTER);
+    assert_eq!(now(), at(0xfd00_0000));
+    // A broken or reset device hears nothing.
+    driver.set_status(0);
+    assert!(now().is_empty());
+    driver.start(VERSION_1);
+    assert_eq!(now(), at(0xfd00_0000));
+    driver.function.reset();
+    assert!(now().is_empty());
+}
+
+#[test]
+fn a_queue_whose_notification_does_more_than_wake_has_no_bell() {
+    let mut driver = driver();
+    driver.function.config_mut().set_bar_base(0, 0xfe00_0000);
+    driver.function.set_bell(Box::new(|address, _| panic!("{address:#x}")));
+    driver.start(VERSION_1);
+    driver.send(0, &[Buffer::In(4)]);
+    assert!(driver.used(0).is_some());
+}
