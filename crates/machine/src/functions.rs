@@ -86,6 +86,10 @@ pub(crate) struct Workers {
     pub(crate) lent: Vec<Arc<Mutex<virtio::Net>>>,
     /// What there is to see of networks.
     pub(crate) monitors: Vec<Arc<net::gateway::Monitor>>,
+    /// The cards whose frames this process carries: name, by what, the card.
+    pub(crate) cards: Vec<(String, &'static str, Arc<Mutex<virtio::Net>>)>,
+    /// Their frames.
+    pub(crate) watch: Arc<net::watch::Watch>,
 }
 
 impl Workers {

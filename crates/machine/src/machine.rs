@@ -420,6 +420,23 @@ impl Machine {
         workers.monitors.iter().map(|monitor| monitor.inspect()).collect()
     }
 
+    /// What goes through each card whose frames this process carries: as a port of a switch would have it, received is from
+    /// the guest.
+    pub fn traffic_of_cards(&self) -> serde_json::Value {
+        let workers = self.workers.lock().unwrap_or_else(PoisonError::into_inner);
+        let cards = workers.cards.iter().map(|(name, kind, card)| {
+            card.lock().unwrap_or_else(PoisonError::into_inner).device().about_as_port(name, kind)
+        });
+        let cards: Vec<_> = cards.collect();
+        let gateways: Vec<_> = workers.monitors.iter().map(|monitor| monitor.inspect()).collect();
+        serde_json::json!({ "cards": cards, "gateways": gateways })
+    }
+
+    /// Looks at the frames of those cards, each cut after `snap` bytes.
+    pub fn capture(&self, snap: u32) -> Result<net::watch::View, net::watch::Error> {
+        self.workers.lock().unwrap_or_else(PoisonError::into_inner).watch.open(snap)
+    }
+
     /// Of the CPU engine.
     pub(crate) fn engine_name(&self) -> &'static str {
         self.engine.name()
@@ -478,6 +495,14 @@ impl crate::control::Operations for Machine {
 
     fn perf_map(&self) -> String {
         Self::perf_map(self)
+    }
+
+    fn networks(&self) -> serde_json::Value {
+        self.traffic_of_cards()
+    }
+
+    fn capture(&self, snap: u32) -> Result<net::watch::View, String> {
+        Self::capture(self, snap).map_err(|error| error.to_string())
     }
 
     fn power_button(&self) {

@@ -10,6 +10,7 @@ use device::Notify;
 use net::gateway::Gateway;
 use net::tap::Tap;
 use net::vhost::{Frontend, feature};
+use net::watch::Watched;
 use net::{Batch, Bell, Card};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -47,8 +48,17 @@ enum Carrier {
 }
 
 impl Carrier {
+    /// What it is called, if this process carries the frames itself.
+    fn name(&self) -> Option<&'static str> {
+        match self {
+            Self::Gateway(_) => Some("user"),
+            Self::Tap(_) => Some("tap"),
+            Self::Lending(_) => None,
+        }
+    }
+
     /// Serves until the bell is closed. `lost` hears that frames go nowhere, and why.
-    fn serve(self, card: &GuestCard, bell: &Bell, lost: &dyn Fn(String)) {
+    fn serve(self, card: &dyn Card, bell: &Bell, lost: &dyn Fn(String)) {
         match self {
             Self::Gateway(gateway) => {
                 gateway.serve(card, bell).unwrap_or_else(|error| lost(error.to_string()))
@@ -118,13 +128,20 @@ impl Slots<'_> {
             };
             self.attach(card.clone())?;
             workers.bells.push(bell.clone());
+            let name = format!("net{number}");
+            let carried: Box<dyn Card> = match carrier.name() {
+                None => Box::new(GuestCard(card)),
+                Some(kind) => {
+                    workers.cards.push((name.clone(), kind, card.clone()));
+                    Box::new(Watched::new(GuestCard(card), workers.watch.clone(), name.clone()))
+                }
+            };
             let notices = self.notices.clone();
             let serve = move || {
                 sandbox::narrow(sandbox::Role::Network);
                 let lost = |why| notices.tell(Notice::NetworkLost { card: number, why });
-                carrier.serve(&GuestCard(card), &bell, &lost);
+                carrier.serve(&*carried, &bell, &lost);
             };
-            let name = format!("net{number}");
             workers.starts.push(Box::new(move || Ok(vec![thread::Builder::new().name(name).spawn(serve)?])));
         }
         Ok(())

@@ -133,10 +133,10 @@ pub struct Run {
     #[arg(long, value_name = "FILE[,OPTION...]", value_hint = ValueHint::FilePath)]
     pub disk: Vec<Disk>,
 
-    /// A network card: none, user[,host-loopback] (the default), switch=NAME[,vlan=N|trunk=A-B][,port=NAME][,OPTION...] (see `yado
+    /// A network card: none, user[,host-loopback][,isolated] (the default), switch=NAME[,vlan=N|trunk=A-B][,port=NAME][,OPTION...] (see `yado
     /// help switch set`), tap=NAME, or vhost-user=SOCKET; each with [,mtu=BYTES][,mac=ADDRESS]. With user
     /// the guest reaches what this user reaches, but not what listens on this host's loopback, unless host-loopback lets it, as
-    /// host.yado
+    /// host.yado; guests of this user reach each other as NAME.yado, unless isolated
     #[arg(long, value_name = "KIND[,OPTION...]", help_heading = "Network")]
     pub net: Vec<Net>,
 
@@ -347,7 +347,7 @@ pub enum Net {
 /// What a card is connected to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NetKind {
-    User { host_loopback: bool },
+    User { host_loopback: bool, isolated: bool },
     Tap(String),
     Switch { name: String, port: Option<String>, spec: Box<net::switch::PortSpec> },
     VhostUser(PathBuf),
@@ -363,7 +363,7 @@ pub struct NetCard {
 
 impl Default for NetCard {
     fn default() -> Self {
-        Self { kind: NetKind::User { host_loopback: false }, mtu: MTU_DEFAULT, mac: None }
+        Self { kind: NetKind::User { host_loopback: false, isolated: false }, mtu: MTU_DEFAULT, mac: None }
     }
 }
 
@@ -409,14 +409,16 @@ impl FromStr for Net {
                         }
                     }
                 }
-                ("host-loopback", value @ ("" | "on" | "off"))
+                (name @ ("host-loopback" | "isolated"), value @ ("" | "on" | "off"))
                     if matches!(card.kind, NetKind::User { .. }) =>
                 {
-                    card.kind = NetKind::User { host_loopback: value != "off" };
+                    let NetKind::User { host_loopback, isolated } = &mut card.kind else { continue };
+                    let option = if name == "isolated" { isolated } else { host_loopback };
+                    *option = value != "off";
                 }
                 (other, _) => {
                     return Err(format!(
-                        "{other:?} is no option of --net {kind}; there are mtu= and mac=, and host-loopback of user"
+                        "{other:?} is no option of --net {kind}; there are mtu= and mac=, and host-loopback and isolated of user"
                     ));
                 }
             }
@@ -655,7 +657,7 @@ mod test {
     fn networks_are_read_and_nonsense_refused() {
         assert_eq!("none".parse(), Ok(Net::None));
         assert_eq!("user".parse(), Ok(Net::Card(NetCard::default())));
-        let kind = NetKind::User { host_loopback: true };
+        let kind = NetKind::User { host_loopback: true, isolated: false };
         let card = NetCard { kind, mtu: 9000, mac: Some([2, 0, 0, 0, 0, 0xaf]) };
         assert_eq!("user,mtu=9000,mac=02:00:00:00:00:aF,host-loopback".parse(), Ok(Net::Card(card)));
         let tap = NetCard { kind: NetKind::Tap("tap0".into()), ..NetCard::default() };

@@ -5,6 +5,7 @@
 //! for as long as it lives. Its control socket is `NAME.vm/control` in the runtime directory. Nothing needs a daemon.
 
 use anyhow::{Context, bail, ensure};
+use net::gateway::Meeting;
 use resources::cgroup;
 use rustix::fs::{FlockOperation, flock};
 use sandbox::{Grant, May};
@@ -126,6 +127,12 @@ pub fn socket(name: &str) -> anyhow::Result<PathBuf> {
     Ok(socket_directory(name)?.join("control"))
 }
 
+/// Where the guest called `name` meets the user's other guests.
+pub fn meeting(name: &str) -> anyhow::Result<Meeting> {
+    make_private(&socket_directory(name)?)?;
+    Ok(Meeting { directory: runtime_directory()?, suffix: ".vm/net".to_owned(), name: name.to_owned() })
+}
+
 /// Refuses names that are no file names or do not read well in a table.
 pub fn check_name(name: &str) -> anyhow::Result<()> {
     let sound = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
@@ -222,6 +229,7 @@ impl Place {
     /// The guest has stopped: nobody answers at its socket any more.
     pub fn leave(&self) -> anyhow::Result<()> {
         let _ = fs::remove_file(socket(&self.name)?);
+        let _ = fs::remove_file(socket_directory(&self.name)?.join("net"));
         let _ = fs::remove_dir(socket_directory(&self.name)?);
         Ok(())
     }

@@ -80,3 +80,49 @@ fn a_port_leads_into_the_guest() {
     home.yado(&["run", "-q", "-p", &publish, "debian", "--", "true"])
         .assert_refused(125, "choose another port");
 }
+
+#[test]
+fn guests_of_one_user_reach_each_other_by_name_and_can_be_looked_at() {
+    let home = Home::new();
+    for (name, net) in [("web", "user"), ("db", "user"), ("alone", "user,isolated")] {
+        home.yado(&["run", "-q", "-d", "--name", name, "--net", net, "debian"]).assert_success();
+    }
+    let reaches = |from: &str, to: &str| {
+        let script = format!("timeout 5 bash -c 'exec 3<>/dev/tcp/{to}/7; cat <&3' 2> /dev/null || echo no");
+        home.in_guest(from, &script)
+    };
+    let server = "setsid perl -MIO::Socket::INET -e '$s = IO::Socket::INET->new(LocalPort => 7, Listen => 5) or die; \
+                  while ($c = $s->accept) { print $c $c->peerhost, qq( x), q(y) x 100000, qq(\\n); close $c }' > /dev/null 2>&1 < /dev/null &";
+    for name in ["web", "db", "alone"] {
+        home.yado(&["exec", "--timeout", "200", name, "--", "sh", "-c", server]).assert_success();
+    }
+    let file = home.path().join("web.pcapng");
+    let capture =
+        ["net", "capture", "web", "-w", file.to_str().unwrap(), "--seconds", "20"].map(str::to_owned);
+    std::thread::scope(|scope| {
+        let capture = scope.spawn(|| home.yado(&capture.each_ref().map(String::as_str)));
+        until("an answer of db's", Duration::from_secs(60), || reaches("web", "db.yado").contains("xyyy"));
+        // By the search list, too.
+        let said = reaches("web", "db");
+        assert_eq!(said.len(), said.find(" x").unwrap() + 2 + 100_000, "{}", &said[..60]);
+        let web = home.in_guest("db", "getent ahostsv4 web.yado | head -1");
+        assert_eq!(said.split(' ').next(), web.split(' ').next(), "db sees web under its name's address");
+        assert_eq!([reaches("alone", "web.yado"), reaches("web", "alone.yado")], ["no", "no"]);
+        assert_eq!(home.in_guest("web", "ping -c 1 -W 5 db > /dev/null && echo yes"), "yes");
+        let top = home.yado(&["net", "top", "--json", "-i", "0.2"]);
+        top.assert_success();
+        let rates: serde_json::Value = serde_json::from_slice(&top.stdout).unwrap();
+        let web = rates.as_array().unwrap().iter().find(|row| row["guest"] == "web").unwrap();
+        assert_eq!(web["port"], "net0", "{web}");
+        capture.join().unwrap().assert_success();
+    });
+    let bytes = std::fs::read(&file).unwrap();
+    let has = |text: &[u8]| bytes.windows(text.len()).any(|part| part == text);
+    assert!(bytes.starts_with(&[0x0a, 0x0d, 0x0d, 0x0a]) && has(b"net0"));
+    assert!(has(b"\x02db\x04yado") && has(&[b'y'; 500]), "the question and the answer are in the capture");
+    for name in ["web", "db", "alone"] {
+        home.yado(&["stop", "--force", name]).assert_success();
+        home.yado(&["rm", name]).assert_success();
+    }
+    home.assert_nothing_left();
+}

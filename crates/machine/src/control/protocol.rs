@@ -98,6 +98,13 @@ pub enum Request {
     Console,
     /// Run a command.
     Exec(ExecRequest),
+    /// What goes through the network cards whose frames the machine's process carries.
+    Networks,
+    /// Look at their frames: bytes of a pcapng file follow as [`Kind::Output`].
+    Capture {
+        /// Bytes of each frame.
+        snap: u32,
+    },
     /// Answer when the machine is gone: the connection closes.
     Wait,
 }

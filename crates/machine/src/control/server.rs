@@ -30,6 +30,10 @@ pub trait Operations: Send + Sync {
     fn profile(&self, length: Duration, rate_hz: u32) -> Result<serde_json::Value, String>;
     /// Lines for `perf`.
     fn perf_map(&self) -> String;
+    /// What goes through the network cards.
+    fn networks(&self) -> serde_json::Value;
+    /// Look at their frames.
+    fn capture(&self, snap: u32) -> Result<net::watch::View, String>;
     /// Press the power button; the guest decides.
     fn power_button(&self);
     /// Stop at once.
@@ -188,6 +192,8 @@ fn serve(mut stream: UnixStream, shared: &Shared) -> io::Result<()> {
             }
         }
         Request::PerfMap => return perf_map(stream, shared),
+        Request::Networks => operations.networks(),
+        Request::Capture { snap } => return capture(stream, shared, snap),
         Request::PowerButton => done(|| operations.power_button()),
         Request::Stop => done(|| operations.stop()),
         Request::Pause => done(|| operations.pause()),
@@ -216,6 +222,28 @@ fn perf_map(mut stream: UnixStream, shared: &Shared) -> io::Result<()> {
         write(&mut stream, Kind::Output, part)?;
     }
     write_json(&mut stream, Kind::Ended, &Ended::Exited(0))
+}
+
+fn capture(mut stream: UnixStream, shared: &Shared, snap: u32) -> io::Result<()> {
+    let view = match shared.operations.capture(snap) {
+        Ok(view) => view,
+        Err(why) => return write_json(&mut stream, Kind::Reply, &Reply::Refused(why)),
+    };
+    write_json(&mut stream, Kind::Reply, &Reply::Ok(serde_json::Value::Null))?;
+    while !shared.closing.load(Ordering::Acquire) && !is_over(&stream) {
+        for part in view.read(TURN).chunks(PAYLOAD_MAX) {
+            write(&mut stream, Kind::Output, part)?;
+        }
+    }
+    let _ = write_json(&mut stream, Kind::Ended, &Ended::Exited(0));
+    stream.shutdown(Shutdown::Both)
+}
+
+/// Whether a client that has nothing more to say has gone away.
+fn is_over(stream: &UnixStream) -> bool {
+    let now = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut polled = [rustix::event::PollFd::new(stream, rustix::event::PollFlags::IN)];
+    rustix::event::poll(&mut polled, Some(&now)).is_ok_and(|count| count > 0)
 }
 
 fn console(mut stream: UnixStream, shared: &Shared) -> io::Result<()> {

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
 
 /// The names of the gateway's own zone end with this label.
 pub const ZONE: &str = "yado";
@@ -46,6 +47,24 @@ pub struct Forward {
     pub port: u16,
 }
 
+/// Where guests of one user meet: each has a socket there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Meeting {
+    /// A directory that only the user may enter.
+    pub directory: PathBuf,
+    /// What follows a guest's name in the path of its socket: `.vm/net`.
+    pub suffix: String,
+    /// The guest's own name.
+    pub name: String,
+}
+
+impl Meeting {
+    /// The socket of the guest called `name`, if that can be a guest's name.
+    pub fn path(&self, name: &str) -> Option<PathBuf> {
+        super::peers::is_name(name).then(|| self.directory.join(format!("{name}{}", self.suffix)))
+    }
+}
+
 /// What a gateway is made from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
@@ -59,6 +78,8 @@ pub struct Config {
     pub mtu: u16,
     /// Ports of the host that lead into the guest.
     pub forwards: Vec<Forward>,
+    /// Where it meets other guests, and they it; `None`: nowhere.
+    pub peers: Option<Meeting>,
     /// The guest reaches what listens on the host's loopback only, as `host.yado`.
     pub host_loopback: bool,
     /// The most connections at a time, and as many flows of datagrams: what the limit on files allows, if less.
@@ -74,6 +95,7 @@ impl Config {
             guest_name: None,
             mtu: MTU_DEFAULT,
             forwards: Vec::new(),
+            peers: None,
             host_loopback: false,
             flows_max: 16_384,
         }
@@ -139,13 +161,14 @@ impl Network {
     pub fn choose(routes: &str) -> Self {
         let taken = |subnet: &[u8; 3]| {
             let [a, b, c] = *subnet;
-            let ours = u32::from_le_bytes([a, b, c, 0]);
+            let (ours, peers) = (u32::from_le_bytes([a, b, c, 0]), u32::from_le_bytes([a, b, c ^ 1, 0]));
             routes.lines().any(|line| {
                 let mut fields = line.split_whitespace().skip(1);
                 let hex = |field: Option<&str>| u32::from_str_radix(field?, 16).ok();
                 let (to, mask) = (hex(fields.next()), hex(fields.nth(5)));
                 // The table prints addresses in memory order. The default route leads everywhere.
-                matches!((to, mask), (Some(to), Some(mask)) if mask != 0 && ours & mask == to & mask)
+                let within = |ours: u32, mask: u32, to: u32| mask != 0 && ours & mask == to & mask;
+                matches!((to, mask), (Some(to), Some(mask)) if within(ours, mask, to) || within(peers, mask, to))
             })
         };
         let [a, b, c] = *SUBNETS.iter().find(|subnet| !taken(subnet)).unwrap_or(&SUBNETS[0]);
@@ -170,6 +193,19 @@ impl Network {
     /// Whether an address is the gateway's.
     pub fn is_gateway(&self, address: IpAddr) -> bool {
         address == self.gateway4 || address == self.gateway6
+    }
+
+    /// The address under which the guest knows another one of its host: in the network beside its own.
+    pub fn peer(&self, number: u8) -> Ipv4Addr {
+        let [a, b, c, _] = self.gateway4.octets();
+        Ipv4Addr::new(a, b, c ^ 1, number)
+    }
+
+    /// The number of such an address.
+    pub fn peer_number(&self, address: IpAddr) -> Option<u8> {
+        let IpAddr::V4(v4) = address else { return None };
+        let [.., number] = v4.octets();
+        (v4 == self.peer(number) && (1..=254).contains(&number)).then_some(number)
     }
 
     /// Whether an address is on the link.
@@ -224,6 +260,11 @@ mod test {
         assert_eq!(choose(&line("00000000", "00000000")), Ipv4Addr::new(10, 77, 0, 2));
         assert_eq!(choose(&line("00004D0A", "00FFFFFF")), Ipv4Addr::new(172, 29, 77, 2));
         assert_eq!(choose(&line("0000000A", "000000FF")), Ipv4Addr::new(172, 29, 77, 2));
+        assert_eq!(
+            choose(&line("00014D0A", "00FFFFFF")),
+            Ipv4Addr::new(172, 29, 77, 2),
+            "other guests' network"
+        );
     }
 
     #[test]

@@ -1,7 +1,7 @@
-//! The name server that the guest sees: answers for `host.yado`, passes everything else to the host's resolvers.
+//! The name server that the guest sees: answers for `host.yado` and the names of other guests, passes everything else to the host's resolvers.
 
 use super::config::{HOST_NAME, Network, ZONE};
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -18,6 +18,8 @@ const TYPE_AAAA: u16 = 28;
 const CLASS_IN: u16 = 1;
 /// Seconds that answers about our own names may be kept.
 const TTL: u32 = 60;
+/// The same of guests, which come and go.
+const TTL_GUEST: u32 = 5;
 
 /// A question that was passed on and is not answered yet.
 #[derive(Debug)]
@@ -94,8 +96,12 @@ fn servers(text: &str) -> Vec<SocketAddr> {
     if found.is_empty() { vec![SocketAddr::from(([127, 0, 0, 1], PORT))] } else { found }
 }
 
-/// The answer to a question about our own zone; `None`: it is for somebody else.
-pub fn answer(message: &[u8], network: &Network) -> Option<Vec<u8>> {
+/// The answer to a question about our own zone, in which guests are found by `guest`; `None`: it is for somebody else.
+pub fn answer(
+    message: &[u8],
+    network: &Network,
+    guest: &mut dyn FnMut(&str) -> Option<Ipv4Addr>,
+) -> Option<Vec<u8>> {
     let header = message.get(..HEADER_LEN)?;
     let [id_high, id_low, flags, _, 0, 1, ..] = *header else { return None };
     // A standard query with one question (RFC 1035, 4.1.1).
@@ -112,10 +118,18 @@ pub fn answer(message: &[u8], network: &Network) -> Option<Vec<u8>> {
     let [kind_high, kind_low, class_high, class_low] = *tail else { return None };
     let (kind, class) =
         (u16::from_be_bytes([kind_high, kind_low]), u16::from_be_bytes([class_high, class_low]));
-    let known = matches!(names, [host] if host.eq_ignore_ascii_case(HOST_NAME.as_bytes()));
+    let host = matches!(names, [host] if host.eq_ignore_ascii_case(HOST_NAME.as_bytes()));
+    let (v4, v6, ttl) = if host {
+        (Some(network.gateway4), Some(network.gateway6), TTL)
+    } else {
+        // A guest's name may have dots in it. Guests have no addresses of IPv6 for each other.
+        let name = String::from_utf8(names.join(&b'.')).ok();
+        (name.and_then(|name| guest(&name)), None, TTL_GUEST)
+    };
+    let known = v4.is_some();
     let data = match kind {
-        TYPE_A if known && class == CLASS_IN => Some(network.gateway4.octets().to_vec()),
-        TYPE_AAAA if known && class == CLASS_IN => Some(network.gateway6.octets().to_vec()),
+        TYPE_A if class == CLASS_IN => v4.map(|address| address.octets().to_vec()),
+        TYPE_AAAA if class == CLASS_IN => v6.map(|address| address.octets().to_vec()),
         _ => None,
     };
     // An answer with authority; a name that does not exist is an error (3), one without such data is not.
@@ -128,7 +142,7 @@ pub fn answer(message: &[u8], network: &Network) -> Option<Vec<u8>> {
         reply.extend([0xc0, HEADER_LEN as u8]);
         reply.extend(kind.to_be_bytes());
         reply.extend(class.to_be_bytes());
-        reply.extend(TTL.to_be_bytes());
+        reply.extend(ttl.to_be_bytes());
         reply.extend([0, data.len() as u8]);
         reply.extend(data);
     }
@@ -170,6 +184,22 @@ mod test {
         message.extend(kind.to_be_bytes());
         message.extend([0, 1]);
         message
+    }
+
+    fn answer(message: &[u8], network: &Network) -> Option<Vec<u8>> {
+        let mut guest = |name: &str| (name == "my.web").then_some(network.peer(9));
+        super::answer(message, network, &mut guest)
+    }
+
+    #[test]
+    fn guests_have_names() {
+        let network = Network::choose("");
+        let reply = answer(&question("my.web.yado", TYPE_A), &network).unwrap();
+        assert_eq!((reply[3], reply[7]), (0x80, 1));
+        assert!(reply.ends_with(&[0, 0, 0, 5, 0, 4, 10, 77, 1, 9]));
+        let reply = answer(&question("my.web.yado", TYPE_AAAA), &network).unwrap();
+        assert_eq!((reply[3], reply[7]), (0x80, 0), "it exists, but has no such address");
+        assert_eq!(answer(&question("yado", TYPE_A), &network).unwrap()[3], 0x83);
     }
 
     #[test]

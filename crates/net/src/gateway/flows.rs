@@ -12,6 +12,7 @@ pub enum Kind {
     Udp,
     Ping,
     Listener,
+    Peers,
 }
 
 /// Names one thing that has events: never another one, even in the same place of a table.
@@ -23,8 +24,13 @@ pub struct Token {
 }
 
 impl Token {
-    pub fn new(kind: Kind, index: u32) -> Self {
+    pub const fn new(kind: Kind, index: u32) -> Self {
         Self { kind, index, generation: 0 }
+    }
+
+    /// Of a kind that has one member.
+    pub const fn only(kind: Kind) -> Self {
+        Self::new(kind, 0)
     }
 
     /// As the kernel keeps it.
@@ -35,6 +41,7 @@ impl Token {
             Kind::Udp => 2,
             Kind::Ping => 3,
             Kind::Listener => 4,
+            Kind::Peers => 5,
         };
         kind << 56 | u64::from(self.generation & 0xff_ffff) << 32 | u64::from(self.index)
     }
@@ -45,7 +52,8 @@ impl Token {
             1 => Kind::Tcp,
             2 => Kind::Udp,
             3 => Kind::Ping,
-            _ => Kind::Listener,
+            4 => Kind::Listener,
+            _ => Kind::Peers,
         };
         Self { kind, index: bits as u32, generation: (bits >> 32) as u32 & 0xff_ffff }
     }

@@ -171,7 +171,9 @@ impl Gateway {
         if !self.network.is_gateway(key.other.ip()) || key.other.port() != super::dns::PORT {
             return false;
         }
-        match super::dns::answer(payload, &self.network) {
+        let (peers, network, now) = (&mut self.peers, self.network, self.now);
+        let mut guest = |name: &str| peers.as_mut()?.find(name, &network, now);
+        match super::dns::answer(payload, &network, &mut guest) {
             Some(reply) => {
                 let ends = super::outbox::Ends { mac, from: key.other.ip(), to: key.guest.ip() };
                 self.outbox.datagram(&ends, (key.other.port(), key.guest.port()), &reply);

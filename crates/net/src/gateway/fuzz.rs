@@ -79,6 +79,13 @@ pub fn fuzz_gateway(data: &[u8]) {
             // A checksum that was left to be completed is not looked at.
             let checksum = crate::Checksum::Partial { start: 34, offset: 16 };
             gateway.input(Offload { checksum, segments: None }, &frame);
+            if whole & 4 != 0 && be16(&frame, 12) == Some(ether::IPV4) {
+                // The same from another guest, whose process says of it what it likes.
+                let said = rest.first_chunk::<10>().copied().unwrap_or_default();
+                let packet = frame.get(ether::LEN..).unwrap_or_default();
+                gateway.peer_input(whole, &[&peers::MAGIC[..], &said, packet].concat());
+                gateway.peer_input(kind, bytes);
+            }
             gateway.run_flush();
             for (_, frame) in gateway.outbox.batch.iter() {
                 let ip = matches!(be16(frame, 12), Some(ether::IPV4 | ether::IPV6));

@@ -5,6 +5,7 @@
 //!                           [splice]     TCP: a connection of the guest's ends here, a socket's goes on
 //!                           [datagrams]  UDP: a socket for each flow
 //!                           [ping]       ICMP echo: a socket for each run
+//!                           [peers]      other guests of the user's: packets, from gateway to gateway
 //!  host's ports ----------> [forward]    TCP and UDP into the guest
 //! ```
 //!
@@ -24,6 +25,7 @@ mod fuzz;
 mod monitor;
 mod neighbour;
 mod outbox;
+mod peers;
 mod ping;
 mod reassembly;
 mod socket;
@@ -32,7 +34,7 @@ mod tcp;
 #[cfg(test)]
 mod test;
 
-pub use config::{Config, Error, Forward, HOST_NAME, MTU_DEFAULT, Network, Transport, ZONE};
+pub use config::{Config, Error, Forward, HOST_NAME, MTU_DEFAULT, Meeting, Network, Transport, ZONE};
 #[doc(hidden)]
 pub use fuzz::{fuzz_gateway, fuzz_tcp};
 pub use monitor::Monitor;
@@ -47,6 +49,7 @@ use dns::Resolvers;
 use flows::{Flows, Kind, Timers, Token};
 use forward::Listener;
 use outbox::{Ends, Outbox, Unreachable};
+use peers::Peers;
 use ping::PingFlow;
 use reassembly::Reassembly;
 use rustix::event::epoll::{self, EventData, EventFlags};
@@ -87,6 +90,7 @@ pub struct Gateway {
     udp: Flows<Key, UdpFlow>,
     ping: Flows<ping::Key, PingFlow>,
     listeners: Vec<Listener>,
+    peers: Option<Peers>,
     /// Those that have something to do, in turn.
     ready: VecDeque<Token>,
     timers: Timers,
@@ -109,6 +113,7 @@ impl Gateway {
     pub fn new(config: Config) -> Result<Self, Error> {
         let host = |what| move |error: rustix::io::Errno| Error::Host { what, source: error.into() };
         let listeners = forward::listen(&config.forwards)?;
+        let peers = config.peers.clone().map(Peers::new).transpose()?;
         let poll = Poll(epoll::create(epoll::CreateFlags::CLOEXEC).map_err(host("event queue"))?);
         // Connections get three files of four: who has many of them has few flows of datagrams.
         let files = if config.flows_max == 0 { 0 } else { files_max() };
@@ -123,6 +128,7 @@ impl Gateway {
             udp: Flows::new(datagrams::KIND, udp_max),
             ping: Flows::new(ping::KIND, flows_max.min(PINGS_MAX)),
             listeners,
+            peers,
             ready: VecDeque::new(),
             timers: Timers::default(),
             budget: tcp::Budget::new(PENDING_MAX),
@@ -159,6 +165,7 @@ impl Gateway {
             self.poll.add(file, Token::new(Kind::Bell, 1), flags).map_err(host("event queue"))?;
         }
         self.poll_listeners().map_err(host("event queue"))?;
+        self.poll_peers().map_err(host("event queue"))?;
         let mut inbound = Batch::new(64, 512 << 10);
         let mut events = Vec::with_capacity(256);
         let mut more = true;
@@ -185,7 +192,8 @@ impl Gateway {
 
     /// Waits for something to happen, if there is nothing to do, and notes what has.
     fn sleep(&mut self, bell: &Bell, busy: bool, events: &mut Vec<epoll::Event>) -> rustix::io::Result<()> {
-        let next = self.timers.next().into_iter().chain(self.advertise_at).min();
+        let again = self.peers.as_ref().and_then(|peers| peers.again_at);
+        let next = self.timers.next().into_iter().chain(self.advertise_at).chain(again).min();
         let wait = if busy || !bell.doze() {
             Some(Timespec { tv_sec: 0, tv_nsec: 0 })
         } else {
@@ -211,6 +219,7 @@ impl Gateway {
                 Kind::Udp => self.udp_event(token),
                 Kind::Ping => self.ping_event(token),
                 Kind::Listener => self.listener_event(token),
+                Kind::Peers => self.peers_event(),
             }
         }
         while let Some(token) = self.timers.due(self.now) {
@@ -218,11 +227,16 @@ impl Gateway {
                 Kind::Tcp => self.tcp_due(token),
                 Kind::Udp => self.udp_due(token),
                 Kind::Ping => self.ping_due(token),
-                Kind::Bell | Kind::Listener => {}
+                Kind::Bell | Kind::Listener | Kind::Peers => {}
             }
         }
         if self.advertise_at.is_some_and(|at| at <= self.now) {
             self.advertise_router();
+        }
+        if let Some(peers) = &mut self.peers
+            && peers.again_at.is_some_and(|at| at <= self.now)
+        {
+            peers.again(self.now);
         }
         Ok(())
     }
@@ -239,6 +253,7 @@ impl Gateway {
                 Kind::Udp => self.udp_work(token),
                 Kind::Ping => self.ping_work(token),
                 Kind::Listener => self.listener_work(token),
+                Kind::Peers => self.peers_work(),
                 Kind::Bell => {}
             }
         }
@@ -288,6 +303,10 @@ impl Gateway {
             let ends = Ends { mac, from: self.network.gateway(layers.source), to: layers.source };
             let packet = frame.get(layers.network..layers.end).unwrap_or_default();
             self.outbox.unreachable(&ends, Unreachable::Hops, packet);
+            return;
+        }
+        if let Some(number) = self.network.peer_number(layers.destination).filter(|_| self.peers.is_some()) {
+            self.peer_output(mac, number, layers, offload, frame);
             return;
         }
         match layers.protocol {

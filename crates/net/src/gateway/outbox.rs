@@ -154,6 +154,11 @@ impl Outbox {
         self.packet(ends, kind, message, &[]);
     }
 
+    /// A packet of any kind whose checksum is right, in parts if need be.
+    pub fn whole(&mut self, ends: &Ends, kind: u8, body: &[u8]) {
+        self.packet(ends, kind, body, &[]);
+    }
+
     fn packet(&mut self, ends: &Ends, kind: u8, header: &[u8], payload: &[u8]) {
         let len = header.len().saturating_add(payload.len());
         let ip = ends.headers().saturating_sub(ether::LEN);

@@ -544,3 +544,90 @@ fn frames_of_any_content_leave_the_gateway_alive() {
     world.until("a connection", |world| world.tcp(handle).may_send().then_some(()));
     drop(listener);
 }
+
+/// Two guests that meet.
+fn neighbours() -> (World, World, tempfile::TempDir) {
+    let place = tempfile::tempdir().unwrap();
+    let world = |name: &str| {
+        let meeting = Meeting { directory: place.path().into(), suffix: ".net".into(), name: name.into() };
+        World::new(|config| config.peers = Some(meeting), 0)
+    };
+    (world("web"), world("db"), place)
+}
+
+fn resolve(world: &mut World, name: &str) -> Option<IpAddress> {
+    let server = IpAddress::from(world.network.gateway4);
+    let handle = world.sockets.add(dns::Socket::new(&[server], vec![]));
+    let socket = world.sockets.get_mut::<dns::Socket<'_>>(handle);
+    let query = socket.start_query(world.interface.context(), name, smoltcp::wire::DnsQueryType::A).unwrap();
+    let found = world.until("an answer", |world| {
+        match world.sockets.get_mut::<dns::Socket<'_>>(handle).get_query_result(query) {
+            Ok(found) => Some(found.first().copied()),
+            Err(dns::GetQueryResultError::Failed) => Some(None),
+            Err(dns::GetQueryResultError::Pending) => None,
+        }
+    });
+    // It would take the answers of others.
+    world.sockets.remove(handle);
+    found
+}
+
+#[test]
+fn guests_of_one_host_find_each_other_by_name() {
+    let (mut web, mut db, place) = neighbours();
+    assert_eq!(resolve(&mut web, "nobody.yado"), None);
+    let address = resolve(&mut web, "db.yado").unwrap();
+    assert!(web.network.peer_number(address.into()).is_some(), "{address}");
+    let server = db.tcp_socket();
+    db.tcp(server).listen(80).unwrap();
+    let client = web.connect((address, 80));
+    let (up, mut written, mut got) = (noise(2_000_000, 4), 0, vec![]);
+    let end = Instant::now() + Duration::from_secs(60);
+    while got.len() < up.len() {
+        assert!(Instant::now() < end, "{written} went, {} came", got.len());
+        web.poll();
+        db.poll();
+        if written < up.len() && web.tcp(client).can_send() {
+            written += web.tcp(client).send_slice(&up[written..]).unwrap();
+        }
+        while db.tcp(server).can_recv() {
+            db.tcp(server).recv(|bytes| (bytes.len(), got.extend_from_slice(bytes))).unwrap();
+        }
+    }
+    assert!(got == up);
+    // The other sees who it is, under the address that it would call it by.
+    let seen = db.tcp(server).remote_endpoint().unwrap().addr;
+    assert_eq!(resolve(&mut db, "web.yado"), Some(seen));
+    // Nobody is there any more, which the guest hears at once.
+    drop(db);
+    assert_eq!(resolve(&mut web, "db.yado"), None);
+    drop(place);
+}
+
+#[test]
+fn long_datagrams_reach_other_guests_in_parts() {
+    let (mut web, mut db, _place) = neighbours();
+    let address = resolve(&mut web, "db.yado").unwrap();
+    let (asks, answers) = (web.udp_socket(), db.udp_socket());
+    let port = db.port;
+    for len in [1, 1472, 1473, 6000] {
+        let bytes = noise(len, 6);
+        web.sockets.get_mut::<udp::Socket<'_>>(asks).send_slice(&bytes, (address, port)).unwrap();
+        let end = Instant::now() + Duration::from_secs(20);
+        let echoed = loop {
+            assert!(Instant::now() < end, "{len} bytes are lost");
+            web.poll();
+            db.poll();
+            let socket = db.sockets.get_mut::<udp::Socket<'_>>(answers);
+            let asked = socket.recv().map(|(bytes, about)| (bytes.to_vec(), about.endpoint));
+            if let Ok((bytes, from)) = asked {
+                socket.send_slice(&bytes, from).unwrap();
+            }
+            if let Ok((bytes, about)) = web.sockets.get_mut::<udp::Socket<'_>>(asks).recv() {
+                assert_eq!(about.endpoint, (address, port).into());
+                break bytes.to_vec();
+            }
+        };
+        assert!(echoed == bytes, "{len} bytes");
+    }
+}

@@ -187,6 +187,20 @@ impl NetDevice {
     }
 }
 
+impl NetDevice {
+    /// What has gone through, told as of a port that the card is plugged into: what it has sent, the port has received.
+    pub fn about_as_port(&self, name: &str, link: &str) -> Value {
+        let address = self.address.map(|byte| format!("{byte:02x}")).join(":");
+        let counted = &self.counters;
+        json!({ "name": name, "link": link, "address": address,
+            "received": counted.sent, "received_bytes": counted.sent_bytes,
+            "sent": counted.received, "sent_bytes": counted.received_bytes,
+            "dropped": { "broken": counted.sent_broken },
+            "dropped_out": { "filtered": counted.receive_filtered, "too long": counted.receive_too_long,
+                "nobody listened": counted.receive_lost } })
+    }
+}
+
 impl Device for NetDevice {
     const NAME: &'static str = "virtio-net";
     const TYPE: u16 = spec::TYPE;

@@ -9,7 +9,15 @@ use std::path::{Path, PathBuf};
 /// What a machine needs of the host once it runs, as far as its configuration tells.
 pub fn plan(config: &MachineConfig) -> Plan {
     let to_network = |kind: &NetworkKind| matches!(kind, NetworkKind::User(_));
+    let meetings = config.networks.iter().filter_map(|card| match &card.kind {
+        NetworkKind::User(user) => user.peers.as_ref(),
+        _ => None,
+    });
     Plan {
+        // By datagram: the system calls' list has no other sockets of this kind.
+        grants: meetings
+            .map(|meeting| Grant { path: meeting.directory.clone(), may: May::Connect })
+            .collect(),
         makes_code: config.engine == EngineKind::Soft,
         schedules: !config.scheduling.is_default(),
         internet: config.networks.iter().any(|card| to_network(&card.kind)),

@@ -2,6 +2,7 @@
 
 use crate::arguments::{Net, NetCard, NetKind, Run};
 use crate::exit::with_code;
+use crate::registry;
 use crate::switch;
 use machine::{BackEnd, NetworkConfig, NetworkKind};
 use net::gateway::Config;
@@ -38,11 +39,12 @@ pub fn cards(options: &Run, guest: &str) -> anyhow::Result<Vec<NetworkConfig>> {
                 let port = port.clone().unwrap_or(own);
                 NetworkKind::BackEnd(BackEnd::Switch { control: switch::running(name)?, port, spec })
             }
-            NetKind::User { host_loopback } => {
+            NetKind::User { host_loopback, isolated } => {
                 let mut config = Config::new(address);
                 config.mtu = card.mtu;
                 config.host_loopback = *host_loopback;
                 if !std::mem::replace(&mut published, true) {
+                    config.peers = (!isolated).then(|| registry::meeting(guest)).transpose()?;
                     config.forwards = options.publish.iter().map(|publish| publish.0).collect();
                 }
                 NetworkKind::User(config)

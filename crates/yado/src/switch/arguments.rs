@@ -208,9 +208,10 @@ pub struct Net {
 
 #[derive(Debug, Subcommand)]
 pub enum NetCommand {
-    /// Show the ports of all switches, busiest first
+    /// Show the ports of all switches, and the cards of guests on `--net user` and taps, busiest first
     Top(Top),
-    /// Copy a guest's frames on its switch into a pcapng file, until interrupted
+    /// Copy a guest's frames into a pcapng file, until interrupted: those of its ports if it is on a switch, else those of its
+    /// cards
     Capture(Capture),
 }
 

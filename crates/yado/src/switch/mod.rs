@@ -4,6 +4,7 @@
 //! the directory may do everything to the switch: that is the user.
 
 pub mod arguments;
+mod cards;
 mod report;
 
 use crate::exit::with_code;
@@ -25,6 +26,8 @@ use std::time::{Duration, Instant};
 
 /// What a switch's process says when it listens.
 const READY: &str = "ready";
+/// How long a capture waits for frames before it looks whether it shall end.
+const PATIENCE: Duration = Duration::from_millis(100);
 
 fn directory() -> Result<PathBuf> {
     Ok(registry::runtime_directory()?.join("switch"))
@@ -63,7 +66,8 @@ pub fn switch(command: SwitchCommand) -> Result<()> {
         }
         SwitchCommand::Stats(options) => {
             for _ in 0..options.count {
-                let rates = report::rates(std::slice::from_ref(&options.name), seconds(options.interval)?)?;
+                let look = || Ok(vec![(options.name.clone(), ask(&options.name, &Request::Inspect)?)]);
+                let rates = report::rates(look, "switch", seconds(options.interval)?)?;
                 report::print_rates(&rates, options.json)?;
             }
             Ok(())
@@ -81,8 +85,11 @@ pub fn switch(command: SwitchCommand) -> Result<()> {
 pub fn net(command: NetCommand) -> Result<()> {
     match command {
         NetCommand::Top(options) => {
-            let names: Vec<String> = all()?.into_iter().map(|(name, _)| name).collect();
-            let mut rates = report::rates(&names, seconds(options.interval)?)?;
+            let interval = seconds(options.interval)?;
+            // Both for the same while.
+            let guests = std::thread::spawn(move || report::rates(|| Ok(cards::all()), "guest", interval));
+            let mut rates = report::rates(all, "switch", interval)?;
+            rates.extend(guests.join().map_err(|_| anyhow::anyhow!("a look at the guests failed"))??);
             rates.sort_by(|a, b| b.bits().total_cmp(&a.bits()));
             report::print_rates(&rates, options.json)
         }
@@ -295,6 +302,7 @@ fn limit(options: &Limit) -> Result<()> {
 fn mirror(options: Mirror) -> Result<()> {
     let request = Request::Capture { ports: options.ports, snap: options.snap };
     let (_, stream) = control::open(&running(&options.name)?, &request)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
     copy(stream, &options.file, options.seconds)
 }
 
@@ -309,16 +317,19 @@ fn capture(options: Capture) -> Result<()> {
                 names.filter(|name| is_card_of(name, &options.name)).map(str::to_owned).collect()
             };
             let mut found = switches.iter().map(|(name, tree)| (name.clone(), own(tree)));
-            found.find(|(_, ports)| !ports.is_empty()).with_context(|| {
-                format!(
-                    "no switch has a port of a guest {}: capture works for cards of --net switch=",
-                    options.name
-                )
-            })?
+            match found.find(|(_, ports)| !ports.is_empty()) {
+                Some(found) => found,
+                None => {
+                    let source = cards::capture(&options.name, options.snap)?;
+                    source.set_patience(PATIENCE)?;
+                    return copy(source, &options.file, options.seconds);
+                }
+            }
         }
     };
     let request = Request::Capture { ports, snap: options.snap };
     let (_, stream) = control::open(&running(&switch)?, &request)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
     copy(stream, &options.file, options.seconds)
 }
 
@@ -329,14 +340,13 @@ fn is_card_of(port: &str, guest: &str) -> bool {
 }
 
 /// Copies until there is no more, the time is over, or the user interrupts.
-fn copy(mut stream: UnixStream, file: &Path, seconds: Option<u64>) -> Result<()> {
+fn copy(mut stream: impl Read, file: &Path, seconds: Option<u64>) -> Result<()> {
     signals::install()?;
     let mut out: Box<dyn Write> = if file.as_os_str() == "-" {
         Box::new(std::io::stdout())
     } else {
         Box::new(fs::File::create(file).with_context(|| format!("cannot write {}", file.display()))?)
     };
-    stream.set_read_timeout(Some(Duration::from_millis(100)))?;
     let until = seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds));
     let (mut bytes, mut waiting) = (vec![0; 1 << 18], Vec::new());
     while !signals::cancelled() && until.is_none_or(|until| Instant::now() < until) {
@@ -354,7 +364,7 @@ fn copy(mut stream: UnixStream, file: &Path, seconds: Option<u64>) -> Result<()>
                     error.kind(),
                     std::io::ErrorKind::WouldBlock | std::io::ErrorKind::Interrupted
                 ) => {}
-            Err(error) => return Err(error).context("the switch ended the capture"),
+            Err(error) => return Err(error).context("the capture was ended from the other side"),
         }
     }
     Ok(())

@@ -1,10 +1,8 @@
 //! What switches look like, for people and as JSON.
 
-use super::running;
 use anyhow::Result;
-use net::switch::control::{self, Request};
 use serde_json::{Value, json};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 fn ports_of(tree: &Value) -> &[Value] {
     tree["ports"].as_array().map(Vec::as_slice).unwrap_or_default()
@@ -168,7 +166,10 @@ pub fn multicast(tree: &Value, as_json: bool) -> Result<()> {
 
 /// What goes through a port each second.
 pub struct Rates {
-    switch: String,
+    /// A switch's name, or a guest's.
+    place: String,
+    /// `switch` or `guest`.
+    kind: &'static str,
     port: Value,
     seconds: f64,
     before: Value,
@@ -185,26 +186,33 @@ impl Rates {
     }
 }
 
-/// Measures the ports of some switches for a while.
-pub fn rates(names: &[String], interval: Duration) -> Result<Vec<Rates>> {
-    let look = || -> Result<Vec<(String, Value)>> {
-        names
-            .iter()
-            .map(|name| Ok((name.clone(), control::ask(&running(name)?, &Request::Inspect)?)))
-            .collect()
-    };
-    let before = look()?;
+/// Measures the ports of some places for a while: `look` answers them with their trees.
+pub fn rates(
+    look: impl Fn() -> Result<Vec<(String, Value)>>,
+    kind: &'static str,
+    interval: Duration,
+) -> Result<Vec<Rates>> {
+    let began = Instant::now();
+    let look = || look().map(|places| (began.elapsed(), places));
+    let (first, before) = look()?;
     std::thread::sleep(interval);
     let mut rates = Vec::new();
-    for ((switch, before), (_, after)) in before.iter().zip(look()?) {
-        let passed = number(&after, "time_ns").saturating_sub(number(before, "time_ns"));
+    let (last, after) = look()?;
+    for (place, after) in after {
+        let Some((_, before)) = before.iter().find(|(name, _)| *name == place) else { continue };
+        // A switch says itself when it has counted.
+        let passed = match (after["time_ns"].as_u64(), before["time_ns"].as_u64()) {
+            (Some(after), Some(before)) => after.saturating_sub(before) as f64 / 1e9,
+            _ => last.saturating_sub(first).as_secs_f64(),
+        };
         for port in ports_of(&after) {
             let old =
                 ports_of(before).iter().find(|old| old["name"] == port["name"]).cloned().unwrap_or_default();
             rates.push(Rates {
-                switch: switch.clone(),
+                place: place.clone(),
+                kind,
                 port: port.clone(),
-                seconds: (passed as f64 / 1e9).max(0.001),
+                seconds: passed.max(0.001),
                 before: old,
             });
         }
@@ -228,7 +236,7 @@ pub fn print_rates(rates: &[Rates], as_json: bool) -> Result<()> {
         let list: Vec<Value> = rates
             .iter()
             .map(|rates| {
-                json!({ "switch": rates.switch, "port": rates.port["name"], "seconds": rates.seconds,
+                json!({ rates.kind: rates.place, "port": rates.port["name"], "seconds": rates.seconds,
                     "received_per_second": rates.rate("received"), "sent_per_second": rates.rate("sent"),
                     "received_bits_per_second": rates.rate("received_bytes") * 8.0,
                     "sent_bits_per_second": rates.rate("sent_bytes") * 8.0,
@@ -238,22 +246,23 @@ pub fn print_rates(rates: &[Rates], as_json: bool) -> Result<()> {
         println!("{}", serde_json::to_string_pretty(&list)?);
         return Ok(());
     }
-    let switches = width(rates.iter().map(|rates| rates.switch.as_str()), 6);
+    let switches = width(rates.iter().map(|rates| rates.place.as_str()), 6);
     let names = width(rates.iter().map(|rates| text(&rates.port, "name")), 4);
     println!(
         "{:switches$}  {:names$}  {:>8}  {:>8}  {:>8}  {:>8}  DROPPED SO FAR",
-        "SWITCH", "PORT", "FROM b/s", "FRAMES/s", "TO b/s", "FRAMES/s"
+        "PLACE", "PORT", "FROM b/s", "FRAMES/s", "TO b/s", "FRAMES/s"
     );
     for rates in rates {
         let reasons = |value: &Value, way: &str| -> Vec<String> {
             let drops = value.as_object().into_iter().flatten();
-            drops.map(|(reason, count)| format!("{way}{reason} {count}")).collect()
+            let some = drops.filter(|(_, count)| count.as_u64() != Some(0));
+            some.map(|(reason, count)| format!("{way}{reason} {count}")).collect()
         };
         let mut drops = reasons(&rates.port["dropped"], "");
         drops.extend(reasons(&rates.port["dropped_out"], "to it: "));
         println!(
             "{:switches$}  {:names$}  {:>8}  {:>8}  {:>8}  {:>8}  {}",
-            rates.switch,
+            rates.place,
             text(&rates.port, "name"),
             scaled(rates.rate("received_bytes") * 8.0),
             scaled(rates.rate("received")),
@@ -272,7 +281,8 @@ mod test {
     #[test]
     fn rates_are_per_second() {
         let rates = Rates {
-            switch: "s".to_owned(),
+            place: "s".to_owned(),
+            kind: "switch",
             port: json!({ "received_bytes": 3000, "sent_bytes": 1000 }),
             before: json!({ "received_bytes": 1000 }),
             seconds: 2.0,
