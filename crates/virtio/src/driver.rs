@@ -15,6 +15,7 @@ const NOW: VmTime = VmTime(0);
 pub const INDIRECT_DESC: u64 = 1 << 28;
 pub const EVENT_IDX: u64 = 1 << 29;
 pub const VERSION_1: u64 = 1 << 32;
+pub const RING_PACKED: u64 = 1 << 34;
 
 /// A buffer of a chain.
 pub enum Buffer<'a> {

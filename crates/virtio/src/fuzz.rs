@@ -27,6 +27,8 @@ const BUFFER_STEP: u64 = 0x400;
 fn buffers(queue: u64) -> u64 {
     queue.wrapping_mul(BUFFER_STEP.wrapping_mul(QUEUE_SIZE.into())).wrapping_add(0x8000)
 }
+/// VIRTIO_F_RING_PACKED.
+const PACKED: u64 = 1 << 34;
 const NOW: VmTime = VmTime(0);
 
 const MSIX_TABLE: u64 = 0x4000;
@@ -59,7 +61,12 @@ fn bring_up(function: &mut dyn Function, memory: &GuestMemory, features: u64) {
         for (index, (len, flags)) in (0u64..).zip(DESCRIPTORS) {
             let buffer = buffers(queue.into()).wrapping_add(index.wrapping_mul(BUFFER_STEP));
             let next = u128::from(index.wrapping_add(1));
-            let raw = u128::from(buffer) | u128::from(len) << 64 | u128::from(flags) << 96 | next << 112;
+            let tail = if features & PACKED == 0 {
+                u128::from(flags) | next << 16
+            } else {
+                u128::from(index) | u128::from(flags) << 16
+            };
+            let raw = u128::from(buffer) | u128::from(len) << 64 | tail << 96;
             let at = base.wrapping_add(index.wrapping_mul(16));
             let _ = memory.write(at, &raw.to_le_bytes());
         }
@@ -108,6 +115,16 @@ fn offer(memory: &GuestMemory, queue: u64, head: u16, notify_at: u64) {
     let _ = memory.write(available.wrapping_add(event), &(notify_at as u16).to_le_bytes());
 }
 
+/// Makes the descriptor at a place of a packed ring available, in an even or an odd round, and says what is to be told.
+fn offer_packed(memory: &GuestMemory, queue: u64, place: u8, round: u8) {
+    let base = queue.wrapping_mul(RING_STEP);
+    let at = base.wrapping_add(u64::from(place & 7).wrapping_mul(16)).wrapping_add(14);
+    let kind = memory.load_u16(at).unwrap_or(0) & 7;
+    let flags = kind | if round & 1 == 0 { 1 << 7 } else { 1 << 15 };
+    let _ = memory.write(at, &flags.to_le_bytes());
+    let _ = memory.write(base.wrapping_add(0x100), &[round >> 4, round & 0x80, round >> 1 & 3, 0]);
+}
+
 /// Plays `data` on a device; `outside` gets what is left for calls that do not come from the guest.
 fn play<F: Function>(
     data: &[u8],
@@ -123,7 +140,8 @@ fn play<F: Function>(
         interrupts(&mut function);
     }
     if first & 3 != 0 {
-        bring_up(&mut function, &memory, if first & 4 != 0 { u64::MAX } else { 1 << 32 | 1 << 9 });
+        let all = if first & 16 != 0 { u64::MAX } else { !PACKED };
+        bring_up(&mut function, &memory, if first & 4 != 0 { all } else { 1 << 32 | 1 << 9 });
     }
     for action in rest.chunks_exact(5) {
         let &[kind, a, b, c, d] = action else { continue };
@@ -142,6 +160,7 @@ fn play<F: Function>(
                 let _ =
                     memory.write(region.wrapping_add(u64::from(a) << 2 | u64::from(b & 7) << 10), &[c, d]);
             }
+            7 if first & 16 != 0 => offer_packed(&memory, u64::from(a & 7), b, c),
             7 => offer(&memory, u64::from(a & 7), u16::from(b), u64::from(c)),
             8..=10 => function.bar_write(0, 0x3000u64.wrapping_add(u64::from(a & 7) << 2), 2, 0, NOW),
             11 => {
@@ -327,7 +346,7 @@ mod test {
         let mut card = Net::new(memory.clone(), MsiSink::unconnected(), Notify::unconnected(), config);
         card.config_mut().write(4, 2, u32::from(command::BUS_MASTER | command::MEMORY));
         card.config_written(4);
-        bring_up(&mut card, &memory, u64::MAX);
+        bring_up(&mut card, &memory, !PACKED);
         let mut batch = Batch::new(8, 0);
         offer(&memory, 1, 3, 0);
         card.take(&mut batch);
@@ -360,16 +379,32 @@ mod test {
         let mut block = Block::new(memory.clone(), sink, Notify::unconnected(), geometry, "fuzz", 2);
         block.config_mut().write(4, 2, u32::from(command::BUS_MASTER | command::MEMORY));
         block.config_written(4);
-        interrupts(&mut block);
-        bring_up(&mut block, &memory, u64::MAX);
-        memory.write(buffers(0) + 3 * BUFFER_STEP, &[1]).unwrap();
-        for (head, operation) in [(0, Operation::Read), (3, Operation::Write { fua: false })] {
-            offer(&memory, 0, head, u64::from(head / 3));
-            let request = block.next_request().unwrap();
-            assert_eq!((request.operation, request.len), (operation, 512));
-            block.complete(request.token, Outcome::Ok);
+        for packed in [false, true] {
+            memory.fill(0, RAM, 0).unwrap();
+            bring_up(&mut block, &memory, if packed { u64::MAX } else { !PACKED });
+            // A reset unbound the queue from its vector.
+            interrupts(&mut block);
+            sent.store(0, Ordering::SeqCst);
+            memory.write(buffers(0) + 3 * BUFFER_STEP, &[1]).unwrap();
+            for (head, operation) in [(0, Operation::Read), (3, Operation::Write { fua: false })] {
+                if packed {
+                    offer_packed(&memory, 0, head, 0);
+                } else {
+                    offer(&memory, 0, head.into(), u64::from(head / 3));
+                }
+                let request = block.next_request().unwrap();
+                assert_eq!((request.operation, request.len), (operation, 512));
+                block.complete(request.token, Outcome::Ok);
+            }
+            if packed {
+                // Used descriptors where the chains began, with their ids, and both bits.
+                let used = [0u64, 3].map(|place| memory.load_u32(place * 16 + 12).unwrap());
+                assert_eq!(used, [0x8082_0002, 0x8082_0005]);
+            } else {
+                assert_eq!(memory.read_array::<2>(0x202).unwrap(), [2, 0]);
+            }
+            assert_eq!(sent.load(Ordering::SeqCst), 2, "packed: {packed}");
+            block.bar_write(0, 20, 1, 0, NOW);
         }
-        assert_eq!(memory.read_array::<2>(0x202).unwrap(), [2, 0]);
-        assert_eq!(sent.load(Ordering::SeqCst), 2);
     }
 }

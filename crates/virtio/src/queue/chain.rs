@@ -4,10 +4,10 @@ use super::{RingError, total};
 use device::block::Segment;
 use memory::GuestMemory;
 
-const DESCRIPTOR_SIZE: u64 = 16;
-const NEXT: u16 = 1;
-const WRITE: u16 = 2;
-const INDIRECT: u16 = 4;
+pub(super) const DESCRIPTOR_SIZE: u64 = 16;
+pub(super) const NEXT: u16 = 1;
+pub(super) const WRITE: u16 = 2;
+pub(super) const INDIRECT: u16 = 4;
 
 /// One half of a chain: what the device reads, or what it writes. Every segment is RAM and not empty.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -18,7 +18,7 @@ pub struct Piece {
 /// A buffer that the driver has handed to the device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Chain {
-    /// Its first descriptor, for [`super::Queue::push`].
+    /// Its first descriptor, or the id of a packed queue's buffer, for [`super::Queue::push`].
     pub head: u16,
     /// What the device reads.
     pub readable: Piece,
@@ -95,11 +95,12 @@ pub(super) struct Table {
     pub size_max: u16,
 }
 
-struct Descriptor {
-    address: u64,
-    len: u32,
-    flags: u16,
-    next: u16,
+pub(super) struct Descriptor {
+    pub address: u64,
+    pub len: u32,
+    pub flags: u16,
+    /// The next one of the chain; in packed rings the buffer's id stands in front of the flags instead.
+    pub next: u16,
 }
 
 impl Table {
@@ -116,6 +117,28 @@ impl Table {
             next: (raw >> 112) as u16,
         }))
     }
+}
+
+/// Adds what a descriptor describes to the piece that it belongs to.
+pub(super) fn add(
+    memory: &GuestMemory,
+    descriptor: &Descriptor,
+    (readable, writable): (&mut Piece, &mut Piece),
+    head: u16,
+) -> Result<(), RingError> {
+    let write = descriptor.flags & WRITE != 0;
+    if descriptor.len > 0 {
+        let len = u64::from(descriptor.len);
+        if !memory.contains(descriptor.address, len) {
+            return Err(memory::AccessError { address: descriptor.address, len }.into());
+        }
+        let segment = Segment { address: descriptor.address, len: descriptor.len };
+        if write { &mut *writable } else { readable }.segments.push(segment);
+    }
+    if !write && !writable.is_empty() {
+        return Err(RingError::Chain { head, why: "a readable piece after a writable one" });
+    }
+    Ok(())
 }
 
 /// Walks the chain from `head`. Each descriptor is read once, so a driver that changes it meanwhile gains nothing.
@@ -152,17 +175,7 @@ pub(super) fn parse(
             table = Table { address: descriptor.address, len: entries, ..table };
             continue;
         }
-        let piece = if descriptor.flags & WRITE != 0 { &mut writable } else { &mut readable };
-        if descriptor.len > 0 {
-            let len = u64::from(descriptor.len);
-            if !memory.contains(descriptor.address, len) {
-                return Err(memory::AccessError { address: descriptor.address, len }.into());
-            }
-            piece.segments.push(Segment { address: descriptor.address, len: descriptor.len });
-        }
-        if descriptor.flags & WRITE == 0 && !writable.is_empty() {
-            return Err(wrong("a readable piece after a writable one"));
-        }
+        add(memory, &descriptor, (&mut readable, &mut writable), head)?;
         if descriptor.flags & NEXT == 0 {
             return Ok(Chain { head, readable, writable });
         }

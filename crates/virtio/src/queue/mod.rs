@@ -1,4 +1,4 @@
-//! Split virtqueues (2.7), the device's side.
+//! Virtqueues, the device's side: split ones (2.7), and packed ones (2.8, [`packed`]) where the driver wants those.
 //!
 //! A queue is *disabled* until the driver has said where its three areas are and enabled it; it is *running* until the
 //! next device reset. [`Queue::pop`] takes a whole, checked [`Chain`] or none; [`Queue::push`] gives it back. Nothing of
@@ -8,6 +8,7 @@
 //! a full fence stands between storing an index and loading the other side's wish to be told about it (2.7.7, 2.7.10).
 
 mod chain;
+mod packed;
 #[cfg(test)]
 mod test;
 
@@ -15,6 +16,7 @@ pub use chain::{Chain, Piece};
 
 use device::block::Segment;
 use memory::{AccessError, GuestMemory};
+use packed::Packed;
 use std::sync::atomic::{Ordering, fence};
 
 /// The largest queue the specification allows (2.7).
@@ -71,6 +73,8 @@ pub struct RingFeatures {
     pub indirect: bool,
     /// VIRTIO_F_EVENT_IDX.
     pub event_index: bool,
+    /// VIRTIO_F_RING_PACKED.
+    pub packed: bool,
 }
 
 /// One virtqueue.
@@ -81,9 +85,9 @@ pub struct Queue {
     pub(crate) size: u16,
     /// Descriptor area.
     pub(crate) descriptors: u64,
-    /// Driver area ("available ring").
+    /// Driver area ("available ring"; of packed queues what the driver wants to be told).
     pub(crate) available: u64,
-    /// Device area ("used ring").
+    /// Device area ("used ring"; of packed queues what the device wants to be told).
     pub(crate) used: u64,
     /// MSI-X vector.
     pub(crate) vector: u16,
@@ -95,6 +99,8 @@ pub struct Queue {
     told: u16,
     /// Chains were given back since the last [`Self::take_interrupt`].
     returned: bool,
+    /// Where a packed queue is, instead of the indexes above.
+    packed: Packed,
 }
 
 impl Queue {
@@ -115,6 +121,7 @@ impl Queue {
             next_used: 0,
             told: 0,
             returned: false,
+            packed: Packed::default(),
         }
     }
 
@@ -140,6 +147,11 @@ impl Queue {
     /// Checks size and areas and starts the queue. `index` is for the error.
     pub fn enable(&mut self, memory: &GuestMemory, index: u16) -> Result<(), RingError> {
         let wrong = |what| RingError::Setup { index, what };
+        if self.features.packed {
+            self.enable_packed(memory).map_err(wrong)?;
+            self.enabled = true;
+            return Ok(());
+        }
         if !self.size.is_power_of_two() || self.size > self.size_max {
             return Err(wrong("a size that is no power of two or too large"));
         }
@@ -164,6 +176,9 @@ impl Queue {
     pub fn pop(&mut self, memory: &GuestMemory) -> Result<Option<Chain>, RingError> {
         if !self.enabled {
             return Ok(None);
+        }
+        if self.features.packed {
+            return self.pop_packed(memory);
         }
         if self.available_ahead(memory)? == 0 {
             if !self.features.event_index {
@@ -204,6 +219,9 @@ impl Queue {
         if !self.enabled {
             return Ok(());
         }
+        if self.features.packed {
+            return self.push_packed(memory, chains);
+        }
         for &(head, written) in chains {
             let slot = u64::from(self.next_used & self.size.wrapping_sub(1));
             let entry = self.used.wrapping_add(4).wrapping_add(slot.wrapping_mul(8));
@@ -223,6 +241,9 @@ impl Queue {
             return Ok(false);
         }
         fence(Ordering::SeqCst);
+        if self.features.packed {
+            return self.wants_packed(memory);
+        }
         let old = std::mem::replace(&mut self.told, self.next_used);
         if self.features.event_index {
             let at = u64::from(self.size).wrapping_mul(2).wrapping_add(4);
@@ -246,6 +267,7 @@ impl Queue {
             "descriptors": format!("{:#x}", self.descriptors),
             "available": format!("{:#x}", self.available), "used": format!("{:#x}", self.used),
             "next_available": self.next_available, "next_used": self.next_used,
+            "packed": self.features.packed.then(|| self.packed.inspect()),
         })
     }
 }

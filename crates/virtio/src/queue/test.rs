@@ -10,7 +10,7 @@ const USED: u64 = 0x3000;
 const TABLE: u64 = 0x4000;
 const SIZE: u16 = 8;
 const RAM: u64 = 0x1_0000;
-const BOTH: RingFeatures = RingFeatures { indirect: true, event_index: true };
+const BOTH: RingFeatures = RingFeatures { indirect: true, event_index: true, packed: false };
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;

@@ -23,6 +23,7 @@ pub(crate) mod feature {
     pub const INDIRECT_DESC: u64 = 1 << 28;
     pub const EVENT_IDX: u64 = 1 << 29;
     pub const VERSION_1: u64 = 1 << 32;
+    pub const RING_PACKED: u64 = 1 << 34;
 }
 
 /// A kind of virtio device. It is a value: driven by its transport, it reaches the guest through [`Queues`] only.
@@ -88,6 +89,7 @@ impl Queues {
         let features = RingFeatures {
             indirect: features & feature::INDIRECT_DESC != 0,
             event_index: features & feature::EVENT_IDX != 0,
+            packed: features & feature::RING_PACKED != 0,
         };
         self.list.iter_mut().for_each(|queue| queue.set_features(features));
     }

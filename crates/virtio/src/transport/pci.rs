@@ -215,7 +215,8 @@ impl<D: Device> Pci<D> {
 
     /// Features that are offered.
     pub(super) fn offered(&self) -> u64 {
-        self.device.features() | feature::VERSION_1 | feature::INDIRECT_DESC | feature::EVENT_IDX
+        let rings = feature::INDIRECT_DESC | feature::EVENT_IDX | feature::RING_PACKED;
+        self.device.features() | feature::VERSION_1 | rings
     }
 
     fn interrupt_for_queues(&mut self) -> Result<(), RingError> {

@@ -1,7 +1,7 @@
 //! The registers as a driver sees them, on the simplest device.
 
 use crate::Rng;
-use crate::driver::{Buffer, Driver, EVENT_IDX, INDIRECT_DESC, VERSION_1, capabilities};
+use crate::driver::{Buffer, Driver, EVENT_IDX, INDIRECT_DESC, RING_PACKED, VERSION_1, capabilities};
 use chipset::pci::{Function, VENDOR_CAPABILITY, command};
 use device::Line;
 use std::sync::{Arc, Mutex};
@@ -26,7 +26,7 @@ fn capabilities_name_the_structures() {
 #[test]
 fn features_have_to_be_offered_and_modern() {
     let mut driver = driver();
-    assert_eq!(driver.features(), VERSION_1 | EVENT_IDX | INDIRECT_DESC);
+    assert_eq!(driver.features(), VERSION_1 | EVENT_IDX | INDIRECT_DESC | RING_PACKED);
     for (features, agreed) in
         [(EVENT_IDX, false), (VERSION_1 | 1, false), (VERSION_1 | 1 << 40, false), (VERSION_1, true)]
     {
