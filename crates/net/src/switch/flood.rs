@@ -11,6 +11,8 @@ use crate::wire::{be16, ether};
 
 /// Bytes of a frame that count as one flood.
 const FLOOD_UNIT: u64 = 1515;
+/// Receivers of a group's frame that make it a flood, at least: what goes to fewer counts as the part of a flood that it is.
+const RECEIVERS_OF_FLOOD: u64 = 64;
 
 impl Switch {
     /// A frame for all, or for a group, or for somebody whom nobody knows.
@@ -29,12 +31,18 @@ impl Switch {
             Some(group) if !speaks => self.groups.receivers(vlan, Some(group), group.is_ipv6(), self.second),
             _ => None,
         };
-        if receivers.is_none() {
-            // A large segment costs those who get it as much as what it is cut into.
-            let (units, now) = ((len / FLOOD_UNIT).saturating_add(1), self.now);
-            if !port.storm.as_mut().is_none_or(|meter| meter.pass(units, now)) {
-                return Err(Reason::Storm);
+        // A large segment costs those who get it as much as what it is cut into.
+        let units = (len / FLOOD_UNIT).saturating_add(1);
+        let floods = match &receivers {
+            None => units,
+            Some(receivers) => {
+                let copies = units.saturating_mul(receivers.len() as u64).saturating_add(port.copies);
+                port.copies = copies % RECEIVERS_OF_FLOOD;
+                copies / RECEIVERS_OF_FLOOD
             }
+        };
+        if floods > 0 && !port.storm.as_mut().is_none_or(|meter| meter.pass(floods, self.now)) {
+            return Err(Reason::Storm);
         }
         if speaks {
             receivers = self.hear(port, workspace, index, origin)?;

@@ -256,6 +256,8 @@ pub struct Port {
     pub last: Option<(Known, PortNumber)>,
     /// Against floods.
     pub storm: Option<Meter>,
+    /// Copies of frames for groups that were not counted as a flood yet.
+    pub copies: u64,
     /// What it sends.
     pub up: Shaper,
     /// What it gets.
@@ -288,6 +290,7 @@ impl Port {
             known: None,
             last: None,
             storm: None,
+            copies: 0,
             up: Shaper::new(),
             down: Shaper::new(),
             emulator: None,

@@ -155,7 +155,6 @@ pub struct Server {
     readers: Vec<u32>,
     next_connection: u32,
     began: Instant,
-    epoch: u64,
     /// Somebody could not be let in for want of files.
     accept_again: bool,
     stopping: bool,
@@ -192,7 +191,6 @@ impl Server {
         let poll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|error| Error::Events(error.into()))?;
         epoll::add(&poll, &listener, Token::Control.encode(), EventFlags::IN | EventFlags::ET)
             .map_err(|error| Error::Events(error.into()))?;
-        let epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Ok(Self {
             switch: Switch::new(config.addresses_max, config.ageing_seconds),
             config,
@@ -203,7 +201,6 @@ impl Server {
             readers: Vec::new(),
             next_connection: 0,
             began: Instant::now(),
-            epoch: u64::try_from(epoch.as_nanos()).unwrap_or(0),
             accept_again: false,
             stopping: false,
             notes: Vec::new(),
@@ -678,7 +675,10 @@ impl Server {
         if names.is_empty() {
             ports = self.switch.ports().map(|port| (port.number, port.name.clone())).collect();
         }
-        let capture = Capture::new(&ports, snap.clamp(64, super::capture::SNAP_DEFAULT), self.epoch);
+        // Now, not when the switch began: its clock stands still while the host sleeps, and the host's may have been set.
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let epoch = u64::try_from(now.as_nanos()).unwrap_or(0).saturating_sub(self.clock());
+        let capture = Capture::new(&ports, snap.clamp(64, super::capture::SNAP_DEFAULT), epoch);
         self.reply(number, &Reply::Ok(Value::Null)).ok_or("nobody reads")?;
         if let Some(connection) = self.connections.get_mut(&number) {
             connection.captures = true;

@@ -23,6 +23,8 @@ pub const GROUPS_MAX: usize = 256;
 pub const WEIGHT_MAX: u32 = 1000;
 /// Virtual time of a byte at weight 1.
 const BYTE: u128 = 1 << 16;
+/// The same of a byte that was promised, at a promise of one bit each second.
+const PROMISED_BYTE: u128 = 1 << 60;
 
 /// One of two directions, as ports see them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,35 +63,50 @@ pub struct GroupSpec {
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Turn {
     min: Option<Meter>,
+    /// Bits each second of it.
+    min_bits: u64,
     /// 0: as 1.
     weight: u32,
-    time: u128,
+    time: Times,
+}
+
+/// Virtual times: of what was promised, and of what is left. Promises that are more than there is are kept in part, by their sizes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Times {
+    promised: u128,
+    left: u128,
 }
 
 impl Turn {
     /// Changes what it has; how far it was served stays.
     pub fn set(&mut self, weight: Option<u32>, min: Option<u64>, now: u64) {
         self.weight = weight.unwrap_or(1);
+        self.min_bits = min.unwrap_or(0);
         self.min = min.map(|bits| meter(self.min, bits, None, now));
     }
 
     /// Smaller is sooner: who has less than was promised, then who is furthest behind.
-    fn rank(&self, floor: u128, now: u64) -> (bool, u128) {
+    fn rank(&self, floor: Times, now: u64) -> (bool, u128) {
         let promised = self.min.as_ref().is_some_and(|min| min.ready(now));
-        (!promised, self.time.max(floor))
+        let time =
+            if promised { self.time.promised.max(floor.promised) } else { self.time.left.max(floor.left) };
+        (!promised, time)
     }
 
     /// It was served; answers the others' virtual time then. What was promised is not weighed: weights are for what is left.
-    fn charge(&mut self, floor: u128, bytes: usize, now: u64) -> u128 {
+    fn charge(&mut self, floor: Times, bytes: usize, now: u64) -> Times {
         if let Some(min) = &mut self.min
             && min.pass(bytes as u64, now)
         {
-            return floor;
+            let begin = self.time.promised.max(floor.promised);
+            let cost = (bytes as u128).saturating_mul(PROMISED_BYTE).checked_div(self.min_bits.max(1).into());
+            self.time.promised = begin.saturating_add(cost.unwrap_or(0));
+            return Times { promised: begin, ..floor };
         }
-        let begin = self.time.max(floor);
+        let begin = self.time.left.max(floor.left);
         let cost = (bytes as u128).saturating_mul(BYTE).checked_div(self.weight.max(1).into());
-        self.time = begin.saturating_add(cost.unwrap_or(0));
-        begin
+        self.time.left = begin.saturating_add(cost.unwrap_or(0));
+        Times { left: begin, ..floor }
     }
 }
 
@@ -98,8 +115,8 @@ impl Turn {
 struct Lane {
     limit: Limiter,
     turn: Turn,
-    /// The virtual time of whom it served last.
-    floor: u128,
+    /// The virtual times of whom it served last.
+    floor: Times,
 }
 
 /// A group, or all of a switch.
@@ -272,7 +289,7 @@ impl Switch {
             for way in [Way::Up, Way::Down] {
                 if moved {
                     // The virtual time of where it was is not that of where it is.
-                    port.shaper_mut(way).turn.time = 0;
+                    port.shaper_mut(way).turn.time = Times::default();
                 }
                 let all = shares.all.lane(way);
                 let lane = shares.lane(port, way);
@@ -389,6 +406,12 @@ mod test {
         assert!(near(&got, &[200, 50, 750]), "{got:?}: who may have no more leaves the rest to others");
         let got = served(&[("", "up=8M"), ("g", "min-up=6M")], &["group=g", "weight=1000", "weight=1000"]);
         assert!(near(&got, &[750, 125, 125]), "{got:?}");
+        // More is promised than there is: nobody is left out, and who was promised more gets more.
+        let got = served(&[("g", "up=8M")], &["group=g,min-up=8M", "group=g,min-up=8M"]);
+        assert!(near(&got, &[500, 500]), "{got:?}");
+        let got =
+            served(&[("g", "up=8M")], &["group=g,min-up=6M", "group=g,min-up=18M", "group=g,weight=1000"]);
+        assert!(near(&got, &[250, 750, 0]), "{got:?}");
     }
 
     #[test]
@@ -424,17 +447,18 @@ mod test {
         let mut switch = Switch::default();
         let port = switch.add("p", PortSpec::default()).unwrap();
         switch.set_group(Some("g"), GroupSpec::default()).unwrap();
-        switch.port_mut(port).unwrap().down.turn.time = 1 << 80;
+        let late = Times { promised: 5, left: 1 << 80 };
+        switch.port_mut(port).unwrap().down.turn.time = late;
         switch.share_all();
-        assert_eq!(switch.port(port).unwrap().down.turn.time, 1 << 80);
+        assert_eq!(switch.port(port).unwrap().down.turn.time, late);
         let member = PortSpec { group: Some("g".to_owned()), ..PortSpec::default() };
         switch.set(port, member);
-        assert_eq!(switch.port(port).unwrap().down.turn.time, 0);
+        assert_eq!(switch.port(port).unwrap().down.turn.time, Times::default());
         // The same name, and another group.
-        switch.port_mut(port).unwrap().down.turn.time = 7;
+        switch.port_mut(port).unwrap().down.turn.time = late;
         switch.remove_group("g").unwrap();
         switch.set_group(Some("g"), GroupSpec::default()).unwrap();
-        assert_eq!(switch.port(port).unwrap().down.turn.time, 0);
+        assert_eq!(switch.port(port).unwrap().down.turn.time, Times::default());
     }
 
     proptest! {

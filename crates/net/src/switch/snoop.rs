@@ -7,7 +7,7 @@
 
 use super::table::PortNumber;
 use crate::wire::{array, be16, ether, protocol};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// How long a host's wish lasts: two questions unanswered, and the time that answers have (RFC 9776, 8.4), in seconds.
@@ -169,15 +169,30 @@ pub struct Groups {
     list: HashMap<(u16, IpAddr), Vec<Member>>,
     counts: HashMap<PortNumber, usize>,
     /// Until when there are routers in a VLAN behind a port.
-    routers: HashMap<(u16, PortNumber), u32>,
+    routers: BTreeMap<(u16, PortNumber), u32>,
+    /// Until when a port gets all groups of a VLAN, because it wants more of them than are remembered.
+    greedy: BTreeMap<(u16, PortNumber), u32>,
     /// From and until when what is wished is known, in a VLAN, for IPv6 or not: somebody asks.
     asked: HashMap<(u16, bool), (u32, u32)>,
     swept: Option<u32>,
+    /// When routers that are silent were looked for.
+    routers_swept: u32,
+}
+
+/// The ports of a VLAN that are in a list for longer than now.
+fn of_vlan(list: &BTreeMap<(u16, PortNumber), u32>, vlan: u16, now: u32) -> impl Iterator<Item = PortNumber> {
+    let entries = list.range((vlan, PortNumber::MIN)..=(vlan, PortNumber::MAX));
+    entries.filter(move |(_, until)| **until > now).map(|((_, port), _)| *port)
 }
 
 impl Groups {
     /// A router is behind a port; it has asked for wishes of IPv6 or not.
     pub fn router(&mut self, vlan: u16, port: PortNumber, asks: Option<bool>, now: u32) {
+        if std::mem::replace(&mut self.routers_swept, now) != now {
+            self.routers.retain(|_, until| *until > now);
+            self.greedy.retain(|_, until| *until > now);
+            self.asked.retain(|_, (_, until)| *until > now);
+        }
         let until = now.saturating_add(ROUTER_SECONDS);
         self.routers.insert((vlan, port), until);
         if let Some(six) = asks {
@@ -209,6 +224,8 @@ impl Groups {
             self.retain(|member| member.until > now);
         }
         if self.count(port) >= GROUPS_PER_PORT {
+            // What it wants it must get: with it, what it does not want.
+            self.greedy.insert((vlan, port), now.saturating_add(MEMBER_SECONDS));
             return;
         }
         let until = now.saturating_add(MEMBER_SECONDS);
@@ -240,6 +257,7 @@ impl Groups {
         self.retain(|member| member.port != port);
         self.counts.remove(&port);
         self.routers.retain(|(_, other), _| *other != port);
+        self.greedy.retain(|(_, other), _| *other != port);
         self.asked.retain(|(vlan, _), _| self.routers.keys().any(|(other, _)| other == vlan));
     }
 
@@ -258,8 +276,10 @@ impl Groups {
         if group.is_some_and(is_of_link) || !self.knows(vlan, six, now) {
             return None;
         }
-        let routers = self.routers.iter().filter(|((other, _), until)| *other == vlan && **until > now);
-        let mut list: Vec<PortNumber> = routers.map(|((_, port), _)| *port).collect();
+        let mut list: Vec<PortNumber> = of_vlan(&self.routers, vlan, now).collect();
+        if group.is_some() {
+            list.extend(of_vlan(&self.greedy, vlan, now));
+        }
         let members = group.and_then(|group| self.list.get(&(vlan, group))).into_iter().flatten();
         list.extend(members.filter(|member| member.until > now).map(|member| member.port));
         list.sort_unstable();
@@ -421,6 +441,32 @@ mod test {
     }
 
     #[test]
+    fn frames_for_many_count_as_the_floods_that_they_are() {
+        let mut switch = Switch::new(1000, 300);
+        switch.add("router", PortSpec { trusted: true, ..PortSpec::default() }).unwrap();
+        let sender = switch.add("sender", PortSpec { storm: Some(100), ..PortSpec::default() }).unwrap();
+        let join = frame4(GROUP, IGMP, &v2(0x16, GROUP));
+        let other = [239, 1, 2, 4];
+        for number in 0..128 {
+            let port = switch.add(&format!("p{number}"), PortSpec::default()).unwrap();
+            switch.inject(port, &join);
+            if number == 0 {
+                switch.inject(port, &frame4(other, IGMP, &v2(0x16, other)));
+            }
+        }
+        switch.inject(0, &frame4([224, 0, 0, 1], IGMP, &v2(0x11, [0; 4])));
+        switch.turn(11_000_000_000, 0);
+        let mut dropped = |to: [u8; 4], count: u32| {
+            let before = switch.port(sender).unwrap().counters.dropped.get(Reason::Storm);
+            (0..count).for_each(|_| switch.inject(sender, &frame4(to, 17, &[0; 40])));
+            switch.port(sender).unwrap().counters.dropped.get(Reason::Storm) - before
+        };
+        // Two receivers, one of which is the router: a thirty-second part each. All: two each.
+        assert_eq!(dropped(other, 300), 0);
+        assert!(dropped(GROUP, 300) > 280);
+    }
+
+    #[test]
     fn nobody_wants_too_much() {
         let mut groups = Groups::default();
         let wish = |groups: &mut Groups, number: u32, now| {
@@ -428,6 +474,17 @@ mod test {
         };
         (0..1000).for_each(|number| wish(&mut groups, number, 0));
         assert_eq!(groups.members(0).count(), GROUPS_PER_PORT);
+        // Beyond them it gets all, for as long as it asks.
+        groups.router(1, 2, Some(false), 0);
+        let receivers = |groups: &Groups, now| groups.receivers(1, Some(ip("239.9.9.9")), false, now);
+        assert_eq!(receivers(&groups, ANSWER_SECONDS), Some(vec![2, 7]));
+        assert_eq!(
+            groups.receivers(1, None, false, ANSWER_SECONDS),
+            Some(vec![2]),
+            "reports are for routers"
+        );
+        groups.router(1, 2, Some(false), 200);
+        assert_eq!(receivers(&groups, MEMBER_SECONDS), Some(vec![2]));
         // Those that are over do not count.
         (2000..2003).for_each(|number| wish(&mut groups, number, MEMBER_SECONDS));
         assert_eq!((groups.members(MEMBER_SECONDS).count(), groups.count(7)), (3, 3));
@@ -436,6 +493,11 @@ mod test {
         assert_eq!(groups.count(7), 3, "what is no group, or the link's");
         groups.forget(7);
         assert!(groups.list.is_empty());
+        // Routers that are silent are forgotten when another one speaks.
+        (0..500).for_each(|vlan| groups.router(vlan, 3, Some(true), 1000));
+        assert_eq!(groups.routers.len(), 500);
+        groups.router(1, 4, None, 1000 + ROUTER_SECONDS);
+        assert_eq!((groups.routers.len(), groups.asked.len()), (1, 0));
     }
 
     proptest! {

@@ -384,7 +384,7 @@ impl Backend {
         if count > REGIONS_MAX || count != files.len() {
             return Err(Error::Protocol("other files than regions"));
         }
-        let mut memory = Memory::default();
+        let mut memory = self.memory.emptied();
         for file in files {
             let about = body.region().ok_or_else(short)?;
             memory.add(about, file).map_err(|_| Error::Protocol("a region that cannot be mapped"))?;

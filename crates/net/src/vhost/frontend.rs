@@ -237,7 +237,7 @@ impl Frontend {
         let size = size.clamp(2, 1 << 14).next_power_of_two();
         let bytes = ring_bytes(size).saturating_mul(rings.max(1).into()) as u64;
         let file = memory_file(bytes)?;
-        let mapping = Arc::new(Mapping::new(&file, bytes)?);
+        let mapping = Arc::new(Mapping::new(&file, bytes, &Arc::default())?);
         let list =
             (0..rings).map(|number| DriverRing::new(&mapping, number, size)).collect::<io::Result<_>>()?;
         let channel = Channel::new(socket);

@@ -12,14 +12,14 @@ use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU16, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Once};
 
-/// The most mappings of a process at a time.
-const GUARDED_MAX: usize = 4096;
-/// The most address space of all mappings together: half of what a process has. Files without blocks can be as long as one likes, and who
-/// takes all addresses takes away those that allocations need.
-const ADDRESSES_MAX: usize = 64 << 40;
+pub use super::quota::Quota;
+use super::quota::Taken;
+
+/// The most mappings of a process at a time: those that everybody may have, and as many in common.
+const GUARDED_MAX: usize = 8192;
 
 /// From linux/magic.h.
 const TMPFS: libc::__fsword_t = 0x0102_1994;
@@ -32,9 +32,6 @@ struct Guard {
     len: AtomicUsize,
     lost: AtomicBool,
 }
-
-/// Address space of all mappings.
-static ADDRESSES: AtomicUsize = AtomicUsize::new(0);
 
 static GUARDS: [Guard; GUARDED_MAX] =
     [const { Guard { start: AtomicUsize::new(0), len: AtomicUsize::new(0), lost: AtomicBool::new(false) } };
@@ -49,11 +46,7 @@ extern "C" fn on_bus_error(signal: i32, about: *mut libc::siginfo_t, _context: *
         if start == 0 || address < start || address.wrapping_sub(start) >= len {
             continue;
         }
-        let protection = libc::PROT_READ | libc::PROT_WRITE;
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
-        // SAFETY: replaces exactly one of our own mappings, of which there are no references.
-        let fresh = unsafe { libc::mmap(start as *mut libc::c_void, len, protection, flags, -1, 0) };
-        if fresh != libc::MAP_FAILED {
+        if lay_zeroes(start, len) || lay_spare(start, len) {
             guard.lost.store(true, Ordering::Release);
             return;
         }
@@ -63,9 +56,48 @@ extern "C" fn on_bus_error(signal: i32, about: *mut libc::siginfo_t, _context: *
     unsafe { libc::signal(signal, libc::SIG_DFL) };
 }
 
+/// Lays fresh memory over a mapping; answers whether the host had some.
+fn lay_zeroes(start: usize, len: usize) -> bool {
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
+    // SAFETY: replaces exactly one of our own mappings, of which there are no references.
+    let fresh = unsafe { libc::mmap(start as *mut libc::c_void, len, protection, flags, -1, 0) };
+    fresh != libc::MAP_FAILED
+}
+
+/// An endless file without blocks, for hosts that count private memory before it is used (vm.overcommit_memory=2): shared memory
+/// is counted page by page, as it is used.
+static SPARE: AtomicI32 = AtomicI32::new(-1);
+/// Its length: all addresses that there are.
+const SPARE_LEN: u64 = 1 << 47;
+
+/// The same out of [`SPARE`], at the offset that the mapping has as its address: no two have the same part of the file.
+fn lay_spare(start: usize, len: usize) -> bool {
+    let file = SPARE.load(Ordering::Acquire);
+    let (Ok(offset), Ok(bytes)) = (libc::off_t::try_from(start), libc::off_t::try_from(len)) else {
+        return false;
+    };
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_NORESERVE;
+    let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    // SAFETY: system calls on a file of ours, which first forgets what was at this address before; as above.
+    unsafe {
+        libc::fallocate(file, punch, offset, bytes);
+        libc::mmap(start as *mut libc::c_void, len, protection, flags, file, offset) != libc::MAP_FAILED
+    }
+}
+
 fn install_handler() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
+        use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+        use std::os::fd::IntoRawFd;
+        // For as long as the process lives. Without it, such hosts do what they did before.
+        if let Ok(file) = memfd_create("yado-spare", MemfdFlags::CLOEXEC)
+            && ftruncate(&file, SPARE_LEN).is_ok()
+        {
+            SPARE.store(file.into_raw_fd(), Ordering::Release);
+        }
         // SAFETY: all zeroes are a valid `sigaction`; the handler has the signature that SA_SIGINFO asks for.
         unsafe {
             let mut action: libc::sigaction = std::mem::zeroed();
@@ -85,6 +117,8 @@ pub struct Mapping {
     /// Bytes of address space.
     mapped: usize,
     guard: usize,
+    /// Its part of what its owner may have.
+    _taken: Taken,
 }
 
 // SAFETY: plain memory, owned until drop; all access is by copies and atomics that tolerate races.
@@ -93,8 +127,8 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps the first `len` bytes of a file, which must have them.
-    pub fn new(file: impl AsFd, len: u64) -> io::Result<Self> {
+    /// Maps the first `len` bytes of a file, which must have them, for somebody who may have so much.
+    pub fn new(file: impl AsFd, len: u64, quota: &Arc<Quota>) -> io::Result<Self> {
         install_handler();
         let about = rustix::fs::fstat(&file)?;
         let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
@@ -109,18 +143,12 @@ impl Mapping {
         let mapped = len.checked_next_multiple_of(page).and_then(|len| usize::try_from(len).ok());
         let mapped = mapped.ok_or_else(invalid)?;
         let len = usize::try_from(len).map_err(|_| invalid())?;
-        let taken = ADDRESSES.fetch_update(Ordering::AcqRel, Ordering::Relaxed, |taken| {
-            taken.checked_add(mapped).filter(|sum| *sum <= ADDRESSES_MAX)
-        });
-        taken.map_err(|_| io::ErrorKind::OutOfMemory)?;
+        let taken = Quota::take(quota, mapped).ok_or(io::ErrorKind::OutOfMemory)?;
         let free = GUARDS.iter().position(|guard| {
             // The length is 0 until there is an address, so that no signal finds half of it.
             guard.start.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Relaxed).is_ok()
         });
-        let Some(number) = free else {
-            ADDRESSES.fetch_sub(mapped, Ordering::AcqRel);
-            return Err(io::ErrorKind::OutOfMemory.into());
-        };
+        let Some(number) = free else { return Err(io::ErrorKind::OutOfMemory.into()) };
         let guard = guard(number);
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
@@ -133,11 +161,10 @@ impl Mapping {
                 guard.lost.store(false, Ordering::Release);
                 guard.start.store(start.as_ptr() as usize, Ordering::Release);
                 guard.len.store(mapped, Ordering::Release);
-                Ok(Self { start, len, mapped, guard: number })
+                Ok(Self { start, len, mapped, guard: number, _taken: taken })
             }
             _ => {
                 guard.start.store(0, Ordering::Release);
-                ADDRESSES.fetch_sub(mapped, Ordering::AcqRel);
                 Err(error)
             }
         }
@@ -167,7 +194,6 @@ impl Drop for Mapping {
         // SAFETY: ours, and no pointer into it outlives its owner.
         unsafe { libc::munmap(self.start.as_ptr().cast(), self.mapped) };
         guard.start.store(0, Ordering::Release);
-        ADDRESSES.fetch_sub(self.mapped, Ordering::AcqRel);
     }
 }
 
@@ -350,6 +376,7 @@ pub struct RegionAbout {
 #[derive(Debug, Default)]
 pub struct Memory {
     regions: Vec<Region>,
+    quota: Arc<Quota>,
 }
 
 /// A range of a guest's memory, known to be inside.
@@ -370,7 +397,7 @@ impl Memory {
         if about.len == 0 {
             return Err(invalid());
         }
-        let mapping = Arc::new(Mapping::new(file, end)?);
+        let mapping = Arc::new(Mapping::new(file, end, &self.quota)?);
         let offset = usize::try_from(about.offset).map_err(|_| invalid())?;
         let len = usize::try_from(about.len).map_err(|_| invalid())?;
         let at = mapping.at(offset, len).and_then(NonNull::new).ok_or_else(invalid)?;
@@ -394,7 +421,12 @@ impl Memory {
 
     /// The same regions again, for a change: others may still use the old list.
     pub fn copy(&self) -> Self {
-        Self { regions: self.regions.clone() }
+        Self { regions: self.regions.clone(), quota: self.quota.clone() }
+    }
+
+    /// No regions, of the same owner.
+    pub fn emptied(&self) -> Self {
+        Self { regions: Vec::new(), quota: self.quota.clone() }
     }
 
     /// Number of regions.
@@ -541,8 +573,8 @@ mod test {
     fn a_file_that_is_too_short_is_refused() {
         let file = rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         rustix::fs::ftruncate(&file, 4096).unwrap();
-        assert!(Mapping::new(&file, 4097).is_err());
-        assert!(Mapping::new(&file, 0).is_err());
+        assert!(Mapping::new(&file, 4097, &Arc::default()).is_err());
+        assert!(Mapping::new(&file, 0, &Arc::default()).is_err());
         let mut memory = Memory::default();
         let about = RegionAbout { guest: 0, len: 4096, user: 0, offset: u64::MAX };
         assert!(memory.add(about, &file).is_err());
@@ -552,10 +584,27 @@ mod test {
     fn nobody_takes_all_addresses() {
         let file = rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         rustix::fs::ftruncate(&file, 1 << 50).unwrap();
-        let list: Vec<Mapping> = (0..9).map_while(|_| Mapping::new(&file, 10 << 40).ok()).collect();
-        assert!((1..=6).contains(&list.len()), "{}", list.len());
+        let hostile = Arc::default();
+        let list: Vec<Mapping> = (0..40).map_while(|_| Mapping::new(&file, 1 << 40, &hostile).ok()).collect();
+        assert!((4..=8).contains(&list.len()), "{}", list.len());
+        let other = Arc::default();
+        assert!(Mapping::new(&file, 1 << 40, &other).is_ok(), "others have theirs");
         drop(list);
-        assert!(Mapping::new(&file, 10 << 40).is_ok(), "they come back");
+        assert!(Mapping::new(&file, 4 << 40, &hostile).is_ok(), "they come back");
+    }
+
+    #[test]
+    fn where_private_memory_is_counted_the_spare_file_takes_its_place() {
+        let (memory, _file) = memory(16384);
+        let bytes = |text: &mut [u8; 4]| memory.span(0x10000, 4).unwrap().read(text);
+        let mut read = [1; 4];
+        for _ in 0..2 {
+            memory.span(0x10000, 4).unwrap().write(b"last");
+            let mapping = &memory.regions[0].mapping;
+            assert!(lay_spare(mapping.start.as_ptr() as usize, mapping.mapped));
+            bytes(&mut read);
+            assert_eq!(read, [0; 4], "also the second time at the same address");
+        }
     }
 
     #[test]

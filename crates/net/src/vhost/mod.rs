@@ -15,6 +15,7 @@ mod channel;
 mod frontend;
 mod memory;
 pub(crate) mod message;
+mod quota;
 mod ring;
 
 pub use backend::{Backend, Change, Queue};

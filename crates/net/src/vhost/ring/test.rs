@@ -11,7 +11,7 @@ fn memory() -> (Memory, Area) {
     let file = memory_file(BYTES).unwrap();
     let mut memory = Memory::default();
     memory.add(RegionAbout { guest: 0, len: BYTES, user: 0, offset: 0 }, &file).unwrap();
-    let mapping = Arc::new(Mapping::new(&file, BYTES).unwrap());
+    let mapping = Arc::new(Mapping::new(&file, BYTES, &Arc::default()).unwrap());
     (memory, Area::new(&mapping, 0, BYTES as usize).unwrap())
 }
 
