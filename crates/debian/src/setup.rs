@@ -185,7 +185,11 @@ const OWN_FILES: [(&str, u16, &str); 10] = [
          [Network]\n\
          DHCP=yes\n\
          # What yado's agent has configured is not taken away from the programs that use it already.\n\
-         KeepConfiguration=yes\n",
+         KeepConfiguration=yes\n\
+         \n\
+         # So that other guests are found without their zone.\n\
+         [DHCPv4]\n\
+         UseDomains=yes\n",
     ),
     (
         "usr/lib/yado/resolv-conf",

@@ -16,8 +16,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use virtio::{Net, NetConfig};
 
-/// The most queue pairs: one thread carries all frames, so that more of them help guests only to spread interrupts.
-const PAIRS_MAX: u32 = 16;
+/// The most queue pairs: as many as the card may have, one for each vCPU.
+const PAIRS_MAX: u32 = 64;
+/// VIRTIO_NET_F_RSS: whoever lays frames into a card's rings spreads them; another process does as it likes.
+const RSS: u64 = 1 << 60;
 
 /// A virtio card, as those see it who carry its frames.
 struct GuestCard(Arc<Mutex<Net>>);
@@ -71,7 +73,7 @@ impl Carrier {
 
 /// What a card on another process's rings does not do: change at run time what it takes, and what that process does not do.
 fn withheld(front: &Frontend) -> u64 {
-    let needs_card = feature::CTRL_GUEST_OFFLOADS;
+    let needs_card = feature::CTRL_GUEST_OFFLOADS | RSS;
     (feature::OF_BACK_ENDS & !front.offered()) | needs_card
 }
 

@@ -33,4 +33,4 @@ mod wire;
 pub use batch::{Batch, FRAME_MAX, FRAME_MIN};
 pub use card::{Bell, Card};
 pub use offload::{Checksum, Offload};
-pub use wire::layers::flow_hash;
+pub use wire::layers::{Flow, flow, flow_hash};

@@ -29,6 +29,29 @@ pub struct Layers {
     pub hops: u8,
 }
 
+/// What tells one flow from others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Flow {
+    /// Who sends.
+    pub source: IpAddr,
+    /// To whom.
+    pub destination: IpAddr,
+    /// What the packets carry (IANA's numbers).
+    pub protocol: u8,
+    /// From which port to which, if there are some: parts of packets have none.
+    pub ports: Option<(u16, u16)>,
+}
+
+/// A frame's flow, if it carries IP.
+pub fn flow(frame: &[u8]) -> Option<Flow> {
+    let layers = parse(frame, false)?;
+    let has_ports = matches!(layers.protocol, protocol::TCP | protocol::UDP) && !layers.fragment;
+    let at = layers.transport;
+    let ports = be16(frame, at).zip(be16(frame, at.saturating_add(2))).filter(|_| has_ports);
+    let Layers { source, destination, protocol, .. } = layers;
+    Some(Flow { source, destination, protocol, ports })
+}
+
 /// A number that is the same for all frames of a flow, in both directions; 0 for frames without IP.
 pub fn flow_hash(frame: &[u8]) -> u32 {
     parse(frame, false).map_or(0, |layers| layers.flow_hash(frame))

@@ -1,6 +1,7 @@
 //! The control queue (5.1.6.5): a class, a command, what it is about, and one byte for the answer.
 
 use super::device::NetDevice;
+use super::rss::Rss;
 use super::spec::{self, control, feature};
 use crate::queue::RingError;
 use crate::transport::Queues;
@@ -59,12 +60,19 @@ impl NetDevice {
                 let Some(pairs) = word.filter(|&pairs| (1..=self.config.pairs).contains(&pairs)) else {
                     return false;
                 };
-                let enabled = |pair: u16| (0..2).all(|way| queues.enabled(pair.wrapping_mul(2) | way));
-                let ready = (0..pairs).all(enabled);
+                let ready = are_ready(pairs, queues);
                 if ready {
                     self.pairs = pairs;
+                    self.rss = None;
                 }
                 ready
+            }
+            (control::MQ, control::MQ_RSS_CONFIG) if self.agreed(feature::RSS) => {
+                let rss = Rss::parse(about, self.config.pairs).filter(|rss| are_ready(rss.pairs, queues));
+                let Some(rss) = rss else { return false };
+                self.pairs = rss.pairs;
+                self.rss = Some(rss);
+                true
             }
             (control::GUEST_OFFLOADS, control::GUEST_OFFLOADS_SET)
                 if self.agreed(feature::CTRL_GUEST_OFFLOADS) =>
@@ -82,4 +90,9 @@ impl NetDevice {
             _ => false,
         }
     }
+}
+
+/// Whether the driver has enabled all queues of the first `pairs` pairs.
+fn are_ready(pairs: u16, queues: &Queues) -> bool {
+    (0..pairs).all(|pair| (0..2).all(|way| queues.enabled(pair.wrapping_mul(2) | way)))
 }

@@ -9,6 +9,7 @@
 use super::filter::Filter;
 use super::lend::Lent;
 use super::receive::{Fate, Spare};
+use super::rss::{self, Rss};
 use super::spec::{self, feature};
 use crate::queue::RingError;
 use crate::transport::{Device, Pci, Queues};
@@ -66,6 +67,8 @@ pub struct NetDevice {
     pub(super) offloads: u64,
     /// Queue pairs in use.
     pub(super) pairs: u16,
+    /// How frames are spread over them, if the driver says so.
+    pub(super) rss: Option<Rss>,
     pub(super) filter: Filter,
     pub(super) spare: Vec<Spare>,
     /// The last frame found no buffer.
@@ -89,6 +92,7 @@ impl Pci<NetDevice> {
             features: 0,
             offloads: 0,
             pairs: 1,
+            rss: None,
             filter: Filter::new(false),
             spare: (0..config.pairs).map(|_| Spare::new()).collect(),
             starved: false,
@@ -149,7 +153,11 @@ impl NetDevice {
 
     /// The control queue follows the queue pairs that the driver knows of (5.1.2).
     fn control_queue(&self) -> u16 {
-        if self.agreed(feature::MQ) { self.config.pairs.wrapping_mul(2) } else { 2 }
+        if self.agreed(feature::MQ) || self.agreed(feature::RSS) {
+            self.config.pairs.wrapping_mul(2)
+        } else {
+            2
+        }
     }
 
     fn collect(&mut self, batch: &mut Batch, queues: &mut Queues) -> Result<bool, RingError> {
@@ -215,7 +223,7 @@ impl Device for NetDevice {
             | feature::CTRL_RX_EXTRA
             | feature::GUEST_ANNOUNCE
             | feature::CTRL_MAC_ADDR;
-        let pairs = if self.config.pairs > 1 { feature::MQ } else { 0 };
+        let pairs = if self.config.pairs > 1 { feature::MQ | feature::RSS } else { 0 };
         let about = feature::MAC | feature::MTU | feature::STATUS | feature::MRG_RXBUF;
         (checksums | segments | control | pairs | about) & !self.config.withheld
     }
@@ -226,12 +234,16 @@ impl Device for NetDevice {
         sizes
     }
 
-    /// `struct virtio_net_config` (5.1.4) up to the MTU.
+    /// `struct virtio_net_config` (5.1.4). Speed and duplex, which are not offered, are unknown.
     fn config(&self) -> Vec<u8> {
         let mut image = self.config.address.to_vec();
         for word in [self.status, self.config.pairs, self.config.mtu] {
             image.extend(word.to_le_bytes());
         }
+        image.extend([0xff; 5]);
+        image.push(rss::KEY_MAX as u8);
+        image.extend(rss::TABLE_MAX.to_le_bytes());
+        image.extend(rss::hash::SUPPORTED.to_le_bytes());
         image
     }
 
@@ -261,6 +273,7 @@ impl Device for NetDevice {
         self.features = 0;
         self.offloads = 0;
         self.pairs = 1;
+        self.rss = None;
         self.filter = Filter::new(false);
         self.spare.iter_mut().for_each(Spare::clear);
         self.starved = false;
@@ -289,7 +302,7 @@ impl Device for NetDevice {
             receive_lost,
         } = &self.counters;
         json!({ "address": address, "mtu": self.config.mtu, "pairs": self.pairs,
-            "link_up": self.status & spec::status::LINK_UP != 0, "offloads": format!("{:#x}", self.offloads),
+            "rss": self.rss.as_ref().map(Rss::inspect), "link_up": self.status & spec::status::LINK_UP != 0, "offloads": format!("{:#x}", self.offloads),
             "filter": self.filter.inspect(), "starved": self.starved,
             "lent": self.lent.count(), "sent": sent, "sent_bytes": sent_bytes, "received": received, "received_bytes": received_bytes,
             "sent_broken": sent_broken, "receive_filtered": receive_filtered,

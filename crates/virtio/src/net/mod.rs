@@ -5,6 +5,7 @@ mod device;
 mod filter;
 mod lend;
 mod receive;
+mod rss;
 mod spec;
 #[cfg(test)]
 mod test;

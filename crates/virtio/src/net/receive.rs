@@ -54,6 +54,9 @@ impl NetDevice {
         if self.pairs <= 1 {
             return 0;
         }
+        if let Some(rss) = &self.rss {
+            return rss.steer(frame);
+        }
         u16::try_from(net::flow_hash(frame).checked_rem(self.pairs.into()).unwrap_or(0)).unwrap_or(0)
     }
 

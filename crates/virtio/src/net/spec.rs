@@ -47,6 +47,9 @@ pub mod feature {
     /// The device takes large UDP datagrams to be cut.
     pub const HOST_USO: u64 = 1 << 56;
 
+    /// The driver says by which hash frames are spread over its queues.
+    pub const RSS: u64 = 1 << 60;
+
     /// What [`CTRL_GUEST_OFFLOADS`] changes (5.1.6.5.6).
     pub const GUEST_OFFLOADS: u64 =
         GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | GUEST_ECN | GUEST_USO4 | GUEST_USO6;
@@ -82,6 +85,7 @@ pub mod control {
     pub const ANNOUNCE_ACK: u8 = 0;
     pub const MQ: u8 = 4;
     pub const MQ_VQ_PAIRS_SET: u8 = 0;
+    pub const MQ_RSS_CONFIG: u8 = 1;
     pub const GUEST_OFFLOADS: u8 = 5;
     pub const GUEST_OFFLOADS_SET: u8 = 0;
     /// Answers.

@@ -248,6 +248,32 @@ fn queue_pairs_are_used_once_they_are_set() {
 }
 
 #[test]
+fn the_driver_says_which_flows_go_to_which_queue() {
+    let mut bench = Bench::new(CONTROL | feature::RSS, 2);
+    let at = bench.driver.device.unwrap();
+    let about: Vec<u8> = (12..24).map(|byte| bench.driver.read(at + byte, 1) as u8).collect();
+    assert_eq!(about, [0xff, 0xff, 0xff, 0xff, 0xff, 40, 128, 0, 0x3f, 0, 0, 0]);
+    // All of TCP over IPv4 to the second pair, all else to the first; a key with one bit, which nothing moves to the front.
+    let config =
+        |types: u8, pair: u8| [&[types, 0, 0, 0, 0, 0, 0, 0, pair, 0, 2, 0, 4, 0x80, 0, 0, 0][..]].concat();
+    assert_eq!(bench.command(4, control::MQ, control::MQ_RSS_CONFIG, &config(2, 2)), 1, "no such pair");
+    assert_eq!(bench.command(4, control::MQ, control::MQ_RSS_CONFIG, &config(0x40, 1)), 1, "no such hash");
+    assert_eq!(bench.command(4, control::MQ, control::MQ_VQ_PAIRS_SET, &[2, 0]), 1, "not agreed on");
+    assert_eq!(bench.command(4, control::MQ, control::MQ_RSS_CONFIG, &config(2, 1)), 0);
+    for queue in [0, 2] {
+        for _ in 0..10 {
+            bench.driver.send(queue, &[Buffer::In(1600)]);
+        }
+    }
+    let (_, tcp) = large(10, 1460);
+    for frame in [&tcp, &to(ADDRESS), &tcp] {
+        assert_eq!(bench.give(Offload::default(), frame), 0);
+    }
+    let counts = [0, 2].map(|queue| std::iter::from_fn(|| bench.driver.used(queue)).count());
+    assert_eq!(counts, [1, 2]);
+}
+
+#[test]
 fn offloads_change_at_run_time() {
     let all = CONTROL | feature::CTRL_GUEST_OFFLOADS | feature::GUEST_CSUM | feature::GUEST_TSO4;
     let mut bench = Bench::new(all | feature::MRG_RXBUF, 1);
