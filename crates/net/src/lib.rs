@@ -27,6 +27,7 @@ pub mod switch;
 mod sys;
 pub mod tap;
 pub mod vhost;
+pub mod vxlan;
 pub mod watch;
 mod wire;
 

@@ -23,6 +23,8 @@ pub enum PortKind {
     Socket,
     /// A tap of the host's.
     Tap(String),
+    /// A tunnel to another host.
+    Vxlan(crate::vxlan::Config),
 }
 
 /// A question.

@@ -20,8 +20,8 @@ use super::snoop::Groups;
 use super::table::{self, Key, Learnt, PortNumber, Table};
 use super::vlan::Vlans;
 use super::wait;
+use crate::Batch;
 use crate::vhost::RingError;
-use crate::{Batch, Card};
 use std::sync::Arc;
 
 /// The most ports.
@@ -384,9 +384,9 @@ impl Switch {
                 }
                 worked > 0
             }
-            Link::Tap(tap) => {
+            Link::Uplink(uplink) => {
                 workspace.batch.clear();
-                tap.take(&mut workspace.batch);
+                uplink.take(&mut workspace.batch);
                 let worked = !workspace.batch.is_empty();
                 if worked {
                     let batch = std::mem::replace(&mut workspace.batch, Batch::new(0, 0));
@@ -681,7 +681,7 @@ impl Switch {
         let Workspace { burst, filler, bytes, .. } = workspace;
         match link {
             Link::Guest(backend) => filler.fill(backend, &spec.vlans, counters, list, burst, origin),
-            Link::Tap(tap) => {
+            Link::Uplink(uplink) => {
                 for (place, index) in list.iter().enumerate() {
                     let Some((packet, rest)) = burst.with_rest(usize::from(*index), origin) else { continue };
                     let tag = spec.vlans.egress(packet.vlan).flatten();
@@ -695,7 +695,7 @@ impl Switch {
                     if tag.is_some() {
                         packet.strip();
                     }
-                    if !tap.send(&offload, bytes) {
+                    if !uplink.send(&offload, bytes) {
                         return Ok(place);
                     }
                     counters.sent = counters.sent.wrapping_add(1);

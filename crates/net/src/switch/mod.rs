@@ -30,6 +30,7 @@ mod snoop;
 mod table;
 #[cfg(test)]
 mod test;
+mod uplink;
 mod vlan;
 mod wait;
 mod watchdog;

@@ -7,8 +7,8 @@ use super::queue::{FairQueue, Room, Waiting};
 use super::reason::{Drops, Reason};
 use super::share::{ShareSpec, Turn};
 use super::table::{Key, PortNumber};
+use super::uplink::Uplink;
 use super::vlan::Vlans;
-use crate::tap::Tap;
 use crate::vhost::Backend;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -195,8 +195,8 @@ pub enum Link {
     Nothing,
     /// A guest.
     Guest(Box<Backend>),
-    /// An interface of the host's.
-    Tap(Tap),
+    /// A way out.
+    Uplink(Uplink),
 }
 
 /// What has gone through.
@@ -339,7 +339,7 @@ impl Port {
             &self.counters;
         let (link, broken): (_, Vec<String>) = match &self.link {
             Link::Nothing => ("nothing", Vec::new()),
-            Link::Tap(_) => ("tap", Vec::new()),
+            Link::Uplink(uplink) => (uplink.name(), uplink.complaints()),
             Link::Guest(backend) => {
                 let why = backend.queues().iter().filter_map(|queue| queue.broken());
                 let running = backend.queues().iter().any(|queue| queue.runs());

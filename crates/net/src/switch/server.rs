@@ -8,16 +8,18 @@ use super::control::{LINE_MAX, PortKind, Reply, Request};
 use super::forward::Switch;
 use super::port::{Link, PortSpec};
 use super::table::PortNumber;
+use super::uplink::Uplink;
 use super::watchdog::Watchdog;
 use crate::tap::Tap;
 use crate::vhost::{Backend, RingError};
+use crate::vxlan::Vxlan;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::io::Errno;
 use rustix::time::Timespec;
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -483,20 +485,31 @@ impl Server {
         self.switch.add(name, spec).ok_or_else(|| format!("all {} ports are taken", super::PORTS_MAX))
     }
 
+    fn add_uplink(&mut self, name: &str, spec: PortSpec, uplink: Uplink) -> Result<(), String> {
+        let port = self.new_port(name, spec)?;
+        let flags = EventFlags::IN | EventFlags::OUT | EventFlags::ET;
+        let watched = epoll::add(&self.poll, &uplink, Token::Kick(port).encode(), flags);
+        if let Some(port) = self.switch.port_mut(port) {
+            port.link = Link::Uplink(uplink);
+        }
+        self.places.insert(port, Place::default());
+        watched.map_err(|error| error.to_string())?;
+        self.switch.waken(port);
+        Ok(())
+    }
+
     fn add(&mut self, name: &str, spec: PortSpec, kind: PortKind) -> Result<Value, String> {
         match kind {
             PortKind::Tap(interface) => {
                 let tap = Tap::open(&interface).map_err(|error| error.to_string())?;
-                let port = self.new_port(name, spec)?;
-                let flags = EventFlags::IN | EventFlags::OUT | EventFlags::ET;
-                let watched = epoll::add(&self.poll, &tap, Token::Kick(port).encode(), flags);
-                if let Some(port) = self.switch.port_mut(port) {
-                    port.link = Link::Tap(tap);
-                }
-                self.places.insert(port, Place::default());
-                watched.map_err(|error| error.to_string())?;
-                self.switch.waken(port);
+                self.add_uplink(name, spec, Uplink::Tap(tap))?;
                 Ok(json!({ "interface": interface }))
+            }
+            PortKind::Vxlan(config) => {
+                let tunnel = Vxlan::open(&config).map_err(|error| error.to_string())?;
+                let local = tunnel.local();
+                self.add_uplink(name, spec, Uplink::Vxlan(tunnel))?;
+                Ok(json!({ "local": local, "remote": config.remote, "vni": config.vni }))
             }
             PortKind::Socket => {
                 let port = self.new_port(name, spec)?;
@@ -649,8 +662,8 @@ impl Server {
                 Link::Guest(backend) => {
                     let _ = epoll::delete(&self.poll, &*backend);
                 }
-                Link::Tap(tap) => {
-                    let _ = epoll::delete(&self.poll, &tap);
+                Link::Uplink(uplink) => {
+                    let _ = epoll::delete(&self.poll, &uplink);
                 }
                 Link::Nothing => {}
             }
@@ -713,11 +726,5 @@ impl Drop for Server {
         for (_, path) in self.places.values().filter_map(|place| place.listener.as_ref()) {
             let _ = std::fs::remove_file(path);
         }
-    }
-}
-
-impl AsFd for Tap {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.file()
     }
 }

@@ -103,6 +103,9 @@ pub struct Add {
     /// Connect it to this tap of the host's, which is made if it is not there
     #[arg(long, value_name = "INTERFACE")]
     pub tap: Option<String>,
+    /// Connect it to another host's switch (yado's, or any VXLAN): ADDRESS[:PORT],vni=NUMBER[,local=ADDRESS[:PORT]]
+    #[arg(long, value_name = "ADDRESS,vni=N", conflicts_with = "tap")]
+    pub vxlan: Option<net::vxlan::Config>,
 }
 
 #[derive(Debug, Args)]

@@ -256,9 +256,14 @@ fn usage(why: String) -> anyhow::Error {
 }
 
 fn add(options: &Add) -> Result<()> {
-    let mut spec = PortSpec { trusted: options.tap.is_some(), ..PortSpec::default() };
+    let mut spec =
+        PortSpec { trusted: options.tap.is_some() || options.vxlan.is_some(), ..PortSpec::default() };
     spec.apply_all(&options.options).map_err(usage)?;
-    let kind = options.tap.clone().map_or(PortKind::Socket, PortKind::Tap);
+    let kind = match (&options.tap, &options.vxlan) {
+        (Some(tap), _) => PortKind::Tap(tap.clone()),
+        (None, Some(tunnel)) => PortKind::Vxlan(tunnel.clone()),
+        (None, None) => PortKind::Socket,
+    };
     let answer = ask(&options.name, &Request::AddPort { name: options.port.clone(), spec, kind })?;
     if let Some(path) = answer["socket"].as_str() {
         println!("{path}");
