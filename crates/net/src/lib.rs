@@ -1,7 +1,8 @@
 //! Networks for guests: what carries the frames of their cards.
 //!
 //! What lives here: frames with their offloads ([`Batch`], [`Offload`], [`segment`]), the [`Card`] they come from, and what they are
-//! carried by: the user-mode [`gateway`], and [`tap`]s; a [`watch`] shows them to people. Usable alone: this crate knows no VM. What may enter: nothing of yado.
+//! carried by: the user-mode [`gateway`], and [`tap`]s; a [`watch`] shows them to people.
+//! Usable alone: this crate knows no VM. What may enter: nothing of yado.
 //!
 //! Guests are hostile: no frame of any content may cause a panic, an endless loop, or memory without bound.
 //!

@@ -133,8 +133,8 @@ pub struct Run {
     #[arg(long, value_name = "FILE[,OPTION...]", value_hint = ValueHint::FilePath)]
     pub disk: Vec<Disk>,
 
-    /// A network card: none, user[,host-loopback][,isolated] (the default), switch=NAME[,vlan=N|trunk=A-B][,port=NAME][,OPTION...] (see `yado
-    /// help switch set`), tap=NAME, or vhost-user=SOCKET; each with [,mtu=BYTES][,mac=ADDRESS]. With user
+    /// A network card: none, user[,host-loopback][,isolated] (the default), switch=NAME[,vlan=N|trunk=A-B][,port=NAME][,OPTION...]
+    /// (see `yado help switch set`), tap=NAME, or vhost-user=SOCKET; each with [,mtu=BYTES][,mac=ADDRESS]. With user
     /// the guest reaches what this user reaches, but not what listens on this host's loopback, unless host-loopback lets it, as
     /// host.yado; guests of this user reach each other as NAME.yado, unless isolated
     #[arg(long, value_name = "KIND[,OPTION...]", help_heading = "Network")]

@@ -1,4 +1,5 @@
-//! The name server that the guest sees: answers for `host.yado` and the names of other guests, passes everything else to the host's resolvers.
+//! The name server that the guest sees: answers for `host.yado` and the names of other guests, passes
+//! everything else to the host's resolvers.
 
 use super::config::{HOST_NAME, Network, ZONE};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
