@@ -4,7 +4,7 @@
 //! No terminal, no command line: those are the `yado` binary's.
 #![forbid(unsafe_code)]
 #![cfg_attr(
-    not(test),
+    not(any(test, fuzzing)),
     deny(
         clippy::unwrap_used,
         clippy::expect_used,
@@ -23,6 +23,8 @@ mod config;
 pub mod console;
 pub mod control;
 mod functions;
+#[cfg(any(test, fuzzing))]
+mod fuzz;
 mod kernel;
 mod lending;
 mod lifecycle;
@@ -47,6 +49,8 @@ pub use config::{
 };
 pub use engine_soft::look_at_clocks;
 pub use functions::Error as FunctionError;
+#[cfg(fuzzing)]
+pub use fuzz::fuzz_exits;
 pub use lifecycle::{Crash, Outcome};
 pub use machine::{CPUS_MAX, Error, Machine};
 pub use notice::Notice;

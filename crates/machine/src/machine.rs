@@ -263,6 +263,17 @@ impl Machine {
         })
     }
 
+    /// A machine on an engine of the caller's, and its first vCPU's loop, to be played by hand instead of started.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn on_script(config: MachineConfig, engine: Arc<dyn Engine>) -> Result<(Self, Runner), Error> {
+        let ram = ram::make(&config, |_, _| {})?;
+        let machine = Self::with_engine(config, ram, engine)?;
+        machine.common.clock.run();
+        let vcpu = machine.threads().idle.pop().ok_or(Error::Cpus(0))?;
+        let runner = Runner::new(vcpu, 0, machine.common.clone()).ok_or(Error::Cpus(0))?;
+        Ok((machine, runner))
+    }
+
     /// Starts the machine. A second start does nothing.
     pub fn start(&self) -> Result<(), Error> {
         let mut threads = self.threads();

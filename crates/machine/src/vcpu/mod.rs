@@ -146,6 +146,17 @@ impl Runner {
         }
     }
 
+    /// One exit that did not come from the engine, and what follows from it; `false` when the machine stops. HLT takes no time.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn play(&mut self, exit: Exit) -> bool {
+        let common = self.common.clone();
+        let Some(slot) = common.slots.get(self.index) else { return false };
+        self.handle(exit, slot);
+        let goes_on = !slot.take_attention() || self.attend(slot);
+        self.halted = false;
+        goes_on
+    }
+
     /// Looks at everything others may want; `false` when the machine stops.
     fn attend(&mut self, slot: &Slot) -> bool {
         match self.common.lifecycle.wanted() {

@@ -44,6 +44,7 @@ macro_rules! cases {
             }
         }
         /// All cases, in the order of the file.
+        #[allow(dead_code)]
         pub const CASES: &[&str] = &[$(stringify!($name)),*];
     };
 }
