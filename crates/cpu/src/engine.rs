@@ -160,8 +160,8 @@ pub trait LocalApics: Send + Sync {
 /// Doorbells of an engine that has them (KVM's are in the kernel): guests' writes that signal an event counter instead of ending
 /// [`Vcpu::run`], so that the vCPU goes on at once and whoever serves the device hears of it without a thread between them.
 pub trait Doorbells: Send + Sync {
-    /// From now on writes of two bytes, of any value, to this guest-physical address signal `event`. `false`: not this one; such
-    /// writes go on to be [`Exit::Write`], as all others to that address are.
+    /// From now on writes of two bytes, of any value, to this guest-physical address signal `event`; those of other widths may or may
+    /// not. `false`: not this one; such writes go on to be [`Exit::Write`].
     fn hang(&self, address: u64, event: BorrowedFd<'_>) -> bool;
     /// They do not any more. Of an address and event that hang.
     fn take_down(&self, address: u64, event: BorrowedFd<'_>);

@@ -40,6 +40,8 @@ pub(crate) struct Capabilities {
     pub(crate) triple_fault: bool,
     /// The local APIC timer has the deadline mode.
     pub(crate) tsc_deadline: bool,
+    /// Doorbells do not mind how wide a write is (4.5): VT-x then rings them without decoding the instruction.
+    pub(crate) any_width: bool,
     /// vCPUs that a VM may have.
     pub(crate) vcpus_max: u32,
 }
@@ -73,6 +75,7 @@ impl Capabilities {
             statistics: has(kvm::KVM_CAP_BINARY_STATS_FD),
             triple_fault: has(kvm::KVM_CAP_X86_TRIPLE_FAULT_EVENT),
             tsc_deadline: has(kvm::KVM_CAP_TSC_DEADLINE_TIMER),
+            any_width: has(kvm::KVM_CAP_IOEVENTFD_ANY_LENGTH),
             // 4 is what the oldest kernels mean by no answer.
             vcpus_max: check(vm, kvm::KVM_CAP_MAX_VCPUS).max(4),
         })

@@ -13,6 +13,8 @@ use std::sync::Arc;
 
 /// Bytes of a notification (virtio 1.3, 4.1.5.2).
 const WIDTH: u32 = 2;
+/// As many as the guest likes.
+const ANY_WIDTH: u32 = 0;
 
 /// The doorbells of one VM.
 pub(crate) struct Bells(Arc<Vm>);
@@ -25,7 +27,7 @@ impl Bells {
     fn tell(&self, address: u64, event: BorrowedFd<'_>, flags: u32) -> bool {
         let bell = kvm_ioeventfd {
             addr: address,
-            len: WIDTH,
+            len: if self.0.capabilities.any_width { ANY_WIDTH } else { WIDTH },
             fd: event.as_raw_fd(),
             flags,
             ..kvm_ioeventfd::zeroed()

@@ -63,6 +63,7 @@ const LINUX_5_10: &[(u32, u32)] = &[
     (kvm::KVM_CAP_IMMEDIATE_EXIT, 1),
     (kvm::KVM_CAP_X86_USER_SPACE_MSR, 1),
     (kvm::KVM_CAP_X86_MSR_FILTER, 1),
+    (kvm::KVM_CAP_IOEVENTFD_ANY_LENGTH, 1),
     (kvm::KVM_CAP_X2APIC_API, 3),
     (kvm::KVM_CAP_ENFORCE_PV_FEATURE_CPUID, 1),
     (kvm::KVM_CAP_TSC_DEADLINE_TIMER, 1),

@@ -614,18 +614,23 @@ fn messages_and_pins_reach_the_kernel() {
 #[test]
 fn doorbells_are_told_to_the_kernel_and_what_it_refuses_stays_an_exit() {
     use std::os::fd::{AsFd, AsRawFd};
+    let (event, _) = std::io::pipe().unwrap();
+    let (any, two) = (Double::linux_6_12(), Double::linux_6_12().without(kvm::KVM_CAP_IOEVENTFD_ANY_LENGTH));
+    for (double, width) in [(any, 0), (two, 2)] {
+        let (double, engine, _vcpu) = vcpu_on(double);
+        let bells = engine.doorbells().unwrap();
+        let told = || {
+            let bell = double.kept::<kvm::kvm_ioeventfd>(VM, "IOEVENTFD").unwrap();
+            (bell.addr, bell.len, bell.fd, bell.flags, bell.datamatch)
+        };
+        assert!(bells.hang(0xfe00_3004, event.as_fd()));
+        assert_eq!(told(), (0xfe00_3004, width, event.as_raw_fd(), 0, 0));
+        bells.take_down(0xfe00_3004, event.as_fd());
+        // KVM_IOEVENTFD_FLAG_DEASSIGN.
+        assert_eq!(told(), (0xfe00_3004, width, event.as_raw_fd(), 4, 0));
+    }
     let (double, engine, _vcpu) = vcpu();
     let bells = engine.doorbells().unwrap();
-    let (event, _) = std::io::pipe().unwrap();
-    let told = || {
-        let bell = double.kept::<kvm::kvm_ioeventfd>(VM, "IOEVENTFD").unwrap();
-        (bell.addr, bell.len, bell.fd, bell.flags, bell.datamatch)
-    };
-    assert!(bells.hang(0xfe00_3004, event.as_fd()));
-    assert_eq!(told(), (0xfe00_3004, 2, event.as_raw_fd(), 0, 0));
-    bells.take_down(0xfe00_3004, event.as_fd());
-    // KVM_IOEVENTFD_FLAG_DEASSIGN.
-    assert_eq!(told(), (0xfe00_3004, 2, event.as_raw_fd(), 4, 0));
     double.refuse("IOEVENTFD", libc::ENOSPC);
     assert!(!bells.hang(0xfe00_3008, event.as_fd()));
 }

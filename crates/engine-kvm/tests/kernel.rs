@@ -221,10 +221,17 @@ fn a_doorbell_is_heard_without_an_exit_until_it_is_taken_down() {
     assert!(bells.hang(PLACE, events[0].as_fd()));
     assert!(bells.hang(PLACE + 4, events[1].as_fd()), "of another queue");
     for _ in 0..3 {
-        // Another width is an exit.
-        assert_eq!(vcpu.run().unwrap(), write(4));
-        assert_eq!(vcpu.run().unwrap(), out(0));
-        assert_eq!((heard(&events[0]), heard(&events[1])), (4, 0));
+        // Another width is an exit, or is heard too.
+        let mut exits = 0;
+        let other = loop {
+            match vcpu.run().unwrap() {
+                exit if exit == write(4) => exits += 1,
+                exit => break exit,
+            }
+        };
+        assert_eq!(other, out(0));
+        assert!(exits < 2);
+        assert_eq!((exits + heard(&events[0]), heard(&events[1])), (5, 0));
     }
     bells.take_down(PLACE, events[0].as_fd());
     for size in [2, 2, 2, 2, 4] {
