@@ -299,7 +299,28 @@ pub fn fuzz_exits(data: &[u8]) {
 
 #[cfg(test)]
 mod test {
+    use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn a_guest_that_resets_with_its_first_instruction_lets_itself_be_paused() {
+        let Stage { machine, mut runner, shared: _, _files } = stage(true);
+        // The keyboard controller's pulse.
+        let reset = Exit::Write { space: Space::Port, address: 0x64, size: 1, value: 0xfe };
+        std::thread::scope(|scope| {
+            let guest =
+                scope.spawn(move || while runner.play(reset.clone()) && runner.play(Exit::Interrupted) {});
+            for starts in [5, 10] {
+                while machine.starts() < starts {
+                    std::thread::yield_now();
+                }
+                assert!(machine.pause());
+                machine.resume();
+            }
+            machine.stop();
+            guest.join().unwrap();
+        });
+    }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]

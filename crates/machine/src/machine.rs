@@ -271,6 +271,7 @@ impl Machine {
         machine.common.clock.run();
         let vcpu = machine.threads().idle.pop().ok_or(Error::Cpus(0))?;
         let runner = Runner::new(vcpu, 0, machine.common.clone()).ok_or(Error::Cpus(0))?;
+        machine.running.store(1, Ordering::SeqCst);
         Ok((machine, runner))
     }
 

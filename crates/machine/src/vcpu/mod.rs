@@ -159,19 +159,25 @@ impl Runner {
 
     /// Looks at everything others may want; `false` when the machine stops.
     fn attend(&mut self, slot: &Slot) -> bool {
-        match self.common.lifecycle.wanted() {
-            Wanted::Run => {}
-            Wanted::Stop => return false,
-            // Not in the middle of an instruction: run to an exit that is between two.
-            Wanted::Pause | Wanted::Restart if !self.pausable => slot.wake_self(),
-            Wanted::Pause => {
-                if !self.park(slot) {
-                    return false;
+        loop {
+            match self.common.lifecycle.wanted() {
+                Wanted::Run => break,
+                Wanted::Stop => return false,
+                // Not in the middle of an instruction: run to an exit that is between two.
+                Wanted::Pause | Wanted::Restart if !self.pausable => {
+                    slot.wake_self();
+                    break;
                 }
-            }
-            Wanted::Restart => {
-                if !self.restart(slot) {
-                    return false;
+                Wanted::Pause => {
+                    if !self.park(slot) {
+                        return false;
+                    }
+                }
+                // And look again: a guest that resets with its first instruction would never let anybody pause it.
+                Wanted::Restart => {
+                    if !self.restart(slot) {
+                        return false;
+                    }
                 }
             }
         }
