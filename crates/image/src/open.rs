@@ -31,7 +31,7 @@ pub struct OpenOptions {
     pub follow_guess: bool,
     /// Backing files are not opened: what they hold reads as zeroes. For looking at one image of a chain.
     pub alone: bool,
-    /// Somebody else may use the file meanwhile.
+    /// Somebody else may use the file meanwhile, and write it: it can only be read.
     pub shared: bool,
     /// What stands between writes and stable storage.
     pub cache: CacheMode,
@@ -217,6 +217,11 @@ struct Layer {
 
 impl Layer {
     fn find(path: &Path, options: OpenOptions) -> Result<Self, Error> {
+        if options.shared && !options.read_only {
+            // Two who write tables of one image destroy it.
+            let what = "somebody else may write it meanwhile (-U, --force-share), so that it can only be read: leave that out";
+            return Err(Error::Unsupported { path: path.to_path_buf(), what: what.into() });
+        }
         let storage = storage::open(path, options.read_only, options.shared, options.cache)?;
         let format = match options.format {
             Some(format) => format,
@@ -233,7 +238,7 @@ impl Layer {
         let mut layer = Self { path: path.to_path_buf(), format, storage, header, data: None, trusted };
         if let Some(name) = layer.header.data_file() {
             let place = layer.named(name)?;
-            layer.data = Some(storage::open(&place, options.read_only, false, options.cache)?);
+            layer.data = Some(storage::open(&place, options.read_only, options.shared, options.cache)?);
         }
         Ok(layer)
     }
@@ -462,6 +467,21 @@ mod test {
         assert_eq!(Image::open(&top, alone).unwrap().format, Format::Qcow2);
         // A guest that writes a header into its raw disk gains nothing where raw was said.
         assert_eq!(Image::open(&top, options(Some(Format::Raw))).unwrap().format, Format::Raw);
+    }
+
+    #[test]
+    fn what_others_may_write_is_only_read() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a");
+        let guest = create_qcow2(&path, &CreateOptions::new(1 << 20)).unwrap();
+        let how = OpenOptions { shared: true, ..options(Some(Format::Qcow2)) };
+        Image::open(&path, how).unwrap();
+        let writing = OpenOptions { read_only: false, ..how };
+        for open in [Image::open, Image::open_for_repair] {
+            let error = open(&path, writing).err().unwrap().to_string();
+            assert!(error.contains("-U"), "{error}");
+        }
+        drop(guest);
     }
 
     #[test]

@@ -85,8 +85,9 @@ fn hyphenated(uuid: &[u8; 16]) -> String {
 pub fn namespace(namespace: &Namespace, discard: bool, read_only: bool) -> Page<4096> {
     let mut page = Page::new();
     let blocks = namespace.blocks.to_le_bytes();
-    // Deallocated blocks read as zeroes, and write zeroes may deallocate.
-    let deallocation = if discard { 0b1001 } else { 0 };
+    // Write zeroes may deallocate. What deallocated blocks read as is not told: where a format discards whole clusters only,
+    // or a host knows no holes, they stay as they were.
+    let deallocation = if discard { 0b1000 } else { 0 };
     page.put(0, &blocks)
         .put(8, &blocks)
         .put(16, &blocks)

@@ -6,8 +6,10 @@ use anyhow::{Context, bail};
 use machine::control::protocol::{Ended, ExecRequest, Kind, Reply, Request, read, write, write_json};
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
+use std::time::{Duration, Instant};
 
 /// Ctrl-], which leaves a console.
 const LEAVE: u8 = 0x1d;
@@ -31,12 +33,66 @@ pub fn ask(name: &str, request: &Request) -> anyhow::Result<(UnixStream, serde_j
     ask_on(connect(name)?, request)
 }
 
+/// Asks, and waits for the answer no longer than that: the guest's process may be stopped.
+pub fn ask_within(name: &str, request: &Request, time: Duration) -> anyhow::Result<serde_json::Value> {
+    let mut timed = Timed::connect(&registry::socket(name)?, time)
+        .with_context(|| format!("the guest {name} does not answer"))?;
+    asked(&mut timed, request)
+}
+
+/// A connection that ends when its time is over, however little comes how often.
+struct Timed {
+    stream: UnixStream,
+    until: Instant,
+}
+
+impl Timed {
+    fn connect(path: &Path, time: Duration) -> io::Result<Self> {
+        use rustix::net::{self, sockopt};
+        let until = Instant::now() + time;
+        let flags = net::SocketFlags::CLOEXEC;
+        let socket = net::socket_with(net::AddressFamily::UNIX, net::SocketType::STREAM, flags, None)?;
+        // Where too many are waiting to be accepted connecting waits, too (socket(7): as sending does).
+        sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(time))?;
+        net::connect(&socket, &net::SocketAddrUnix::new(path)?)?;
+        Ok(Self { stream: socket.into(), until })
+    }
+
+    fn left(&self) -> io::Result<Option<Duration>> {
+        let left = self.until.saturating_duration_since(Instant::now());
+        if left.is_zero() { Err(ErrorKind::TimedOut.into()) } else { Ok(Some(left)) }
+    }
+}
+
+impl Read for Timed {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        self.stream.set_read_timeout(self.left()?)?;
+        self.stream.read(bytes)
+    }
+}
+
+impl Write for Timed {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.stream.set_write_timeout(self.left()?)?;
+        self.stream.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// Asks on a fresh connection.
 fn ask_on(mut stream: UnixStream, request: &Request) -> anyhow::Result<(UnixStream, serde_json::Value)> {
-    write_json(&mut stream, Kind::Request, request).context("the guest's process is gone")?;
-    match read(&mut stream).context("the guest's process is gone")? {
+    let value = asked(&mut stream, request)?;
+    Ok((stream, value))
+}
+
+fn asked(stream: &mut (impl Read + Write), request: &Request) -> anyhow::Result<serde_json::Value> {
+    write_json(stream, Kind::Request, request).context("the guest's process is gone")?;
+    match read(stream).context("the guest's process is gone")? {
         Some((Kind::Reply, payload)) => match serde_json::from_slice(&payload)? {
-            Reply::Ok(value) => Ok((stream, value)),
+            Reply::Ok(value) => Ok(value),
             Reply::Refused(why) => bail!("{why}"),
         },
         Some(_) => {
@@ -184,4 +240,47 @@ fn receive(
 fn put(to: &mut impl Write, bytes: &[u8]) -> io::Result<()> {
     to.write_all(bytes)?;
     to.flush()
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use std::os::unix::net::UnixListener;
+
+    const TIME: Duration = Duration::from_millis(200);
+
+    /// Asks somebody who is stopped: nothing is accepted, then nothing can even be connected.
+    #[test]
+    fn a_stopped_guest_is_not_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        rustix::net::listen(&listener, 0).unwrap();
+        let began = Instant::now();
+        let mut waiting = Vec::new();
+        while let Ok(mut timed) = Timed::connect(&path, TIME) {
+            assert!(asked(&mut timed, &Request::Stats).is_err());
+            waiting.push(timed);
+            assert!(waiting.len() < 10);
+        }
+        assert!(!waiting.is_empty() && began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+    }
+
+    #[test]
+    fn one_who_says_a_byte_now_and_then_is_not_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            while stream.write_all(&[0]).is_ok() {
+                thread::sleep(Duration::from_millis(20));
+            }
+        });
+        let mut timed = Timed::connect(&path, TIME).unwrap();
+        let began = Instant::now();
+        let mut bytes = Vec::new();
+        assert!(timed.read_to_end(&mut bytes).is_err());
+        assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+    }
 }

@@ -85,10 +85,7 @@ pub fn serve(
 
 /// For this user only. A socket at which nobody listens any more makes room.
 fn at_path(path: &Path) -> io::Result<UnixListener> {
-    if UnixStream::connect(path).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused) {
-        fs::remove_file(path)?;
-    }
-    let listener = UnixListener::bind(path)?;
+    let listener = image::nbd::bind(path)?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
     Ok(listener)
 }
@@ -284,5 +281,9 @@ mod test {
         assert!(answer(&path, b"").starts_with("HTTP/1.1 503 "));
         drop(silent);
         assert!(at_path(&path).is_err(), "a socket that is served stays");
+        let notes = directory.path().join("notes.txt");
+        fs::write(&notes, "mine").unwrap();
+        assert!(at_path(&notes).is_err());
+        assert_eq!(fs::read_to_string(&notes).unwrap(), "mine");
     }
 }

@@ -7,7 +7,7 @@ use std::str::FromStr;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Size(pub u64);
 
-const SUFFIXES: [(char, u32); 5] = [('K', 10), ('M', 20), ('G', 30), ('T', 40), ('P', 50)];
+const SUFFIXES: [(char, u32); 6] = [('K', 10), ('M', 20), ('G', 30), ('T', 40), ('P', 50), ('E', 60)];
 
 impl FromStr for Size {
     type Err = String;
@@ -64,10 +64,12 @@ mod test {
             ("1.5G", 3 << 29),
             ("64KiB", 65536),
             ("7TB", 7 << 40),
+            ("1E", 1 << 60),
+            ("15.5E", 31 << 59),
         ] {
             assert_eq!(text.parse(), Ok(Size(bytes)), "{text}");
         }
-        for text in ["", "G", "-1", "1.2345G", "1.5", "99999999999T", "4 apples", "½G", "é"] {
+        for text in ["", "G", "16E", "-1", "1.2345G", "1.5", "99999999999T", "4 apples", "½G", "é"] {
             assert!(text.parse::<Size>().is_err(), "{text}");
         }
     }
@@ -77,5 +79,6 @@ mod test {
         assert_eq!(Size(512 << 20).to_string(), "512 MiB");
         assert_eq!(Size(3 << 29).to_string(), "1.5 GiB");
         assert_eq!(Size(100).to_string(), "100 B");
+        assert_eq!(Size(u64::MAX).to_string(), "15.9 EiB");
     }
 }

@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 const PERIOD: Duration = Duration::from_secs(1);
+/// How long a guest may take to tell its counters to somebody who asks all.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// `yado stats`
 pub fn stats(options: &Stats) -> anyhow::Result<()> {
@@ -69,16 +71,35 @@ fn perf_map(name: &str, path: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// One guest, or all that run. One that stops meanwhile is not among them.
+/// One guest, or all that run. One that stops meanwhile, or does not answer, is not among them.
 fn prometheus(name: Option<&str>) -> anyhow::Result<String> {
     let listed = match name {
         Some(name) => vec![registry::find_running(name)?],
         None => registry::list()?.into_iter().filter(|guest| guest.running).collect(),
     };
-    let told = listed.iter().map(|guest| (guest, client::ask(&guest.record.name, &Request::Stats)));
-    let guests: Vec<_> = told
+    let ask = |name: &str| client::ask_within(name, &Request::Stats, PATIENCE);
+    // All at once: one that is stopped holds up the others once, and not each scrape as often as there are such.
+    let told = std::thread::scope(|scope| {
+        let asking: Vec<_> = listed
+            .iter()
+            .map(|guest| {
+                let thread = std::thread::Builder::new().name("asking".into());
+                let name = &guest.record.name;
+                thread.spawn_scoped(scope, move || ask(name)).map_err(|_| ask(name))
+            })
+            .collect();
+        let heard = asking.into_iter().map(|asked| match asked {
+            Ok(thread) => thread.join().ok()?.ok(),
+            // The host has no thread to spare now.
+            Err(told) => told.ok(),
+        });
+        heard.collect::<Vec<_>>()
+    });
+    let guests: Vec<_> = listed
+        .iter()
+        .zip(told)
         .filter_map(|(guest, told)| {
-            let (_, told) = told.ok()?;
+            let told = told?;
             let record = &guest.record;
             Some(Guest { name: &record.name, memory: record.memory, resident: resident(record.pid), told })
         })

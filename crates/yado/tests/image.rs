@@ -1,6 +1,7 @@
 //! `yado image` against qemu-img: each reads what the other makes, and they say the same of it.
 
 use serde_json::Value;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -127,6 +128,40 @@ fn maps_are_those_of_qemu() {
     assert!(place.yado(0, "info top.qcow2").contains("base.raw"));
 }
 
+/// A thousand million runs in a file of less than 2 MiB: they are told as they are found.
+#[test]
+fn a_map_without_end_needs_no_memory() {
+    let place = Place::new();
+    place.yado(0, "create -q -f qcow2 a.qcow2 64T");
+    let mut bytes = std::fs::read(place.path("a.qcow2")).unwrap();
+    bytes.resize(bytes.len().next_multiple_of(1 << 16), 0);
+    let table = bytes.len() as u64;
+    // Data and nothing in turn, and all parts of the disk name this table.
+    for row in 0..8192u64 {
+        let entry = if row % 2 == 0 { 1 << 63 | (table + (1 << 16)) } else { 0 };
+        bytes.extend_from_slice(&entry.to_be_bytes());
+    }
+    bytes.resize(bytes.len() + (1 << 16), 1);
+    let l1 = u64::from_be_bytes(bytes[40..48].try_into().unwrap()) as usize;
+    for entry in bytes[l1..l1 + 8 * 131_072].chunks_exact_mut(8) {
+        entry.copy_from_slice(&(1 << 63 | table).to_be_bytes());
+    }
+    std::fs::write(place.path("a.qcow2"), bytes).unwrap();
+    let link = place.path("qemu-img");
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_yado"), &link).unwrap();
+    let yado = env!("CARGO_BIN_EXE_yado");
+    for line in [
+        format!("{yado} image map -f qcow2 a.qcow2"),
+        format!("{yado} image map -f qcow2 --json a.qcow2"),
+        format!("{} map -f qcow2 --output=json a.qcow2", link.display()),
+    ] {
+        // Of memory 1 GiB.
+        let script = format!("ulimit -v 1048576; timeout 60 {line} | head -c 100000 | wc -c");
+        let output = place.run("sh", &["-c", &script]);
+        assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "100000", "{line}: {output:?}");
+    }
+}
+
 #[test]
 fn chains_are_moved_merged_and_emptied() {
     let place = Place::new();
@@ -146,6 +181,36 @@ fn chains_are_moved_merged_and_emptied() {
     place.qemu("compare -f qcow2 -F raw top.qcow2 before.raw");
     place.qemu("check top.qcow2");
     assert!(!place.qemu("info top.qcow2").contains("backing"));
+}
+
+/// What an internal snapshot has not itself it shows from below.
+#[test]
+fn what_snapshots_show_is_not_changed_below_them() {
+    let place = Place::new();
+    place.raw("base.raw");
+    place.raw("other.raw");
+    place.yado(0, "create -q -f qcow2 -b base.raw -F raw top.qcow2");
+    place.yado(0, "snapshot -f qcow2 -c one top.qcow2");
+    place.run("qemu-io", &["-c", "write -P 7 100k 300k", "top.qcow2"]);
+    let before = ["base.raw", "top.qcow2"].map(|name| std::fs::read(place.path(name)).unwrap());
+    for line in [
+        "commit -q -f qcow2 top.qcow2",
+        "commit -q -d -f qcow2 top.qcow2",
+        "rebase -q -f qcow2 -b other.raw -F raw top.qcow2",
+        "rebase -q -f qcow2 -b '' top.qcow2",
+    ] {
+        let words: Vec<&str> = std::iter::once("image").chain(line.split(' ')).collect();
+        let words: Vec<&str> = words.into_iter().map(|word| word.trim_matches('\'')).collect();
+        let output = place.run(env!("CARGO_BIN_EXE_yado"), &words);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(2) && said.contains("snapshots"), "{line}: {said}");
+    }
+    let after = ["base.raw", "top.qcow2"].map(|name| std::fs::read(place.path(name)).unwrap());
+    assert!(before == after);
+    // A new name for the same content is their owner's affair.
+    place.yado(0, "rebase -q -u -f qcow2 -b other.raw -F raw top.qcow2");
+    place.yado(0, "snapshot -f qcow2 -d one top.qcow2");
+    place.yado(0, "commit -q -f qcow2 top.qcow2");
 }
 
 #[test]
@@ -202,6 +267,64 @@ fn nonsense_is_refused_and_leaves_nothing() {
     place.yado(0, "create -q -f qcow2 big.qcow2 1T");
     assert!(size(&place.path("big.qcow2")) < 1 << 20);
     assert!(place.yado(0, "measure --size 1G -O qcow2").contains("required size"));
+}
+
+#[test]
+fn what_is_in_use_is_neither_replaced_nor_changed() {
+    let place = Place::new();
+    place.raw("a.raw");
+    place.yado(0, "create -q -f qcow2 b.qcow2 8M");
+    let target = place.path("b.qcow2");
+    std::fs::set_permissions(&target, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let guest = std::fs::File::open(&target).unwrap();
+    guest.lock().unwrap();
+    let before = guest.metadata().unwrap().ino();
+    let refused = place.yado(125, "convert -q -f raw -O qcow2 a.raw b.qcow2");
+    assert!(refused.contains("in use"), "{refused}");
+    assert_eq!(target.metadata().unwrap().ino(), before);
+    // To look at it is all that can be done meanwhile.
+    place.yado(0, "snapshot -U -f qcow2 b.qcow2");
+    for change in ["-c one", "-a one", "-d one"] {
+        let refused = place.yado(125, &format!("snapshot -U {change} -f qcow2 b.qcow2"));
+        assert!(refused.contains("-U"), "{refused}");
+    }
+    drop(guest);
+    place.yado(0, "convert -q -f raw -O qcow2 a.raw b.qcow2");
+    assert_eq!(target.metadata().unwrap().mode() & 0o777, 0o600);
+    place.qemu("compare -f raw -F qcow2 a.raw b.qcow2");
+    std::fs::hard_link(&target, place.path("c.qcow2")).unwrap();
+    let refused = place.yado(2, "convert -q -f raw -O qcow2 a.raw b.qcow2");
+    assert!(refused.contains("2 names"), "{refused}");
+    let mut names: Vec<_> =
+        place.0.path().read_dir().unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    names.sort();
+    assert_eq!(names, ["a.raw", "b.qcow2", "c.qcow2"]);
+}
+
+/// What the source has as zeroes must not show what the base has there.
+#[test]
+fn copies_on_a_base_read_as_their_source() {
+    let place = Place::new();
+    place.raw("base.raw");
+    let mut bytes = std::fs::read(place.path("base.raw")).unwrap();
+    bytes[2 << 20..3 << 20].fill(0);
+    bytes[100_000..200_000].fill(7);
+    std::fs::write(place.path("a.raw"), &bytes).unwrap();
+    place.yado(0, "convert -q -f raw -O vpc base.raw base.vpc");
+    for (format, options) in [
+        ("qcow2", "backing_file=base.raw,backing_fmt=raw"),
+        ("qcow2", "backing_file=base.raw,backing_fmt=raw -c"),
+        ("qed", "backing_file=base.raw,backing_fmt=raw"),
+        ("vpc", "backing_file=base.vpc,backing_fmt=vpc"),
+    ] {
+        place.yado(0, &format!("convert -q -f raw -O {format} -o {options} a.raw top"));
+        place.yado(0, &format!("compare -q -f {format} -F raw top a.raw"));
+        if format != "vpc" {
+            place.qemu(&format!("compare -f {format} -F raw top a.raw"));
+        }
+        let taken = taken(&place, &["top"]);
+        assert!(taken < 4 << 20, "{format}: what the base has is not copied: {taken}");
+    }
 }
 
 #[test]
@@ -401,7 +524,6 @@ fn alike(place: &Place) -> [&'static str; 4] {
 }
 
 fn taken(place: &Place, names: &[&str]) -> u64 {
-    use std::os::unix::fs::MetadataExt;
     names.iter().map(|name| std::fs::metadata(place.path(name)).unwrap().blocks() * 512).sum()
 }
 
@@ -475,6 +597,16 @@ fn images_that_would_lose_something_are_left_alone() {
     assert!(place.yado(2, "dedup --base s top.qcow2 ./top.qcow2").contains("twice"));
     assert!(place.yado(2, "dedup --block-size 5K top.qcow2").contains("power of two"));
     place.yado(125, "dedup --base store.qcow2 a.raw");
+    place.yado(0, "convert -q -f raw -O qcow2 -o lazy_refcounts=on a.raw dirty.qcow2");
+    std::fs::hard_link(place.path("dirty.qcow2"), place.path("other.qcow2")).unwrap();
+    assert!(place.yado(2, "dedup --base store.qcow2 dirty.qcow2").contains("2 names"));
+    std::fs::remove_file(place.path("other.qcow2")).unwrap();
+    // One whose user was killed: to look at it repairs nothing.
+    let mut bytes = std::fs::read(place.path("dirty.qcow2")).unwrap();
+    bytes[79] |= 1;
+    std::fs::write(place.path("dirty.qcow2"), &bytes).unwrap();
+    place.yado(0, "dedup -n --base store.qcow2 dirty.qcow2");
+    assert!(std::fs::read(place.path("dirty.qcow2")).unwrap() == bytes);
     assert!(!place.path("store.qcow2").exists());
 }
 

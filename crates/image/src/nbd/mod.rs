@@ -18,7 +18,7 @@ mod uri;
 mod wire;
 
 pub use client::NbdStorage;
-pub use server::{Export, Limits, Listener, Server, Statistics};
+pub use server::{Export, Limits, Listener, Server, Statistics, bind};
 pub use stream::Stream;
 pub use tls::{Policy, Tls};
 pub use uri::{Place, Uri, UriError};

@@ -187,6 +187,11 @@ pub struct Request {
 }
 
 impl Request {
+    /// Whether it changes what is on the disk.
+    pub fn changes(&self) -> bool {
+        matches!(self.kind, command::WRITE | command::WRITE_ZEROES | command::TRIM)
+    }
+
     /// Reads a header of [`Mode::request_len`] bytes; `None` if it does not begin as one.
     pub fn parse(mode: Mode, bytes: &[u8]) -> Option<Self> {
         let extended = mode == Mode::Extended;

@@ -18,7 +18,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 #[derive(Debug)]
 pub struct StorageFile {
     file: File,
-    /// Bytes: what the file had when it was opened, and what this process has written beyond.
+    /// Bytes: what the file had when it was opened, and what this process has written beyond. A device that has grown since
+    /// is seen to have when more is wanted.
     len: AtomicU64,
     read_only: bool,
     device: bool,
@@ -199,6 +200,10 @@ impl Storage for StorageFile {
 
     fn set_len(&self, len: u64) -> io::Result<()> {
         if self.device {
+            if len > self.len() {
+                // Somebody may have made it larger since.
+                self.reaches((&self.file).seek(SeekFrom::End(0))?);
+            }
             return if len <= self.len() { Ok(()) } else { Err(io::ErrorKind::StorageFull.into()) };
         }
         *self.data() = 0..0;
@@ -279,6 +284,18 @@ mod test {
         assert_eq!(of(8192), Extent { len: (1 << 15) - 8192, hole: false });
         file.write_bytes(1 << 15, &[1; 4096]).unwrap();
         assert_eq!(of((1 << 15) + 5).len, 4091);
+    }
+
+    #[test]
+    fn a_device_may_grow() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        let device = StorageFile { device: true, ..StorageFile::private(file.try_clone().unwrap(), 4096) };
+        device.set_len(4096).unwrap();
+        assert_eq!(device.set_len(8192).unwrap_err().kind(), io::ErrorKind::StorageFull);
+        file.set_len(16384).unwrap();
+        device.set_len(8192).unwrap();
+        assert_eq!(device.len(), 16384);
     }
 
     #[test]

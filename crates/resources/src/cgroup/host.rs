@@ -111,9 +111,28 @@ fn within(mount: &Mount<'_>, own: &str, parent: Option<&Path>) -> PathBuf {
     let group = match parent {
         Some(parent) => parent,
         // In a container the mount may show only a part of the tree.
-        None => Path::new(own.strip_prefix(mount.root).unwrap_or(own)),
+        None => Path::new(own).strip_prefix(mount.root).unwrap_or(Path::new(own)),
     };
     // Whole paths are taken too, as a shell completes them.
     let group = group.strip_prefix(&mount.place).unwrap_or(group);
     mount.place.join(group.strip_prefix("/").unwrap_or(group))
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn a_group_is_found_below_what_the_mount_shows() {
+        let at = |root, own| within(&Mount { place: "/cg".into(), root }, own, None);
+        assert_eq!(at("/", "/a/b"), Path::new("/cg/a/b"));
+        assert_eq!(at("/a", "/a/b"), Path::new("/cg/b"));
+        assert_eq!(
+            at("/a", "/ab/c"),
+            Path::new("/cg/ab/c"),
+            "another group, whose name only begins the same"
+        );
+        let parent = Some(Path::new("/cg/x"));
+        assert_eq!(within(&Mount { place: "/cg".into(), root: "/" }, "/a", parent), Path::new("/cg/x"));
+    }
 }

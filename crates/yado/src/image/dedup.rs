@@ -5,7 +5,8 @@
 //! as it was or on top of the base, and at worst files called `.NAME.NUMBER.partial`, which are nobody's.
 
 use super::options::usage;
-use super::work::{Show, beside, with_progress};
+use super::replace::{beside, check_names, directory, replace};
+use super::work::{Show, with_progress};
 use super::{arguments::Shown, open, print_json};
 use crate::size::Size;
 use anyhow::{Context, Result, bail};
@@ -76,10 +77,6 @@ pub fn dedup(arguments: &Dedup) -> Result<()> {
         None => share(arguments),
         Some(base) => rest_on(arguments, base),
     }
-}
-
-fn directory(file: &Path) -> &Path {
-    file.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// Has the file system share blocks.
@@ -160,7 +157,7 @@ fn rest_on(arguments: &Dedup, base: &Path) -> Result<()> {
     let there = base.exists();
     let mut candidates = Vec::new();
     for file in &arguments.files {
-        if let Some(image) = open_alone(file, base)? {
+        if let Some(image) = open_alone(file, base, arguments.dry_run)? {
             let before = image.storage.allocated().unwrap_or(0);
             candidates.push(Candidate { file, image, gain: store::Gain::default(), before, after: None });
         }
@@ -179,9 +176,11 @@ fn rest_on(arguments: &Dedup, base: &Path) -> Result<()> {
 }
 
 /// Opens an image that nobody uses, and that can be put on a base; `None` if it is on this one.
-fn open_alone(file: &Path, base: &Path) -> Result<Option<Image>> {
-    let how = OpenOptions { alone: true, ..OpenOptions::default() };
+fn open_alone(file: &Path, base: &Path, dry_run: bool) -> Result<Option<Image>> {
+    // To look at it must not repair it.
+    let how = OpenOptions { alone: true, read_only: dry_run, ..OpenOptions::default() };
     let image = open(file, Some("qcow2"), how)?;
+    check_names(file, &std::fs::metadata(file)?)?;
     let qcow2 = image.as_qcow2("backing files")?;
     let header = qcow2.header();
     let refuse = |what: &str| Err(usage(format!("{}: {what}", file.display())));
@@ -278,7 +277,7 @@ fn put_on(arguments: &Dedup, base: &Path, candidate: &mut Candidate<'_>) -> Resu
     // A link stays one: what it leads to is replaced.
     let file = candidate.file.canonicalize()?;
     let partial = beside(&file);
-    let replaced = replace(arguments, base, candidate, &file, &partial);
+    let replaced = move_to(arguments, base, candidate, &file, &partial);
     match replaced {
         Ok(after) => {
             candidate.after = after;
@@ -295,7 +294,7 @@ fn put_on(arguments: &Dedup, base: &Path, candidate: &mut Candidate<'_>) -> Resu
 }
 
 /// Answers the bytes that the new file takes; `None` if it would be no smaller.
-fn replace(
+fn move_to(
     arguments: &Dedup,
     base: &Path,
     candidate: &Candidate<'_>,
@@ -344,16 +343,8 @@ fn replace(
             return Ok(None);
         }
     }
-    std::fs::set_permissions(partial, metadata.permissions())?;
-    let new = File::open(partial)?;
-    let own = new.metadata()?;
-    if (own.uid(), own.gid()) != (metadata.uid(), metadata.gid()) {
-        std::os::unix::fs::fchown(&new, Some(metadata.uid()), Some(metadata.gid()))?;
-    }
-    new.sync_all()?;
-    std::fs::rename(partial, file)?;
-    File::open(directory(file))?.sync_all()?;
-    Ok(Some(new.metadata()?.blocks().saturating_mul(512)))
+    replace(partial, file, &metadata)?;
+    Ok(Some(std::fs::metadata(file)?.blocks().saturating_mul(512)))
 }
 
 fn tell(

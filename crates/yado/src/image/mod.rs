@@ -5,6 +5,7 @@ mod dedup;
 mod options;
 pub mod qemu_img;
 pub mod qemu_nbd;
+mod replace;
 mod report;
 mod serve;
 mod work;
@@ -18,6 +19,7 @@ use image::format::{Format, Repair};
 use image::{Image, OpenOptions};
 use options::{New, usage};
 use qemu_img::make::Guesses;
+use std::io::{BufWriter, Write};
 use std::path::Path;
 
 /// Exit codes of `check`, as qemu-img has them.
@@ -205,12 +207,12 @@ fn resize(arguments: &Resize) -> Result<()> {
 
 fn map(arguments: &Map) -> Result<()> {
     let image = open(&arguments.file, arguments.format.as_deref(), reading(arguments.force_share))?;
-    let rows = report::map(&image).with_context(|| format!("cannot read {}", arguments.file.display()))?;
-    if arguments.shown.as_json() {
-        return print_json(&rows);
+    let mut out = BufWriter::new(std::io::stdout().lock());
+    match arguments.shown.as_json() {
+        true => report::map(&image, &mut out)?,
+        false => report::map_text(&image, &mut out)?,
     }
-    print!("{}", report::map_text(&image, &rows));
-    Ok(())
+    Ok(out.flush()?)
 }
 
 fn compare(arguments: &Compare) -> Result<u8> {

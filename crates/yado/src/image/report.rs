@@ -1,10 +1,14 @@
 //! What `yado image` prints, in qemu-img's forms where they overlap.
 
+use crate::exit::with_code;
+use crate::signals;
 use crate::size::Size;
 use anyhow::{Context, Result};
 use image::format::qcow2::Snapshot;
 use image::format::{Fact, Findings};
-use image::{Content, Image};
+use image::{Content, Image, Status};
+use serde::Serializer as _;
+use serde::ser::SerializeSeq;
 use serde_json::{Map, Value, json};
 use std::fmt::Write;
 use std::io;
@@ -225,26 +229,42 @@ pub fn check_text(found: &Findings) -> String {
     text
 }
 
-/// What a part of a disk is made of: where each run begins, and what it is.
-pub fn extents(disk: &dyn image::Disk, from: u64, len: u64) -> io::Result<Vec<(u64, image::Status)>> {
-    let end = from.saturating_add(len).min(disk.capacity());
-    let mut rows: Vec<(u64, image::Status)> = Vec::new();
+/// What a part of a disk is made of: tells where each run begins, and what it is, as it is found. A hostile image of some
+/// megabytes has more runs than there is memory for.
+pub fn each_extent(
+    image: &Image,
+    from: u64,
+    len: u64,
+    mut with: impl FnMut(u64, &Status) -> Result<()>,
+) -> Result<()> {
+    let end = from.saturating_add(len).min(image.disk.capacity());
     let mut at = from;
+    let mut run: Option<(u64, Status)> = None;
     while at < end {
-        let status = disk.block_status(at, end - at)?;
-        match rows.last_mut() {
-            Some((start, last)) if continues(*start, last, at, &status) => last.len += status.len,
-            _ => rows.push((at, status)),
+        if signals::cancelled() {
+            return Err(with_code(signals::cancelled_code(), "cancelled"));
         }
-        at += status.len.max(1);
+        let status = image.disk.block_status(at, end - at);
+        let status = status.with_context(|| format!("cannot read {}", image.path.display()))?;
+        let step = status.len.max(1);
+        match &mut run {
+            Some((start, last)) if continues(*start, last, at, &status) => last.len += step,
+            _ => {
+                if let Some((start, done)) = run.replace((at, status)) {
+                    with(start, &done)?;
+                }
+            }
+        }
+        at = at.saturating_add(step);
     }
-    Ok(rows)
+    run.map_or(Ok(()), |(start, last)| with(start, &last))
 }
 
 /// `map`, as qemu-img's JSON has it.
-pub fn map(image: &Image) -> io::Result<Vec<Value>> {
-    let rows = extents(image.disk.as_ref(), 0, image.disk.capacity())?;
-    let row = |(start, status): &(u64, image::Status)| {
+pub fn map(image: &Image, out: impl io::Write) -> Result<()> {
+    let mut writer = serde_json::Serializer::pretty(out);
+    let mut list = writer.serialize_seq(None)?;
+    each_extent(image, 0, u64::MAX, |start, status| {
         let data = status.content == Content::Data;
         let mut row = json!({
             "start": start,
@@ -258,41 +278,37 @@ pub fn map(image: &Image) -> io::Result<Vec<Value>> {
         if let (Some(offset), Some(row)) = (status.offset, row.as_object_mut()) {
             row.insert("offset".into(), json!(offset));
         }
-        row
-    };
-    Ok(rows.iter().map(row).collect())
+        Ok(list.serialize_element(&row)?)
+    })?;
+    list.end()?;
+    Ok(writeln!(writer.into_inner())?)
 }
 
-fn continues(start: u64, last: &image::Status, at: u64, next: &image::Status) -> bool {
-    let place = last.offset.map(|offset| offset + (at - start));
+/// The image of a chain that has a part of the disk.
+pub fn owner<'a>(image: &'a Image, status: &Status) -> &'a Image {
+    let mut layers = std::iter::successors(Some(image), |image| image.backing.as_deref());
+    layers.nth(status.depth as usize).unwrap_or(image)
+}
+
+fn continues(start: u64, last: &Status, at: u64, next: &Status) -> bool {
+    let place = last.offset.map(|offset| offset.saturating_add(at - start));
     place == next.offset
         && (last.content, last.depth, last.present, last.compressed)
             == (next.content, next.depth, next.present, next.compressed)
 }
 
 /// `map` for people: the data, and the file that has it.
-pub fn map_text(image: &Image, rows: &[Value]) -> String {
-    let mut text = format!("{:<15} {:<15} {:<15} File\n", "Offset", "Length", "Mapped to");
-    let number = |row: &Value, name: &str| row.get(name).and_then(Value::as_u64).unwrap_or(0);
-    for row in rows.iter().filter(|row| row.get("data") == Some(&Value::Bool(true))) {
-        let mut owner = image;
-        for _ in 0..number(row, "depth") {
-            owner = owner.backing.as_deref().unwrap_or(owner);
+pub fn map_text(image: &Image, mut out: impl io::Write) -> Result<()> {
+    writeln!(out, "{:<15} {:<15} {:<15} File", "Offset", "Length", "Mapped to")?;
+    each_extent(image, 0, u64::MAX, |start, status| {
+        if status.content != Content::Data {
+            return Ok(());
         }
-        let place = row
-            .get("offset")
-            .and_then(Value::as_u64)
-            .map_or("compressed".to_owned(), |at| format!("{at:#x}"));
-        let (start, len) = (number(row, "start"), number(row, "length"));
-        let _ = writeln!(
-            text,
-            "{:<15} {:<15} {place:<15} {}",
-            format!("{start:#x}"),
-            format!("{len:#x}"),
-            owner.path.display()
-        );
-    }
-    text
+        let place = status.offset.map_or("compressed".to_owned(), |at| format!("{at:#x}"));
+        let (start, len) = (format!("{start:#x}"), format!("{:#x}", status.len));
+        let file = owner(image, status).path.display();
+        Ok(writeln!(out, "{start:<15} {len:<15} {place:<15} {file}")?)
+    })
 }
 
 #[cfg(test)]

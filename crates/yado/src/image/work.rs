@@ -2,7 +2,7 @@
 
 use super::arguments::{CloneImage, Commit, Convert, Rebase};
 use super::options::{self, New, usage};
-use super::{make, open, reading};
+use super::{make, open, reading, replace};
 use crate::exit::with_code;
 use crate::progress::Phases;
 use crate::signals;
@@ -95,12 +95,14 @@ pub fn convert(arguments: &Convert) -> Result<()> {
     }
     let mut new = New::parse(format, &arguments.options)?;
     new.size = disk.capacity().checked_next_multiple_of(512).unwrap_or(0);
+    // What the image below has is not copied, and what it has more must be covered.
+    let over = if arguments.no_create { None } else { below(&arguments.target, &new)? };
     // A raw copy of a raw image shares its blocks where the file system can.
     let plain = (source.format, format) == (Format::Raw, Format::Raw) && arguments.options.is_empty();
     let copying = Copying {
         disk,
         new,
-        over: None,
+        over: over.as_ref().map(|image| image.disk.clone()),
         compress: arguments.compress,
         threads: arguments.threads,
         sparse: arguments.sparse.map_or(SPARSE, |size| size.0),
@@ -128,12 +130,11 @@ fn same_file(a: &Path, b: &Path) -> bool {
     matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
 }
 
-/// A name beside the target for what is not whole yet.
-pub fn beside(target: &Path) -> PathBuf {
-    let mut name = std::ffi::OsString::from(".");
-    name.push(target.file_name().unwrap_or_default());
-    name.push(format!(".{}.partial", std::process::id()));
-    target.with_file_name(name)
+/// The image that a new one is to build on, where the options name one.
+pub fn below(target: &Path, new: &New) -> Result<Option<Image>> {
+    let Some((name, format)) = &new.backing else { return Ok(None) };
+    let how = OpenOptions { format: Some(options::format(format)?), ..reading(false) };
+    Ok(Some(Image::open(&image::beside(target, name)?, how)?))
 }
 
 /// Runs a job on so many bytes, and shows how far it is.
@@ -167,23 +168,30 @@ impl Copying<'_> {
             make(&target, &self.new)?;
             return self.fill(&target, false, watch);
         }
-        // What is there stays until the copy is whole.
-        let partial = beside(&target);
-        let made = self.make_and_fill(&partial, watch);
-        let moved = made.and_then(|()| {
-            std::fs::rename(&partial, &target)
-                .with_context(|| format!("cannot rename the copy to {}", target.display()))
+        // What is there stays until the copy is whole, and nobody begins to use it.
+        let _held = replace::hold(&target)?;
+        let old = target.metadata().ok();
+        old.as_ref().map_or(Ok(()), |old| replace::check_names(&target, old))?;
+        let partial = replace::beside(&target);
+        let made = self.make_and_fill(&partial, old.is_some(), watch);
+        let moved = made.and_then(|()| match &old {
+            Some(old) => replace::replace(&partial, &target, old),
+            None => replace::rename(&partial, &target),
         });
         moved.inspect_err(|_| {
             let _ = std::fs::remove_file(&partial);
         })
     }
 
-    fn make_and_fill(&self, partial: &Path, watch: Watch<'_>) -> Result<()> {
+    /// A copy that is to be `private` is its owner's alone until it has another's mode.
+    fn make_and_fill(&self, partial: &Path, private: bool, watch: Watch<'_>) -> Result<()> {
         if self.whole.is_some_and(|from| image::share_blocks(from, partial).is_ok()) {
             return Ok(());
         }
         make(partial, &self.new)?;
+        if private {
+            std::fs::set_permissions(partial, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
+        }
         self.fill(partial, true, watch)
     }
 
@@ -207,6 +215,18 @@ impl Copying<'_> {
     }
 }
 
+/// Refuses an image with internal snapshots where what is below it is to change: what they have not they show from there.
+pub fn check_snapshots(top: &Image) -> Result<()> {
+    match top.qcow2.as_ref().map_or(0, |qcow2| qcow2.header().snapshots) {
+        0 => Ok(()),
+        count => Err(usage(format!(
+            "{}: its {count} internal snapshots show what is below it, which would change: delete them, or convert them to \
+             images of their own (-l)",
+            top.path.display()
+        ))),
+    }
+}
+
 pub fn rebase(arguments: &Rebase) -> Result<()> {
     let how = OpenOptions { alone: arguments.blind, ..OpenOptions::default() };
     // Without a format an image's own names are not believed; changing the name alone needs none of them.
@@ -226,6 +246,7 @@ pub fn rebase(arguments: &Rebase) -> Result<()> {
         }
     };
     if !arguments.blind {
+        check_snapshots(&top)?;
         let new = match &named {
             Some((name, format)) => {
                 let place = image::beside(&arguments.file, name)?;
@@ -259,6 +280,7 @@ pub fn commit(arguments: &Commit) -> Result<()> {
     let alone = OpenOptions { alone: true, ..OpenOptions::default() };
     let top = open(&arguments.file, format, alone)?;
     let container = top.as_container("backing files")?;
+    check_snapshots(&top)?;
     let below = Image::open(&base, OpenOptions { format: Some(base_format), ..OpenOptions::default() })?;
     let capacity = top.disk.capacity();
     if below.disk.capacity() < capacity {

@@ -19,7 +19,9 @@ pub fn check(layer: &Layer, storage: &dyn Storage, repair: Repair) -> io::Result
     if repair == Repair::All && found.findings.corruptions > 0 {
         mend(layer, storage, &mut found)?;
     }
-    if repair != Repair::Nothing && found.gaps > 0 {
+    // Behind a bad entry there may be a table that could still be saved, and its clusters look like gaps.
+    let known = repair == Repair::All || found.findings.corruptions == 0;
+    if repair != Repair::Nothing && known && found.gaps > 0 {
         free(layer, storage, &found)?;
     }
     let mut last = found.findings;

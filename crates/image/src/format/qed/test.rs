@@ -152,6 +152,21 @@ fn damage_is_found_refused_and_repaired() {
     assert_eq!(image.storage().len(), 3 << 12, "the clusters that nothing names are cut off");
 }
 
+/// Behind a bad L1 entry lies all that could still be saved, and nothing names it.
+#[test]
+fn leaks_of_a_damaged_image_are_left() {
+    let mut bytes = small();
+    set(&mut bytes, 4096, 8193);
+    let storage = Arc::new(Power::new(bytes.clone()));
+    let header = Qed::read_header(Path::new("bad"), storage.as_ref()).unwrap();
+    let image = Qed::open_for_repair(Path::new("bad"), storage.clone(), header, None).unwrap();
+    let found = image.check(Repair::Leaks).unwrap();
+    assert!(found.corruptions == 1 && found.leaks > 0 && found.leaks_fixed == 0, "{found:?}");
+    let mut after = vec![0; bytes.len()];
+    storage.read_bytes(0, &mut after).unwrap();
+    assert!(after == bytes && storage.len() == bytes.len() as u64);
+}
+
 #[test]
 fn clusters_with_two_users_are_copied() {
     let mut bytes = small();

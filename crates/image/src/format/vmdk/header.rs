@@ -69,7 +69,7 @@ impl Header {
             }
             bytes = last;
         }
-        Ok(Self::parse(&bytes, storage.len()).map(|header| header.described(&text)))
+        Ok(Self::parse(&bytes, storage.len()).map(|header| header.described(&text)).and_then(Self::named))
     }
 
     fn parse(bytes: &[u8], file: u64) -> Result<Self, Refusal> {
@@ -120,6 +120,14 @@ impl Header {
             create_type: String::new(),
             parent: None,
         })
+    }
+
+    /// What another disk's child has not would read as zeroes without it.
+    fn named(self) -> Result<Self, Refusal> {
+        if self.parent_cid != NO_PARENT && self.parent.is_none() {
+            return Err(Refusal::Corrupt("it is another disk's child, and does not name it".into()));
+        }
+        Ok(self)
     }
 
     /// With what the text says.

@@ -76,6 +76,16 @@ fn a_child_shows_its_parent() {
 }
 
 #[test]
+fn a_child_that_names_no_parent_is_refused() {
+    let mut bytes = made("subformat=monolithicSparse");
+    let name = b"parentCID=ffffffff";
+    let at = bytes.windows(name.len()).position(|window| window == name).unwrap();
+    bytes[at..at + name.len()].copy_from_slice(b"parentCID=12345678");
+    let error = open(bytes).err().unwrap().to_string();
+    assert!(error.contains("does not name"), "{error}");
+}
+
+#[test]
 fn headers_that_cannot_be_are_refused() {
     let good = made("subformat=monolithicSparse");
     for (at, word, what) in [

@@ -15,8 +15,9 @@ use crate::job::is_zero;
 use std::io;
 use std::sync::{Mutex, PoisonError};
 
-/// Blocks that one job knows of at most: their sums take up to 32 bytes of memory each.
-const BLOCKS_MAX: usize = 1 << 27;
+/// Blocks that one job knows of at most. At its peak it has up to 112 bytes of memory for each: 7 GiB for 4 TiB of data in
+/// blocks of 64 KiB, if no two disks have anything at the same place.
+const BLOCKS_MAX: usize = 1 << 26;
 
 /// The sum of a block's content.
 type Sum = u128;

@@ -74,24 +74,20 @@ pub fn plan(disks: &[&dyn Disk], block: u64, threads: usize, progress: &Progress
     }
     blocks.sort_unstable();
     let mut gains = vec![Gain::default(); disks.len()];
-    let mut users: HashMap<Sum, u32> = HashMap::new();
     for one in &blocks {
-        let count = users.entry(one.sum).or_default();
-        *count = count.saturating_add(1);
         if let Some(gain) = gains.get_mut(size(one.disk.into())) {
             gain.data = gain.data.saturating_add(block);
         }
     }
     let places = || blocks.chunk_by(|a, b| a.number == b.number);
+    let users = Counts::of(blocks.iter().map(|one| one.sum));
     let mut chosen: Vec<Block> = places().filter_map(|place| best(place, &users)).collect();
+    drop(users);
     // What serves one block alone had better stay where it is.
-    let mut served: HashMap<Sum, u32> = HashMap::new();
-    let of = |place: &[Block], sum: Sum| place.iter().filter(|one| one.sum == sum).count() as u32;
-    for (choice, place) in at_their_places(&chosen, places()) {
-        let count = served.entry(choice.sum).or_default();
-        *count = count.saturating_add(of(place, choice.sum));
-    }
-    chosen.retain(|choice| served.get(&choice.sum).is_some_and(|count| *count > 1));
+    let served = at_their_places(&chosen, places())
+        .flat_map(|(choice, place)| place.iter().map(|one| one.sum).filter(|sum| *sum == choice.sum));
+    let served = Counts::of(served);
+    chosen.retain(|choice| served.count(choice.sum) > 1);
     for (choice, place) in at_their_places(&chosen, places()) {
         for one in place.iter().filter(|one| one.sum == choice.sum) {
             if let Some(gain) = gains.get_mut(size(one.disk.into())) {
@@ -99,16 +95,37 @@ pub fn plan(disks: &[&dyn Disk], block: u64, threads: usize, progress: &Progress
             }
         }
     }
-    let contents = served.values().filter(|count| **count > 1).count() as u64;
+    let contents = served.repeated();
     let longest = disks.iter().map(|disk| disk.capacity()).max().unwrap_or(0);
     let capacity = longest.checked_next_multiple_of(block).ok_or_else(too_many)?;
     Ok(Plan { block, capacity, chosen, gains, contents })
 }
 
+/// How often each sum occurs: a sorted list takes a third of what a map does.
+struct Counts(Vec<Sum>);
+
+impl Counts {
+    fn of(sums: impl Iterator<Item = Sum>) -> Self {
+        let mut sums: Vec<Sum> = sums.collect();
+        sums.sort_unstable();
+        Self(sums)
+    }
+
+    fn count(&self, sum: Sum) -> usize {
+        let from = self.0.partition_point(|one| *one < sum);
+        self.0.get(from..).map_or(0, |rest| rest.partition_point(|one| *one == sum))
+    }
+
+    /// Sums that occur more than once.
+    fn repeated(&self) -> u64 {
+        self.0.chunk_by(|a, b| a == b).filter(|same| same.len() > 1).count() as u64
+    }
+}
+
 /// What a base has best of what disks have at one place: what most of them have, of these what is most frequent elsewhere.
-fn best(place: &[Block], users: &HashMap<Sum, u32>) -> Option<Block> {
+fn best(place: &[Block], users: &Counts) -> Option<Block> {
     let weight = |same: &&[Block]| {
-        let elsewhere = same.first().and_then(|one| users.get(&one.sum)).copied().unwrap_or(0);
+        let elsewhere = same.first().map_or(0, |one| users.count(one.sum));
         (same.len(), elsewhere)
     };
     let best = place.chunk_by(|a, b| a.sum == b.sum).max_by_key(weight)?;

@@ -7,8 +7,10 @@
 //!                                 Pipe: many requests under way, one of those who wait receives
 //! ```
 //!
-//! Every request may be asked twice: each leaves the same content. What a server had not made stable when it crashed with
-//! its host is lost as on a disk; a server that was only started anew has lost nothing.
+//! Every request may be asked twice: each leaves the same content. (One that was given up for lost may still run at the
+//! server, and reach the disk after a later one.) What a server had acknowledged and not made stable may be lost with its
+//! connection: with its host it is, and with its process where that kept a format's tables in memory. Nobody here can tell.
+//! So where a connection is replaced after such writes the next flush fails, once, as fsync(2) does.
 //!
 //! Lock order: `edges`, then a place's lock (held while connecting). A pipe's locks: see `pipe`.
 
@@ -32,7 +34,7 @@ use std::io;
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -69,6 +71,14 @@ pub struct NbdStorage {
     /// Held for writing while a block is read, changed and written; by all other writers for reading. Only of use where
     /// the server wants whole blocks.
     edges: RwLock<()>,
+    /// Changes that were acknowledged, ever.
+    acknowledged: Arc<AtomicU64>,
+    /// Those of them that a flush has made stable.
+    stable: AtomicU64,
+    /// Connections that were replaced after changes that were not stable.
+    losses: AtomicU64,
+    /// Those of them that a flush has told of.
+    told: AtomicU64,
 }
 
 fn seconds(uri: &Uri, name: &str, usual: u64) -> Result<Duration, Error> {
@@ -92,7 +102,8 @@ impl NbdStorage {
         let timeout = seconds(uri, "timeout", TIMEOUT_SECONDS)?.max(Duration::from_secs(1));
         let reconnect = seconds(uri, "reconnect", RECONNECT_SECONDS)?;
         let fail = |source| Error::Open { path: PathBuf::from(uri.to_string()), source };
-        let first = target.open(timeout).map_err(fail)?;
+        let acknowledged = Arc::default();
+        let first = target.open(timeout, &acknowledged).map_err(fail)?;
         let terms = first.terms;
         if !read_only && terms.flags & flag::READ_ONLY != 0 {
             return Err(fail(io::Error::new(io::ErrorKind::ReadOnlyFilesystem, "the export is read-only")));
@@ -103,15 +114,27 @@ impl NbdStorage {
         if let Some(place) = places.get_mut(mine) {
             *place = Mutex::new(Some(Arc::new(first)));
         }
-        let target = Some(target);
-        Ok(Self { target, terms, read_only, timeout, reconnect, places, edges: RwLock::default() })
+        Ok(Self {
+            target: Some(target),
+            terms,
+            read_only,
+            timeout,
+            reconnect,
+            places,
+            edges: RwLock::default(),
+            acknowledged,
+            stable: AtomicU64::default(),
+            losses: AtomicU64::default(),
+            told: AtomicU64::default(),
+        })
     }
 
     /// An export over a connection that there is already; when it is lost, all fails.
     pub fn over(stream: Stream, export: &str, read_only: bool) -> io::Result<Self> {
         let timeout = Duration::from_secs(TIMEOUT_SECONDS);
         let session = session::open(stream, export, None, Instant::now().checked_add(timeout))?;
-        let pipe = Pipe::new(session, timeout);
+        let acknowledged = Arc::<AtomicU64>::default();
+        let pipe = Pipe::new(session, timeout, acknowledged.clone());
         Ok(Self {
             target: None,
             terms: pipe.terms,
@@ -120,6 +143,10 @@ impl NbdStorage {
             reconnect: Duration::ZERO,
             places: vec![Mutex::new(Some(Arc::new(pipe)))],
             edges: RwLock::default(),
+            acknowledged,
+            stable: AtomicU64::default(),
+            losses: AtomicU64::default(),
+            told: AtomicU64::default(),
         })
     }
 
@@ -132,7 +159,7 @@ impl NbdStorage {
             return Ok(pipe.clone());
         }
         let target = self.target.as_ref().ok_or(io::ErrorKind::NotConnected)?;
-        let pipe = target.open(self.timeout)?;
+        let pipe = target.open(self.timeout, &self.acknowledged)?;
         let (new, old) = (pipe.terms, self.terms);
         // The numbers of contexts are a connection's own.
         if new.allocation.is_some() != old.allocation.is_some()
@@ -141,7 +168,10 @@ impl NbdStorage {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "the NBD server has another export now"));
         }
         let pipe = Arc::new(pipe);
-        *place = Some(pipe.clone());
+        let replaced = place.replace(pipe.clone()).is_some();
+        if replaced && self.acknowledged.load(Ordering::SeqCst) > self.stable.load(Ordering::SeqCst) {
+            self.losses.fetch_add(1, Ordering::SeqCst);
+        }
         Ok(pipe)
     }
 
@@ -160,6 +190,7 @@ impl NbdStorage {
                         why
                     }
                     Err(Failure::Answered(why)) if why.kind() == io::ErrorKind::ConnectionAborted => {
+                        pipe.break_off(&why);
                         lost = Some(pipe);
                         why
                     }
@@ -256,7 +287,8 @@ impl NbdStorage {
         if offset.checked_add(len).is_some_and(|end| end <= self.terms.size) {
             return Ok(());
         }
-        Err(io::Error::new(io::ErrorKind::StorageFull, "an NBD export does not grow"))
+        // Not "no space": a guest would wait for some.
+        Err(io::Error::new(io::ErrorKind::InvalidInput, "an NBD export does not grow"))
     }
 }
 
@@ -287,14 +319,15 @@ fn tls_of(uri: &Uri) -> Result<Option<ClientTls>, Error> {
 }
 
 impl Target {
-    fn open(&self, timeout: Duration) -> io::Result<Pipe> {
+    fn open(&self, timeout: Duration, acknowledged: &Arc<AtomicU64>) -> io::Result<Pipe> {
         let stream: Stream = match &self.uri.place {
             Place::Unix(path) => unix(path)?.into(),
             Place::Tcp { host, port } => self.tcp(host, *port, timeout)?.into(),
         };
         let deadline = Instant::now().checked_add(timeout);
         let session = self.tls.as_ref().map(ClientTls::session).transpose()?;
-        Ok(Pipe::new(session::open(stream, &self.uri.export, session, deadline)?, timeout))
+        let session = session::open(stream, &self.uri.export, session, deadline)?;
+        Ok(Pipe::new(session, timeout, acknowledged.clone()))
     }
 
     fn tcp(&self, host: &str, port: u16, timeout: Duration) -> io::Result<TcpStream> {
@@ -376,7 +409,18 @@ impl Storage for NbdStorage {
             // A server without flushes has nothing that it could lose.
             return Ok(());
         }
-        self.ask(request(command::FLUSH, 0, 0, 0), &[]).map(drop)
+        // Flushes that are under way together cover the same writes: all of them tell.
+        let told = self.told.load(Ordering::SeqCst);
+        let before = self.acknowledged.load(Ordering::SeqCst);
+        self.ask(request(command::FLUSH, 0, 0, 0), &[])?;
+        self.stable.fetch_max(before, Ordering::SeqCst);
+        let losses = self.losses.load(Ordering::SeqCst);
+        if losses > told {
+            self.told.fetch_max(losses, Ordering::SeqCst);
+            let why = "the NBD server was lost and found again: what it had not made stable may be lost";
+            return Err(io::Error::other(why));
+        }
+        Ok(())
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
@@ -395,8 +439,13 @@ impl Storage for NbdStorage {
     fn zero_range(&self, offset: u64, len: u64) -> io::Result<()> {
         self.check_end(offset, len)?;
         if self.can(flag::SEND_WRITE_ZEROES) && self.is_whole(offset, len) {
-            let _others = self.edges.read().unwrap_or_else(PoisonError::into_inner);
-            return self.in_parts(command::WRITE_ZEROES, command::FLAG_NO_HOLE, offset, len);
+            let others = self.edges.read().unwrap_or_else(PoisonError::into_inner);
+            let done = self.in_parts(command::WRITE_ZEROES, command::FLAG_NO_HOLE, offset, len);
+            drop(others);
+            // A server may offer it, and decline one or all.
+            if !done.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::Unsupported) {
+                return done;
+            }
         }
         let zeroes = vec![0; size(len.min(1 << 20))];
         let mut done = 0u64;

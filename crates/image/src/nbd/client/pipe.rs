@@ -14,7 +14,8 @@ use crate::nbd::stream::{Deadline, Stream};
 use crate::nbd::wire::{self, Mode, Reply, Request, chunk, command};
 use std::collections::HashMap;
 use std::io;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Bytes of a reply that is no data: an error's message, or extents.
@@ -64,6 +65,8 @@ pub struct Pipe {
     stream: Stream,
     pub terms: Terms,
     timeout: Duration,
+    /// Changes that servers have acknowledged on all connections of one export.
+    acknowledged: Arc<AtomicU64>,
     input: Mutex<Input>,
     state: Mutex<State>,
     changed: Condvar,
@@ -78,11 +81,12 @@ fn wrong(what: &str) -> io::Error {
 }
 
 impl Pipe {
-    pub fn new(session: Session, timeout: Duration) -> Self {
+    pub fn new(session: Session, timeout: Duration, acknowledged: Arc<AtomicU64>) -> Self {
         Self {
             stream: session.stream,
             terms: session.terms,
             timeout,
+            acknowledged,
             input: Mutex::new(session.input),
             state: Mutex::default(),
             changed: Condvar::new(),
@@ -99,8 +103,8 @@ impl Pipe {
         Some(Failure::Lost(io::Error::new(io::ErrorKind::ConnectionAborted, why.clone())))
     }
 
-    /// Nobody can use the connection any more.
-    fn break_off(&self, error: &io::Error) {
+    /// Nobody can use the connection any more, and no answer is taken from it.
+    pub fn break_off(&self, error: &io::Error) {
         let mut state = lock(&self.state);
         state.broken.get_or_insert_with(|| match error.kind() {
             io::ErrorKind::TimedOut => "the NBD server does not answer".to_owned(),
@@ -202,7 +206,16 @@ impl Pipe {
             }
         };
         let complete = taken.and_then(|()| pending.check());
-        lock(&self.state).pending.insert(cookie, pending);
+        // What came in part is no answer: whoever asked hears that the connection is lost, and asks again.
+        pending.done &= complete.is_ok();
+        let mut state = lock(&self.state);
+        if pending.done && pending.error.is_none() && pending.request.changes() {
+            // Who connects anew must know of all that was acknowledged here.
+            pending.done = state.broken.is_none();
+            self.acknowledged.fetch_add(u64::from(pending.done), Ordering::SeqCst);
+        }
+        state.pending.insert(cookie, pending);
+        drop(state);
         complete
     }
 

@@ -250,28 +250,58 @@ fn liar(answer: Vec<u8>) -> (tempfile::TempDir, String) {
     (directory, uri)
 }
 
-/// A server that answers all but the requests for the disk's beginning.
-fn deaf_at_the_beginning() -> (tempfile::TempDir, String) {
+/// What a server by hand does with a request.
+enum Does {
+    /// What is asked, or nothing but this error.
+    Answer(u32),
+    Nothing,
+    /// The connection ends.
+    Leave,
+}
+
+/// A server of 1 MiB with these flags, in the oldest form of the protocol: `with` hears the number of the connection,
+/// kind and place of each request, and says what becomes of it.
+fn by_hand(
+    flags: u16,
+    with: impl Fn(usize, u16, u64) -> Does + Send + 'static,
+) -> (tempfile::TempDir, String) {
     use std::io::{Read, Write};
     let directory = tempfile::tempdir().unwrap();
     let socket = directory.path().join("socket");
     let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
-    let uri = format!("nbd+unix:///?socket={}&timeout=1&reconnect=0", socket.display());
+    let uri = format!("nbd+unix:///?socket={}&timeout=1", socket.display());
     std::thread::spawn(move || {
-        let (mut stream, _) = listener.accept().unwrap();
-        stream.write_all(b"NBDMAGICIHAVEOPT\0\0").unwrap();
-        // The client's flags, and its choice of the export without a name.
-        stream.read_exact(&mut [0; 4 + 16]).unwrap();
-        stream
-            .write_all(&[&(1u64 << 20).to_be_bytes()[..], &1u16.to_be_bytes(), &[0; 124]].concat())
-            .unwrap();
-        let mut request = [0; 28];
-        while stream.read_exact(&mut request).is_ok() {
-            let at = crate::endian::be64(&request, 16);
-            if request[7] == 0 && at > 0 {
-                let reply = [&[0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0][..], &request[8..16], &[1; 512]].concat();
+        let mut disk = vec![0; 1 << 20];
+        for (number, stream) in listener.incoming().enumerate() {
+            let mut stream = stream.unwrap();
+            stream.write_all(b"NBDMAGICIHAVEOPT\0\0").unwrap();
+            // The client's flags, and its choice of the export without a name.
+            stream.read_exact(&mut [0; 4 + 16]).unwrap();
+            let export = [&(1u64 << 20).to_be_bytes()[..], &flags.to_be_bytes(), &[0; 124]].concat();
+            stream.write_all(&export).unwrap();
+            let mut request = [0; 28];
+            while stream.read_exact(&mut request).is_ok() {
+                let kind = crate::endian::be16(&request, 6);
+                let at = crate::endian::be64(&request, 16);
+                let range = at as usize..at as usize + crate::endian::be32(&request, 24) as usize;
+                let mut payload = vec![0; if kind == command::WRITE { range.len() } else { 0 }];
+                stream.read_exact(&mut payload).unwrap();
+                let error = match with(number, kind, at) {
+                    Does::Answer(error) => error,
+                    Does::Nothing => continue,
+                    Does::Leave => break,
+                };
+                let mut reply =
+                    [&[0x67, 0x44, 0x66, 0x98][..], &error.to_be_bytes(), &request[8..16]].concat();
+                match kind {
+                    _ if error != 0 => {}
+                    command::READ => reply.extend_from_slice(&disk[range]),
+                    command::WRITE => disk[range].copy_from_slice(&payload),
+                    command::WRITE_ZEROES => disk[range].fill(0),
+                    _ => {}
+                }
                 if stream.write_all(&reply).is_err() {
-                    return;
+                    break;
                 }
             }
         }
@@ -279,9 +309,53 @@ fn deaf_at_the_beginning() -> (tempfile::TempDir, String) {
     (directory, uri)
 }
 
+/// Loses a connection that had unflushed writes, and one that had none.
+#[test]
+fn a_flush_says_once_that_writes_may_be_lost() {
+    // The first connection ends at a read, the second at a flush, the third at a read.
+    let (_directory, uri) =
+        by_hand(flag::HAS_FLAGS | flag::SEND_FLUSH, |number, kind, _| match (number, kind) {
+            (0 | 2, command::READ) | (1, command::FLUSH) => Does::Leave,
+            _ => Does::Answer(0),
+        });
+    let storage = connect(&uri);
+    let read = || storage.read_bytes(0, &mut [0; 512]).unwrap();
+    // Nothing was written, nothing can be lost.
+    read();
+    storage.write_bytes(0, &[1; 512]).unwrap();
+    let error = storage.flush().unwrap_err();
+    assert!(error.to_string().contains("may be lost"), "{error}");
+    storage.flush().unwrap();
+    storage.write_bytes(0, &[2; 512]).unwrap();
+    storage.flush().unwrap();
+    // All was stable when this one was lost.
+    read();
+    storage.flush().unwrap();
+}
+
+#[test]
+fn zeroes_that_a_server_declines_are_written() {
+    // ENOTSUP to all that are zeroed by its own means.
+    let (_directory, uri) = by_hand(flag::HAS_FLAGS | flag::SEND_WRITE_ZEROES, |_, kind, _| match kind {
+        command::WRITE_ZEROES => Does::Answer(95),
+        _ => Does::Answer(0),
+    });
+    let storage = connect(&uri);
+    storage.write_bytes(0, &[7; 4096]).unwrap();
+    storage.zero_range(512, 1024).unwrap();
+    let mut bytes = [0; 4096];
+    storage.read_bytes(0, &mut bytes).unwrap();
+    assert!(bytes[..512] == [7; 512] && bytes[512..1536] == [0; 1024] && bytes[1536..] == [7; 2560]);
+    assert_eq!(storage.punch_hole(0, 512).unwrap_err().kind(), io::ErrorKind::Unsupported);
+    // A guest that writes beyond the end hears of an error, and waits for no space.
+    assert_eq!(storage.write_bytes(1 << 20, &[1; 512]).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+}
+
 #[test]
 fn a_request_that_is_passed_over_is_given_up_though_others_are_answered() {
-    let (_directory, uri) = deaf_at_the_beginning();
+    let (_directory, uri) =
+        by_hand(flag::HAS_FLAGS, |_, _, at| if at > 0 { Does::Answer(0) } else { Does::Nothing });
+    let uri = format!("{uri}&reconnect=0");
     let storage = NbdStorage::connect(&uri.parse().unwrap(), true).unwrap();
     let over = std::sync::atomic::AtomicBool::new(false);
     let began = Instant::now();
@@ -324,6 +398,15 @@ mod lies {
             let (_directory, uri) = liar(bytes);
             read(&uri);
         }
+    }
+
+    /// The connection ends within a reply's data.
+    #[test]
+    fn half_an_answer_is_none() {
+        let half = [&[0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0][..], &1u64.to_be_bytes(), &[1; 100]].concat();
+        let (_directory, uri) = liar(oldest(&half));
+        let storage = NbdStorage::connect(&uri.parse().unwrap(), true).unwrap();
+        assert!(storage.read_bytes(0, &mut [0; 512]).is_err());
     }
 
     #[test]

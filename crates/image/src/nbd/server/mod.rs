@@ -77,6 +77,21 @@ pub struct Statistics {
     pub written: u64,
 }
 
+/// Binds a Unix socket. One at which nobody listens any more makes room; anything else that is there stays, and is an error
+/// (connecting to a file is refused, too).
+pub fn bind(path: &Path) -> io::Result<UnixListener> {
+    use std::os::unix::fs::FileTypeExt;
+    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|file| file.file_type().is_socket());
+    let nobody = || {
+        let refused = std::os::unix::net::UnixStream::connect(path);
+        refused.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+    };
+    if is_socket && nobody() {
+        std::fs::remove_file(path)?;
+    }
+    UnixListener::bind(path)
+}
+
 /// Where clients come in.
 pub enum Listener {
     /// A Unix socket; its file, known by device and inode, goes with the listener.
@@ -88,17 +103,8 @@ pub enum Listener {
 impl Listener {
     /// Makes a Unix socket. A socket that nobody listens at any more is replaced; anything else that is there is not.
     pub fn unix(path: &Path) -> Result<Self, Error> {
-        use std::os::unix::fs::FileTypeExt;
         let fail = |source| Error::Io { path: path.to_path_buf(), source };
-        let stale = || {
-            let is_socket = std::fs::symlink_metadata(path).is_ok_and(|file| file.file_type().is_socket());
-            let refused = std::os::unix::net::UnixStream::connect(path);
-            is_socket && refused.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
-        };
-        if stale() {
-            std::fs::remove_file(path).map_err(fail)?;
-        }
-        let listener = UnixListener::bind(path).map_err(fail)?;
+        let listener = bind(path).map_err(fail)?;
         listener.set_nonblocking(true).map_err(fail)?;
         let file = identity(path).map_err(fail)?;
         Ok(Self::Unix(listener, path.to_path_buf(), file))

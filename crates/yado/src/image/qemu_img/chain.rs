@@ -1,7 +1,7 @@
 //! What works on images and what lies below them: convert, rebase, commit; with progress as qemu-img shows it.
 
 use super::super::options::{New, split};
-use super::super::work::{Copying, watched};
+use super::super::work::{Copying, below, check_snapshots, watched};
 use super::arguments::{Commit, Convert, Rebase};
 use super::{cache, fail, open, plain, reading, show::same_file, size};
 use crate::signals;
@@ -101,17 +101,10 @@ pub fn convert(arguments: &Convert) -> Result<()> {
     }
     let mut new = New::parse(format, &lists).map_err(|error| fail(error.to_string()))?;
     new.size = disk.capacity().checked_next_multiple_of(512).unwrap_or(0);
-    let over = match &new.backing {
-        Some((name, format)) if !arguments.no_create => {
-            let format: Format =
-                format.parse().map_err(|_| fail("Use of backing file requires explicit backing format"))?;
-            Some(Image::open(
-                &image::beside(target, name)?,
-                OpenOptions { format: Some(format), ..reading() },
-            )?)
-        }
-        _ => None,
-    };
+    if new.backing.as_ref().is_some_and(|(_, format)| format.parse::<Format>().is_err()) {
+        return Err(fail("Use of backing file requires explicit backing format"));
+    }
+    let over = if arguments.no_create { None } else { below(target, &new)? };
     if !arguments.no_create && sources.iter().any(|file| same_file(file, target)) {
         return Err(fail(format!(
             "{}: error while converting {format}: source and target are one file",
@@ -175,6 +168,7 @@ pub fn rebase(arguments: &Rebase) -> Result<()> {
         }
     };
     if !arguments.blind {
+        check_snapshots(&top)?;
         let new = match named {
             Some((name, format)) => {
                 let how = OpenOptions { format: Some(format), cache: below_cache, ..reading() };
@@ -204,6 +198,7 @@ pub fn commit(arguments: &Commit) -> Result<()> {
     let alone = OpenOptions { alone: true, cache, ..OpenOptions::default() };
     let top = open(&arguments.source, &arguments.file, alone)?;
     let container = top.as_container("backing files")?;
+    check_snapshots(&top)?;
     let below = Image::open(
         &base,
         OpenOptions { format: Some(base_format), cache, follow_guess: true, ..OpenOptions::default() },

@@ -13,6 +13,7 @@ use image::{Content, Disk, Image, OpenOptions};
 use serde::Serialize;
 use serde_json::Value;
 use std::fmt::Write;
+use std::io::{BufWriter, Write as _};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -274,39 +275,38 @@ pub fn map(arguments: &Map) -> Result<()> {
     };
     let (from, len) = (number(&arguments.start_offset, 0)?, number(&arguments.max_length, u64::MAX)?);
     let image = open(&arguments.source, &arguments.file, reading())?;
-    let rows = report::extents(image.disk.as_ref(), from, len)
-        .with_context(|| format!("Failed to read image metadata of {}", arguments.file.display()))?;
+    let mut out = BufWriter::new(std::io::stdout().lock());
     if json {
-        let rows: Vec<String> = rows
-            .iter()
-            .map(|(start, status)| {
-                let data = status.content == Content::Data;
-                // There a VHD knows no difference between nothing and zeroes.
-                let present = status.present || image.format == Format::Vhd;
-                let place = status.offset.map_or(String::new(), |at| format!(", \"offset\": {at}"));
-                format!(
-                    "{{ \"start\": {start}, \"length\": {}, \"depth\": {}, \"present\": {}, \"zero\": {}, \"data\": \
-                     {data}{place}}}",
-                    status.len, status.depth, present, !data
-                )
-            })
-            .collect();
-        println!("[{}]", rows.join(",\n"));
-        return Ok(());
+        let mut first = true;
+        report::each_extent(&image, from, len, |start, status| {
+            let data = status.content == Content::Data;
+            // There a VHD knows no difference between nothing and zeroes.
+            let present = status.present || image.format == Format::Vhd;
+            let place = status.offset.map_or(String::new(), |at| format!(", \"offset\": {at}"));
+            let before = if std::mem::take(&mut first) { "[" } else { ",\n" };
+            Ok(write!(
+                out,
+                "{before}{{ \"start\": {start}, \"length\": {}, \"depth\": {}, \"present\": {present}, \"zero\": {}, \
+                 \"data\": {data}{place}}}",
+                status.len, status.depth, !data
+            )?)
+        })?;
+        writeln!(out, "{}]", if first { "[" } else { "" })?;
+        return Ok(out.flush()?);
     }
-    println!("{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to");
+    writeln!(out, "{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to")?;
     let hex = |number: u64| if number == 0 { "0".to_owned() } else { format!("{number:#x}") };
-    for (start, status) in rows.iter().filter(|(_, status)| status.content == Content::Data) {
+    report::each_extent(&image, from, len, |start, status| {
+        if status.content != Content::Data {
+            return Ok(());
+        }
         let Some(place) = status.offset else {
             return Err(fail("File contains external, encrypted or compressed clusters."));
         };
-        let mut owner = &image;
-        for _ in 0..status.depth {
-            owner = owner.backing.as_deref().unwrap_or(owner);
-        }
-        println!("{:<16}{:<16}{:<16}{}", hex(*start), hex(status.len), hex(place), owner.path.display());
-    }
-    Ok(())
+        let file = report::owner(&image, status).path.display();
+        Ok(writeln!(out, "{:<16}{:<16}{:<16}{file}", hex(start), hex(status.len), hex(place))?)
+    })?;
+    Ok(out.flush()?)
 }
 
 pub fn compare(arguments: &Compare) -> Result<u8> {
