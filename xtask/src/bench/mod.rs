@@ -4,6 +4,7 @@ pub mod boot;
 pub mod console;
 pub mod cpu;
 pub mod engine;
+pub mod idle;
 pub mod image;
 pub mod memory;
 pub mod nbd;
@@ -31,6 +32,8 @@ pub enum Area {
     Image(image::Options),
     /// How soon guests run, and what exits, kicks and interrupts cost, on each engine of this host
     Engine(engine::Options),
+    /// What guests cost that have nothing to do
+    Idle(idle::Options),
 }
 
 /// Measures, prints, and writes the page if asked.
@@ -41,6 +44,7 @@ pub fn run(area: &Area) -> anyhow::Result<()> {
         Area::Switch(options) => switch::run(options),
         Area::Image(options) => image::run(options),
         Area::Engine(options) => engine::run(options),
+        Area::Idle(options) => idle::run(options),
         Area::Nbd(options) => nbd::run(options),
     }
 }
