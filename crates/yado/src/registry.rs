@@ -311,7 +311,15 @@ pub fn find(name: &str) -> anyhow::Result<Listed> {
 /// The running guest called `name`.
 pub fn find_running(name: &str) -> anyhow::Result<Listed> {
     let guest = find(name)?;
-    ensure!(guest.running, "the guest {name} is not running: start it with `yado run --name {name}`");
+    if !guest.running {
+        let how = match guest.record.source.as_str() {
+            source if source.starts_with("debian:") => {
+                format!("`yado run {source} --name {name}`, with the options it had")
+            }
+            _ => "with the command that you started it with".to_owned(),
+        };
+        bail!("the guest {name} is not running: start it again ({how})");
+    }
     Ok(guest)
 }
 
