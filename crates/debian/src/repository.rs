@@ -85,7 +85,8 @@ pub enum Error {
 impl Error {
     /// True if the mirror could not be reached at all, so that what is in the cache may still serve.
     pub fn is_offline(&self) -> bool {
-        matches!(self, Error::Fetch(fetch::Error::Network { .. }))
+        use fetch::Error::{Network, Refused, Truncated};
+        matches!(self, Error::Fetch(Network { .. } | Truncated { .. } | Refused { status: 500.., .. }))
     }
 
     /// True if the caller asked to stop.
@@ -172,9 +173,15 @@ impl Reader<'_> {
     /// A suite that may be missing, but if it is there must be right.
     fn optional_release(&self, base: &str, suite: &str) -> Result<Option<Release>, Error> {
         match self.release(base, suite) {
-            Err(Error::Fetch(fetch::Error::Missing { .. })) => Ok(None),
+            // One that was there and is no more keeps updates from the guest.
+            Err(Error::Fetch(fetch::Error::Missing { .. })) if !self.knows(base, suite) => Ok(None),
             result => result.map(Some),
         }
+    }
+
+    /// Whether the mirror has had this suite.
+    fn knows(&self, base: &str, suite: &str) -> bool {
+        self.cache.read::<KnownSuite>(Kind::Suite, &key_of([base.as_bytes(), suite.as_bytes()])).is_some()
     }
 
     /// Fetches and verifies a Release file, and remembers its date.

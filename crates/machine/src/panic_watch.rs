@@ -44,7 +44,10 @@ impl Reader {
         }
         let says = |what: &[u8]| self.line.windows(what.len()).any(|part| part == what);
         if says(END_MARKER) {
-            self.silent_since = Some(now);
+            // Linux has said that it panics before.
+            if self.panicked {
+                self.silent_since = Some(now);
+            }
         } else if says(PANIC) {
             (self.panicked, self.restarting) = (true, false);
         } else if says(RESTART) {
@@ -176,6 +179,10 @@ mod test {
     #[test]
     fn silence_after_the_end_marker_is_the_end() {
         let mut guest = guest();
+        // Words alone are nothing.
+        guest.print("---[ end Kernel panic - not syncing\n", 1);
+        assert_eq!(guest.uart.deadline(), None);
+        guest.print("[    3.0] Kernel panic - not syncing: why\r\n", 4);
         guest.print("[    3.1] ---[ end Kernel panic - not syncing: why ]---\r\n", 5);
         let deadline = guest.uart.deadline().unwrap();
         assert_eq!(deadline, VmTime(2_000_000_005));

@@ -223,7 +223,15 @@ fn last_lines(bytes: &[u8], lines: usize) -> &[u8] {
 /// `yado rm`
 pub fn rm(options: &Rm) -> anyhow::Result<()> {
     for name in &options.names {
-        let guest = registry::find(name)?;
+        let guest = match registry::find(name) {
+            // What is left of one whose record is lost or damaged goes too, if nobody runs it.
+            Err(_) if registry::is_there(name) => {
+                registry::Place::take(name)?.remove()?;
+                println!("{name}");
+                continue;
+            }
+            found => found?,
+        };
         if guest.running {
             anyhow::ensure!(options.force, "{name} is running: stop it first, or use --force");
             client::ask(name, &Request::Stop)?;

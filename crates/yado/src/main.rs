@@ -1,6 +1,20 @@
 //! `yado`: the command. Arguments, terminal, progress and exit codes live here; no VM logic does.
 #![forbid(unsafe_code)]
 
+// The standard ones panic where nobody reads any more or a disk is full, and a panic ends the guest.
+macro_rules! eprintln {
+    ($($what:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stderr(), $($what)*);
+    }};
+}
+macro_rules! println {
+    ($($what:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stdout(), $($what)*);
+    }};
+}
+
 mod arguments;
 mod cache;
 mod client;

@@ -11,7 +11,7 @@ use rustix::fs::{FlockOperation, flock};
 use sandbox::{Grant, May};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, DirBuilder, File};
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -146,6 +146,10 @@ pub fn check_name(name: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// How often, and how far apart, a lock is tried that others may hold for a moment.
+const LOCK_TRIES: u32 = 20;
+const LOCK_WAIT: Duration = Duration::from_millis(10);
+
 impl Place {
     fn at(name: &str) -> anyhow::Result<Self> {
         check_name(name)?;
@@ -155,27 +159,37 @@ impl Place {
     /// Takes the place `name`, making it if need be; fails if the guest runs.
     pub fn take(name: &str) -> anyhow::Result<Self> {
         let mut place = Self::at(name)?;
-        make_private(&place.directory)?;
         let path = place.directory.join("lock");
-        let file = File::options()
-            .create(true)
-            .append(true)
-            .open(&path)
-            .with_context(|| format!("cannot open {}", path.display()))?;
-        if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
-            bail!(
-                "the guest {name} is running: attach with `yado console {name}`, or stop it with `yado stop {name}`"
-            );
+        for _ in 0..LOCK_TRIES {
+            make_private(&place.directory)?;
+            let file = match File::options().create(true).append(true).open(&path) {
+                Ok(file) => file,
+                // Somebody has just removed the directory.
+                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                Err(error) => return Err(error).with_context(|| format!("cannot open {}", path.display())),
+            };
+            if flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
+                // Who has removed the guest meanwhile has removed this file: it locks nothing.
+                let held = file.metadata()?;
+                let same = |now: fs::Metadata| (held.dev(), held.ino()) == (now.dev(), now.ino());
+                if fs::metadata(&path).is_ok_and(same) {
+                    place.lock = Some(file);
+                    return Ok(place);
+                }
+            }
+            // Others hold it for a moment to see whether the guest runs.
+            std::thread::sleep(LOCK_WAIT);
         }
-        place.lock = Some(file);
-        Ok(place)
+        bail!(
+            "the guest {name} is running: attach with `yado console {name}`, or stop it with `yado stop {name}`"
+        );
     }
 
     /// Takes a place for a guest without a name.
     pub fn take_new(stem: &str) -> anyhow::Result<Self> {
         let seed = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_nanos() as u64);
         for attempt in 0..1000u64 {
-            let number = (seed ^ u64::from(std::process::id()) << 20)
+            let number = (seed ^ u64::from(std::process::id()).wrapping_mul(0x9e37))
                 .wrapping_add(attempt.wrapping_mul(0x9e37_79b9))
                 & 0xffff;
             let name = format!("{stem}-{number:04x}");
@@ -184,6 +198,11 @@ impl Place {
             }
         }
         bail!("all names for new guests are taken: remove some with `yado rm`")
+    }
+
+    /// Where a kept guest's own disk is.
+    pub fn disk(&self) -> PathBuf {
+        self.directory.join("disk.raw")
     }
 
     /// The record, if the guest was ever started.
@@ -203,7 +222,14 @@ impl Place {
     pub fn set_record(&self, record: &Record) -> anyhow::Result<()> {
         let path = self.directory.join("guest.json");
         let temporary = self.directory.join("guest.json.new");
-        fs::write(&temporary, serde_json::to_vec_pretty(record)?)
+        let bytes = serde_json::to_vec_pretty(record)?;
+        // That of a guest that is kept must outlive a power cut as its disk does.
+        let write = |mut file: File| {
+            file.write_all(&bytes)?;
+            if record.ephemeral { Ok(()) } else { file.sync_all() }
+        };
+        File::create(&temporary)
+            .and_then(write)
             .and_then(|()| fs::rename(&temporary, &path))
             .with_context(|| format!("cannot write {}", path.display()))
     }
@@ -232,6 +258,18 @@ impl Place {
         let _ = fs::remove_file(socket_directory(&self.name)?.join("net"));
         let _ = fs::remove_dir(socket_directory(&self.name)?);
         Ok(())
+    }
+
+    /// Nothing is here but what a guest's first start makes before there is a record: its process was killed.
+    fn is_begun_only(&self) -> bool {
+        let made = |name: &std::ffi::OsStr| {
+            let name = name.to_string_lossy();
+            ["lock", "disk.partial", "guest.json.new"].contains(&&*name)
+                || name.starts_with("vmlinuz")
+                || name.starts_with("initrd")
+        };
+        let mut entries = fs::read_dir(&self.directory).into_iter().flatten();
+        self.lock.is_some() && entries.all(|entry| entry.is_ok_and(|entry| made(&entry.file_name())))
     }
 
     /// Removes the guest with all it has.
@@ -264,14 +302,23 @@ pub fn list() -> anyhow::Result<Vec<Listed>> {
         let name = entry?.file_name().to_string_lossy().into_owned();
         let Ok(mut place) = Place::at(&name) else { continue };
         // A record that cannot be read must not hide the others.
-        let Ok(Some(record)) = place.record() else { continue };
+        let Ok(record) = place.record() else { continue };
         let running = is_running(&mut place);
+        let Some(record) = record else {
+            if !running && place.is_begun_only() {
+                let _ = place.remove();
+            }
+            continue;
+        };
         if !running {
             // Its keeper has done so, unless it was killed.
             cgroup::remove(&record.cgroups, Duration::ZERO);
         }
         if record.ephemeral && !running {
-            let _ = place.remove();
+            // Another guest may have taken the name before the lock was looked at.
+            if place.record().is_ok_and(|now| now.is_none_or(|now| now.ephemeral)) {
+                let _ = place.remove();
+            }
         } else {
             guests.push(Listed { record, running });
         }
@@ -283,11 +330,16 @@ pub fn list() -> anyhow::Result<Vec<Listed>> {
 /// Whether a process holds the place; if not, `place` holds it now.
 fn is_running(place: &mut Place) -> bool {
     let Ok(file) = File::options().append(true).open(place.directory.join("lock")) else { return false };
-    let running = flock(&file, FlockOperation::NonBlockingLockExclusive).is_err();
+    let running = flock(&file, FlockOperation::NonBlockingLockShared).is_err();
     if !running {
         place.lock = Some(file);
     }
     running
+}
+
+/// Whether there is anything of a guest called `name`.
+pub fn is_there(name: &str) -> bool {
+    Place::at(name).is_ok_and(|place| place.directory.exists())
 }
 
 /// The guest called `name`.

@@ -4,7 +4,6 @@ use crate::exit::with_code;
 use anyhow::Context;
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
 /// Tells the started process that it is the background one.
@@ -28,6 +27,8 @@ impl Parting {
         if !is_background() {
             return Ok(None);
         }
+        // Until here Ctrl-C was for this process too.
+        let _ = rustix::process::setsid();
         Ok(Some(Self { nowhere: File::options().write(true).open("/dev/null")? }))
     }
 
@@ -52,8 +53,7 @@ pub fn start() -> anyhow::Result<String> {
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         // Progress, if it is not quiet, and errors until the guest runs.
-        .stderr(Stdio::inherit())
-        .process_group(0);
+        .stderr(Stdio::inherit());
     let mut child = command.spawn().context("cannot start a process for the guest")?;
     let mut said = String::new();
     if let Some(mut out) = child.stdout.take() {

@@ -5,7 +5,7 @@ mod confine;
 mod network;
 mod source;
 
-use crate::arguments::{self, DiskBus, Run, Switched};
+use crate::arguments::{DiskBus, Run, Switched};
 use crate::exit::{self, with_code};
 use crate::host_share::Share;
 use crate::progress::Phases;
@@ -53,10 +53,11 @@ pub fn run(options: Run) -> anyhow::Result<u8> {
     if let Some(record) = &had_record {
         cgroup::remove(&record.cgroups, Duration::ZERO);
     }
+    let had_disk = place.disk().exists();
     let result = run_at(&options, &place, &mut phases);
     // A guest that never started leaves nothing behind.
-    if ephemeral || (result.is_err() && had_record.is_none() && !place.directory.join("guest.json").exists())
-    {
+    let begun = had_record.is_some() || had_disk || place.directory.join("guest.json").exists();
+    if ephemeral || (result.is_err() && !begun) {
         let _ = place.remove();
     } else {
         let _ = place.leave();
@@ -93,7 +94,12 @@ fn run_at(options: &Run, place: &Place, phases: &mut Phases) -> anyhow::Result<u
     let parting = background::Parting::new()?;
     let guest = Guest::start(options, place, &source, choice.kind, phases)?;
     if let Some(parting) = parting {
-        parting.ready(&place.name)?;
+        // Who started this has been interrupted.
+        if let Err(error) = parting.ready(&place.name) {
+            guest.power_off();
+            guest.finish();
+            return Err(error);
+        }
     }
     let code = guest.attend(options, phases);
     guest.finish();
@@ -216,7 +222,7 @@ impl Guest {
             // Ctrl-C where no terminal makes it a byte for the guest.
             let end = scope.spawn(|| self.wait());
             let console = self.connect().and_then(client::console);
-            let left = console.inspect_err(|_| self.machine.stop())?;
+            let left = console.inspect_err(|_| self.power_off())?;
             if left == client::ConsoleEnd::Left && self.machine.outcome().is_none() {
                 eprintln!("\nyado: powering off");
                 self.power_off();
@@ -417,21 +423,21 @@ fn say(console: &Console, what: &str) {
 
 /// The format of a disk: what was said, else raw, but only if the file looks like nothing else. A guest that makes its raw
 /// disk look like another format must not get what a header could name.
-fn format_of(disk: &arguments::Disk) -> anyhow::Result<Format> {
-    if let Some(format) = disk.format {
+fn format_of(file: &Path, said: Option<Format>) -> anyhow::Result<Format> {
+    if let Some(format) = said {
         return Ok(format);
     }
-    let storage = image::storage::open(&disk.file, true, true, CacheMode::default())?;
+    let storage = image::storage::open(file, true, true, CacheMode::default())?;
     match image::format::probe(storage.as_ref()) {
         Ok(Format::Raw) => Ok(Format::Raw),
         Ok(other) => Err(with_code(
             2,
             format!(
-                "{file} looks like a {other} image: say {file},format={other}, or format=raw if it is none",
-                file = disk.file.display()
+                "{file} looks like a {other} image: say --disk {file},format={other}, or format=raw if it is none",
+                file = file.display()
             ),
         )),
-        Err(error) => Err(error).with_context(|| format!("cannot use {}", disk.file.display())),
+        Err(error) => Err(error).with_context(|| format!("cannot use {}", file.display())),
     }
 }
 
@@ -462,6 +468,10 @@ fn configuration(options: &Run, place: &Place, source: &Source) -> anyhow::Resul
     match &source.root {
         Root::None => {}
         Root::Disposable(path) => config.disks.push(root(path, Some(place.directory.clone()))),
+        // A kept guest's own disk is raw, whatever the guest has written there.
+        Root::Own(path) if source.direct => {
+            config.disks.push(DiskConfig { format: format_of(path, None)?, ..root(path, None) });
+        }
         Root::Own(path) => config.disks.push(root(path, None)),
     }
     for disk in &options.disk {
@@ -470,7 +480,7 @@ fn configuration(options: &Run, place: &Place, source: &Source) -> anyhow::Resul
             DiskBus::Virtio => DiskInterface::Virtio,
         };
         config.disks.push(DiskConfig {
-            format: format_of(disk)?,
+            format: format_of(&disk.file, disk.format)?,
             path: disk.file.clone(),
             read_only: disk.read_only,
             cache: disk.cache,

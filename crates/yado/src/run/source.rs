@@ -53,14 +53,29 @@ pub fn stem(options: &Run) -> &'static str {
 
 /// Finds or builds what `options` names.
 pub fn find(options: &Run, place: &Place, phases: &mut Phases) -> anyhow::Result<Source> {
-    let disk = place.directory.join("disk.raw");
+    let disk = place.disk();
     if options.name.is_some()
         && let Some(record) = place.record()?
         && let Some(boot) = record.boot
         && disk.exists()
     {
         phases.say(&format!("{} goes on with its disk ({})", place.name, record.source));
-        let boot = Boot { cmdline: command_line(&boot.cmdline, options), ..boot };
+        let guest = options.guest.as_deref();
+        anyhow::ensure!(
+            guest.is_none_or(|guest| guest.split(':').next() == Some("debian")),
+            with_code(
+                2,
+                format!(
+                    "the guest {} has a disk of its own already: `yado run debian --name {}` goes on with it",
+                    place.name, place.name
+                )
+            )
+        );
+        let boot = Boot {
+            kernel: options.kernel.clone().unwrap_or(boot.kernel),
+            initrd: options.initrd.clone().map(PathBuf::from).or(boot.initrd),
+            cmdline: command_line(&boot.cmdline, options),
+        };
         return Ok(Source {
             label: record.source,
             boot,
@@ -183,7 +198,13 @@ fn build_debian(suite: &str, options: &Run, place: &Place, phases: &mut Phases) 
         None => image.initrd.map(kept).transpose()?,
     };
     let root = if keeps {
-        let disk = place.directory.join("disk.raw");
+        let disk = place.disk();
+        anyhow::ensure!(
+            !disk.exists(),
+            "{disk} is there, but what is known of its guest is lost: move the disk away to keep it, then `yado rm {name}`",
+            disk = disk.display(),
+            name = place.name
+        );
         copy(&image.disk, &disk, phases)?;
         Root::Own(disk)
     } else {
@@ -207,6 +228,8 @@ fn keep(file: &Path, directory: &Path) -> anyhow::Result<PathBuf> {
 /// The guest's own disk: a copy that shares blocks with the cache where the file system can.
 fn copy(from: &std::path::Path, to: &std::path::Path, phases: &mut Phases) -> anyhow::Result<()> {
     let partial = to.with_extension("partial");
+    // What a process that was killed has left.
+    let _ = std::fs::remove_file(&partial);
     phases.begin("copying the disk", Some(std::fs::metadata(from)?.len()));
     let copied = image::clone_file(from, &partial, &mut |bytes| {
         phases.advance(bytes);
@@ -214,10 +237,13 @@ fn copy(from: &std::path::Path, to: &std::path::Path, phases: &mut Phases) -> an
     });
     phases.finish();
     let kept = copied.map_err(anyhow::Error::from).and_then(|()| Ok(std::fs::rename(&partial, to)?));
-    kept.inspect_err(|_| {
+    let kept = kept.inspect_err(|_| {
         let _ = std::fs::remove_file(&partial);
-    })
-    .with_context(|| format!("cannot make the guest's disk {}", to.display()))
+    });
+    if kept.is_err() && signals::cancelled() {
+        return Err(with_code(signals::cancelled_code(), "cancelled; nothing was changed"));
+    }
+    kept.with_context(|| format!("cannot make the guest's disk {}", to.display()))
 }
 
 /// What yado adds to a guest: its agent, the unit that starts it, and no login prompt where nobody logs in.
