@@ -195,10 +195,11 @@ fn table(rows: &[(Peer, usize, Sample)]) -> String {
 
 fn explained(table: &str, options: &Options) -> String {
     format!(
-        "CPU time of all threads and child processes of Debian 13 guests with one vCPU and {MEMORY} each, at their login prompts, over {} seconds; \
-         median and range of {}. All guests' disks are clones of one whose packages are configured. An idle guest wakes some twelve times a second, for \
-         its kernel's own timers; how much each time costs depends on what the host's CPU still has in its caches, so on a host that does nothing \
-         else each guest costs more than on a busy one, or than one of many.\n\n{table}",
+        "CPU time of all threads and child processes of Debian 13 guests with one vCPU and {MEMORY} each, at their login \
+         prompts, over {} seconds; median and range of {}. All guests' disks are clones of one whose packages are \
+         configured. An idle guest wakes some twelve times a second, for its kernel's own timers; how much each time \
+         costs depends on what the host's CPU still has in its caches, so on a host that does nothing else each guest \
+         costs more than on a busy one, or than one of many.\n\n{table}",
         options.seconds, options.runs
     )
 }
