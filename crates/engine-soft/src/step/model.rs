@@ -129,16 +129,16 @@ impl Core {
                 if !host {
                     let by = offset.wrapping_sub(s.tsc_offset);
                     s.msrs.tsc_adjust = s.msrs.tsc_adjust.wrapping_add(by);
+                    s.doorbell.ring(kick::LEAVE);
                 }
                 s.tsc_offset = offset;
-                s.doorbell.ring(kick::LEAVE);
             }
             msr::TSC_ADJUST => {
                 if !host {
                     s.tsc_offset = s.tsc_offset.wrapping_add(value.wrapping_sub(s.msrs.tsc_adjust));
+                    s.doorbell.ring(kick::LEAVE);
                 }
                 s.msrs.tsc_adjust = value;
-                s.doorbell.ring(kick::LEAVE);
             }
             msr::EFER => return self.set_efer(value, host),
             msr::STAR => s.msrs.star = value,
