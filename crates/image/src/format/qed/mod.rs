@@ -286,7 +286,8 @@ impl Layout for Layer {
         let Some(table) = self.table(sectors, offset)? else { return Ok((Place::Below, len)) };
         let within = offset & cluster.wrapping_sub(1);
         let mut index = self.l2_index(offset);
-        let file = sectors.storage().len();
+        // The file's length of after the entry was read: another thread may just have made it longer, for this very cluster.
+        let is_cluster = |at| self.is_cluster(at, sectors.storage().len());
         let mut place = None;
         let (mut run, mut expected) = (0u64, 0u64);
         while run < len {
@@ -296,7 +297,7 @@ impl Layout for Layer {
                         place = Some(match word {
                             0 => Place::Below,
                             ZERO => Place::Zero,
-                            at if self.is_cluster(at, file) => Place::At(at.saturating_add(within)),
+                            at if is_cluster(at) => Place::At(at.saturating_add(within)),
                             at => {
                                 return Err(damaged(format_args!(
                                     "the L2 entry for offset {offset:#x} ({at:#x}) names no cluster"
@@ -306,7 +307,7 @@ impl Layout for Layer {
                         run = cluster.saturating_sub(within);
                     }
                     // A broken entry ends the run, and is met by the next look-up.
-                    Some(_) if word != expected || (word > ZERO && !self.is_cluster(word, file)) => {
+                    Some(_) if word != expected || (word > ZERO && !is_cluster(word)) => {
                         return Ok((place.unwrap_or(Place::Below), run.min(len)));
                     }
                     Some(_) => run = run.saturating_add(cluster),
