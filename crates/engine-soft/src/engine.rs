@@ -17,7 +17,7 @@ pub struct Options {
     pub translate: bool,
     /// Size of each vCPU's cache of translated code in bytes.
     pub code_cache_bytes: usize,
-    /// There will be one vCPU only, so atomic instructions need no bus lock.
+    /// There will be one vCPU only, so that no other writes code or must hear of writes.
     pub single_cpu: bool,
     /// Run user code that computes for a while on the host's CPU, in a process of its own: needs shared memory.
     pub direct: bool,

@@ -11,7 +11,13 @@ macro_rules! eprintln {
 macro_rules! println {
     ($($what:tt)*) => {{
         use std::io::Write as _;
-        let _ = writeln!(std::io::stdout(), $($what)*);
+        crate::terminal::note(writeln!(std::io::stdout(), $($what)*));
+    }};
+}
+macro_rules! print {
+    ($($what:tt)*) => {{
+        use std::io::Write as _;
+        crate::terminal::note(write!(std::io::stdout(), $($what)*));
     }};
 }
 
@@ -55,7 +61,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let result = dispatch(arguments.command);
     terminal::restore();
-    match result {
+    match result.and_then(terminal::told) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             eprintln!("yado: {}", sentence(&error));

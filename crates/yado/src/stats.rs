@@ -2,7 +2,7 @@
 
 use crate::arguments::Stats;
 use crate::prometheus::{self, Guest};
-use crate::{client, exporter, registry};
+use crate::{client, exporter, registry, terminal};
 use anyhow::{Context, ensure};
 use machine::control::protocol::{Kind, Request, read};
 use serde_json::Value;
@@ -48,7 +48,7 @@ pub fn stats(options: &Stats) -> anyhow::Result<()> {
         before = now;
         std::thread::sleep(PERIOD);
         // A guest that is gone is no error of somebody who only watches.
-        if registry::find_running(name).is_err() {
+        if terminal::nobody_reads() || registry::find_running(name).is_err() {
             return Ok(());
         }
     }

@@ -2,9 +2,36 @@
 
 use rustix::stdio::{stdin, stdout};
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr};
-use std::sync::Mutex;
+use std::io::{self, Write};
+use std::sync::{Mutex, OnceLock};
 
 static BEFORE: Mutex<Option<Termios>> = Mutex::new(None);
+
+/// What became of output that could not be written.
+static LOST: OnceLock<io::Error> = OnceLock::new();
+
+/// Remembers whether output was written: what has been begun is finished all the same.
+pub fn note(written: io::Result<()>) {
+    if let Err(error) = written {
+        let _ = LOST.set(error);
+    }
+}
+
+/// Whether what is written goes nowhere any more.
+pub fn nobody_reads() -> bool {
+    LOST.get().is_some()
+}
+
+/// The exit code of a command, unless its output is lost to somebody who wanted it: who closes a pipe has read enough.
+pub fn told(code: u8) -> anyhow::Result<u8> {
+    note(io::stdout().flush());
+    match LOST.get() {
+        Some(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(anyhow::anyhow!("cannot write to standard output: {error}"))
+        }
+        _ => Ok(code),
+    }
+}
 
 /// Whether a person sits at both ends.
 pub fn is_interactive() -> bool {

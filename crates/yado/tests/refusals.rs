@@ -220,3 +220,20 @@ fn completions_and_manual_pages_are_made() {
     home.yado(&["man", pages.to_str().unwrap()]).assert_success();
     assert!(std::fs::read_to_string(pages.join("yado-run.1")).unwrap().contains(".TH"));
 }
+
+#[test]
+fn output_that_nobody_takes_is_no_crash() {
+    let run = |arguments: &[&str], out: std::process::Stdio, error: std::process::Stdio| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_yado"));
+        command.args(arguments).stdout(out).stderr(error).status().unwrap().code()
+    };
+    let full = || std::fs::File::options().write(true).open("/dev/full").unwrap().into();
+    // A disk that is full is an error, and said where that can be.
+    assert_eq!(run(&["doctor", "--json"], full(), std::process::Stdio::null()), Some(125));
+    assert_eq!(run(&["doctor", "--json"], full(), full()), Some(125));
+    assert_eq!(run(&["rm", "nobody"], std::process::Stdio::null(), full()), Some(125));
+    // Who closes a pipe has read enough.
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    assert_eq!(run(&["doctor", "--json"], writer.into(), std::process::Stdio::null()), Some(0));
+}
