@@ -386,9 +386,10 @@ impl Switch {
             }
             Link::Uplink(uplink) => {
                 workspace.batch.clear();
-                uplink.take(&mut workspace.batch);
-                let worked = !workspace.batch.is_empty();
-                if worked {
+                // What was no frame is work as well: its file says only once that something has come.
+                let more = uplink.take(&mut workspace.batch);
+                let worked = more || !workspace.batch.is_empty();
+                if !workspace.batch.is_empty() {
                     let batch = std::mem::replace(&mut workspace.batch, Batch::new(0, 0));
                     workspace.burst.copy(&batch);
                     self.forward(&mut port, &mut workspace, Origin::Batch(&batch));

@@ -17,11 +17,11 @@ pub enum Uplink {
 }
 
 impl Uplink {
-    /// Moves frames that have come into a batch while it has room.
-    pub fn take(&self, batch: &mut Batch) {
+    /// Moves frames that have come into a batch while it has room; answers whether there may be more.
+    pub fn take(&self, batch: &mut Batch) -> bool {
         match self {
-            Self::Tap(tap) => drop(tap.take(batch)),
-            Self::Vxlan(tunnel) => drop(tunnel.take(batch)),
+            Self::Tap(tap) => tap.take(batch),
+            Self::Vxlan(tunnel) => tunnel.take(batch),
         }
     }
 
