@@ -424,7 +424,7 @@ impl Switch {
                     header = packet.head().first_chunk().copied();
                     if let Some(like) = &last
                         && header == Some(like.header)
-                        && guard::is_harmless(packet.head())
+                        && guard::is_harmless(packet.head(), packet.offload.checksum)
                     {
                         (packet.vlan, packet.priority) = (like.vlan, like.priority);
                         note(workspace, like.receiver, u16::try_from(index).unwrap_or(u16::MAX));
@@ -549,7 +549,11 @@ impl Switch {
     #[inline]
     fn check_claim(&mut self, port: &Port, packet: &Packet) -> Result<(), Reason> {
         let trusted = port.spec.trusted;
-        let claimed = match guard::claim(packet.head()) {
+        // What is looked at here is delivered, not what a checksum in its place makes of it.
+        if !trusted && !guard::may_complete(packet.head(), packet.offload.checksum) {
+            return Err(Reason::Broken);
+        }
+        let claimed = match guard::claim(packet.head(), packet.len()) {
             Ok(None) => return Ok(()),
             Ok(Some(address)) => address,
             Err(_) if trusted => return Ok(()),
