@@ -17,7 +17,7 @@ use super::port::{Known, Link, Port, PortSpec};
 use super::reason::Reason;
 use super::share::Shares;
 use super::snoop::Groups;
-use super::table::{self, Key, Learnt, PortNumber, Table};
+use super::table::{self, Key, Learnt, PortNumber, Speaker, Table};
 use super::vlan::Vlans;
 use super::wait;
 use crate::Batch;
@@ -78,8 +78,6 @@ pub struct Switch {
     /// Nanoseconds since some moment, and whole seconds of them.
     pub(super) now: u64,
     pub(super) second: u32,
-    /// When entries that are too old were removed last.
-    expired: Option<u32>,
     pub(super) active: Vec<PortNumber>,
     pub(super) pending: Vec<PortNumber>,
     /// Ports that have broken their rings since somebody asked.
@@ -115,7 +113,6 @@ impl Switch {
             workspace: Some(Box::new(workspace)),
             now: 0,
             second: 0,
-            expired: None,
             active: Vec::new(),
             pending: Vec::new(),
             broken: Vec::new(),
@@ -521,15 +518,15 @@ impl Switch {
         if locked && !port.spec.macs.iter().any(|mac| mac.0 == key.address()) {
             return Err(Reason::Spoofed);
         }
-        let mut may_add = port.learnt < port.spec.macs_max();
-        let mut result = self.table.learn(key, port.number, self.second, may_add, lost);
-        // Addresses that are too old do not count. To find them means to look at all, so at most once a second, whatever ports send.
-        if result == Learnt::Full && !may_add && self.expired != Some(self.second) {
-            self.expired = Some(self.second);
-            self.table.expire(self.second, lost);
+        let speaker = |port: &Port| {
+            let may_add = port.learnt < port.spec.macs_max();
+            Speaker { port: port.number, believed: port.spec.trusted || locked, may_add }
+        };
+        let mut result = self.table.learn(key, speaker(port), self.second, lost);
+        // Addresses that are too old do not count.
+        if result == Learnt::Full && !speaker(port).may_add && self.table.expire(self.second, lost) {
             self.count_lost_with(port, lost);
-            may_add = port.learnt < port.spec.macs_max();
-            result = self.table.learn(key, port.number, self.second, may_add, lost);
+            result = self.table.learn(key, speaker(port), self.second, lost);
         }
         match result {
             Learnt::Known => {}
@@ -539,7 +536,7 @@ impl Switch {
                 lost.push(before);
             }
             Learnt::Fixed(_) => return Err(Reason::Spoofed),
-            Learnt::Full if !may_add => return Err(Reason::Quota),
+            Learnt::Full if !speaker(port).may_add => return Err(Reason::Quota),
             // The table has no room: frames to it are flooded.
             Learnt::Full => {}
         }

@@ -449,7 +449,7 @@ impl Server {
         let name = |number| self.switch.port(number).map_or("", |port| port.name.as_str());
         let entries = self.switch.addresses().map(|entry| {
             let mac = super::port::Mac(entry.key.address()).to_string();
-            json!({ "address": mac, "vlan": entry.key.vlan(), "port": name(entry.port), "fixed": entry.fixed })
+            json!({ "address": mac, "vlan": entry.key.vlan(), "port": name(entry.port), "fixed": entry.fixed() })
         });
         Value::Array(entries.collect())
     }

@@ -335,6 +335,13 @@ mod test {
         frame
     }
 
+    /// A router's, which has an address of its own.
+    fn query() -> Vec<u8> {
+        let mut frame = frame4([224, 0, 0, 1], IGMP, &v2(0x11, [0; 4]));
+        frame[11] = 9;
+        frame
+    }
+
     const ALERT: [u8; 8] = [58, 0, 5, 2, 0, 0, 1, 0];
     const GROUP: [u8; 4] = [239, 1, 2, 3];
 
@@ -400,7 +407,7 @@ mod test {
     fn who_asked_gets_it_while_a_router_asks() {
         let mut switch = switch();
         let at = |switch: &mut Switch, second: u64| switch.turn(second * 1_000_000_000, 0);
-        let query = frame4([224, 0, 0, 1], IGMP, &v2(0x11, [0; 4]));
+        let query = query();
         let (join, leave) =
             (frame4(GROUP, IGMP, &v2(0x16, GROUP)), frame4([224, 0, 0, 2], IGMP, &v2(0x17, GROUP)));
         at(&mut switch, 1);
@@ -454,7 +461,7 @@ mod test {
                 switch.inject(port, &frame4(other, IGMP, &v2(0x16, other)));
             }
         }
-        switch.inject(0, &frame4([224, 0, 0, 1], IGMP, &v2(0x11, [0; 4])));
+        switch.inject(0, &query());
         switch.turn(11_000_000_000, 0);
         let mut dropped = |to: [u8; 4], count: u32| {
             let before = switch.port(sender).unwrap().counters.dropped.get(Reason::Storm);

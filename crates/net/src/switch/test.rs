@@ -457,6 +457,22 @@ fn a_hostile_guest_is_alone_with_its_attacks() {
     assert!(switch.port("hostile")["state"].as_str().unwrap().contains("bridge"));
 }
 
+/// Two bytes wherever the sender likes, after everybody has looked.
+#[test]
+fn what_was_looked_at_is_not_completed() {
+    let switch = Running::new();
+    let mut a = switch.guest("a", PortSpec::default());
+    let mut b = switch.guest_with("b", PortSpec::default(), !feature::GUEST_CSUM);
+    // ARP's sender address; and, behind a tag that goes, the kind of the frame.
+    let own = arp(MAC_A, MAC_A, [10, 0, 0, 66]);
+    a.send_with([1, 0, 0, 0, 0, 0, 14, 0, 16, 0], &own);
+    a.send_with([1, 0, 0, 0, 0, 0, 14, 0, 2, 0], &tagged(ALL, MAC_A, 3 << 13, &[0; 40]));
+    assert!(b.silent());
+    assert_eq!(switch.dropped("a", "broken"), 2);
+    a.send(&own);
+    assert_eq!(b.receive(), own);
+}
+
 #[test]
 fn private_ports_reach_others_only() {
     let switch = Running::new();
@@ -553,6 +569,35 @@ fn addresses_that_are_too_old_do_not_count() {
     switch.turn(301_500_000_000, 0);
     switch.announce(port, [2, 0, 0, 0, 0, 9]);
     assert_eq!(state(&switch), (1, 3, 1));
+}
+
+/// As a tap has it, and what others say of addresses that are behind it.
+#[test]
+fn addresses_behind_trusted_ports_stay_there() {
+    let mut switch = super::Switch::new(1000, 300);
+    let trusted = PortSpec { trusted: true, ..PortSpec::default() };
+    let up = switch.add("up", trusted.clone()).unwrap();
+    let far = switch.add("far", trusted).unwrap();
+    let vmm = switch.add("vmm", PortSpec::default()).unwrap();
+    let own = PortSpec { macs: vec![super::Mac(MAC_B)], ..trunk("1", None) };
+    let given = switch.add("given", own).unwrap();
+    let place = |switch: &super::Switch, mac| {
+        switch.addresses().find(|entry| entry.key.address() == mac).map(|entry| entry.port)
+    };
+    switch.announce(up, MAC_A);
+    switch.announce(vmm, MAC_A);
+    assert_eq!(place(&switch, MAC_A), Some(up));
+    assert_eq!(switch.port(vmm).unwrap().counters.dropped.get(super::Reason::Spoofed), 1);
+    // Who is believed as well may move it, and who was given it.
+    switch.announce(far, MAC_A);
+    switch.announce(up, MAC_B);
+    let request = tagged(ALL, MAC_B, 1, &[0; 40]);
+    switch.inject(given, &request);
+    assert_eq!((place(&switch, MAC_A), place(&switch, MAC_B)), (Some(far), Some(given)));
+    // Once it is silent it may be anywhere.
+    switch.turn(301_500_000_000, 0);
+    switch.announce(vmm, MAC_A);
+    assert_eq!(place(&switch, MAC_A), Some(vmm));
 }
 
 #[test]
