@@ -141,6 +141,14 @@ impl Offload {
         Ok(Self { checksum, segments })
     }
 
+    /// What a frame of `len` bytes is cut into.
+    pub fn pieces(&self, len: usize) -> usize {
+        let piece = |segments: Segments| {
+            len.saturating_sub(segments.headers.into()).div_ceil(usize::from(segments.size).max(1)).max(1)
+        };
+        self.segments.map_or(1, piece)
+    }
+
     /// For the same frame with so many bytes more (or fewer) in front of its network header.
     #[must_use]
     pub fn moved(self, bytes: i16) -> Self {

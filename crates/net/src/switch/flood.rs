@@ -25,6 +25,7 @@ impl Switch {
     ) -> Result<(), Reason> {
         let packet = workspace.burst.packet(index)?;
         let (vlan, tagged, len) = (packet.vlan, packet.tag().is_some(), packet.len() as u64);
+        let pieces = packet.offload.pieces(packet.len()) as u64;
         let group = snoop::group(packet.head());
         let speaks = group.is_some() && snoop::may_speak(packet.head());
         let mut receivers = match group {
@@ -32,7 +33,7 @@ impl Switch {
             _ => None,
         };
         // A large segment costs those who get it as much as what it is cut into.
-        let units = (len / FLOOD_UNIT).saturating_add(1);
+        let units = (len / FLOOD_UNIT).saturating_add(1).max(pieces);
         let floods = match &receivers {
             None => units,
             Some(receivers) => {

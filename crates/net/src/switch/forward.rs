@@ -27,7 +27,7 @@ use std::sync::Arc;
 /// The most ports.
 pub const PORTS_MAX: usize = 1024;
 /// Queues of one port that a turn takes frames from: all others wait meanwhile.
-const QUEUES_PER_TURN: usize = 4;
+pub(super) const QUEUES_PER_TURN: usize = 4;
 /// Frames that a tap brings at a time.
 const TAP_FRAMES: usize = super::packet::BURST;
 
@@ -62,6 +62,8 @@ pub(super) struct Workspace {
     pub(super) lost: Vec<PortNumber>,
     pub(super) bytes: Vec<u8>,
     pub(super) scratch: Vec<u8>,
+    /// What frames were cut into on the way, or are on the host's.
+    pub(super) cut: usize,
 }
 
 /// A switch.
@@ -78,6 +80,8 @@ pub struct Switch {
     /// Nanoseconds since some moment, and whole seconds of them.
     pub(super) now: u64,
     pub(super) second: u32,
+    /// Turns that were taken.
+    pub(super) turns: u64,
     pub(super) active: Vec<PortNumber>,
     pub(super) pending: Vec<PortNumber>,
     /// Ports that have broken their rings since somebody asked.
@@ -102,6 +106,7 @@ impl Switch {
             lost: Vec::new(),
             bytes: Vec::new(),
             scratch: Vec::new(),
+            cut: 0,
         };
         Self {
             ports: Vec::new(),
@@ -113,6 +118,7 @@ impl Switch {
             workspace: Some(Box::new(workspace)),
             now: 0,
             second: 0,
+            turns: 0,
             active: Vec::new(),
             pending: Vec::new(),
             broken: Vec::new(),
@@ -172,9 +178,13 @@ impl Switch {
 
     /// A frame comes in at a port, as if who is behind it had sent it.
     pub(super) fn inject(&mut self, number: PortNumber, frame: &[u8]) {
+        self.inject_with(number, crate::Offload::default(), frame);
+    }
+
+    pub(super) fn inject_with(&mut self, number: PortNumber, offload: crate::Offload, frame: &[u8]) {
         let Some(mut workspace) = self.workspace.take() else { return };
         if let Some(mut port) = self.ports.get_mut(usize::from(number)).and_then(Option::take) {
-            workspace.burst.one(crate::Offload::default(), frame, 0, 0);
+            workspace.burst.one(offload, frame, 0, 0);
             self.forward(&mut port, &mut workspace, Origin::Frame(frame));
             let waits = !port.up.is_empty();
             if let Some(slot) = self.ports.get_mut(usize::from(number)) {
@@ -293,6 +303,7 @@ impl Switch {
     pub fn turn(&mut self, now: u64, spin: u64) {
         self.now = now;
         self.second = (now / 1_000_000_000) as u32;
+        self.turns = self.turns.wrapping_add(1);
         let mut index = 0;
         while let Some(number) = self.active.get(index).copied() {
             if self.receive(number) {
@@ -337,6 +348,9 @@ impl Switch {
 
     /// Takes what a port sends; answers whether there was anything.
     fn receive(&mut self, number: PortNumber) -> bool {
+        if self.rests(number) {
+            return true;
+        }
         let Some(mut workspace) = self.workspace.take() else { return false };
         let Some(mut port) = self.ports.get_mut(usize::from(number)).and_then(Option::take) else {
             self.workspace = Some(workspace);
@@ -372,6 +386,10 @@ impl Switch {
                                 break;
                             }
                             worked = worked.saturating_add(1);
+                            if port.rests_until > self.turns {
+                                port.next_queue = pair.saturating_add(1);
+                                break;
+                            }
                         }
                         Err(why) => {
                             queue.fail(why);
@@ -411,6 +429,7 @@ impl Switch {
     fn forward(&mut self, port: &mut Port, workspace: &mut Workspace, origin: Origin<'_>) {
         let (mut frames, mut bytes) = (0u64, 0u64);
         let limited = port.up.limited();
+        workspace.cut = 0;
         let mut last: Option<Like> = None;
         for index in 0..workspace.burst.len() {
             let mut header = None;
@@ -457,6 +476,7 @@ impl Switch {
         port.counters.received = port.counters.received.wrapping_add(frames);
         port.counters.received_bytes = port.counters.received_bytes.wrapping_add(bytes);
         self.deliver_all(workspace, origin);
+        self.charge_cuts(port, workspace);
         if !workspace.lost.is_empty() {
             self.count_lost_with(port, &mut workspace.lost);
         }
@@ -680,7 +700,7 @@ impl Switch {
         origin: Origin<'_>,
     ) -> Result<usize, RingError> {
         let Port { link, counters, spec, .. } = receiver;
-        let Workspace { burst, filler, bytes, .. } = workspace;
+        let Workspace { burst, filler, bytes, cut, .. } = workspace;
         match link {
             Link::Guest(backend) => filler.fill(backend, &spec.vlans, counters, list, burst, origin),
             Link::Uplink(uplink) => {
@@ -694,6 +714,7 @@ impl Switch {
                     bytes.extend_from_slice(packet.head());
                     rest.append(bytes);
                     let offload = packet.offload;
+                    *cut = cut.saturating_add(wait::cut_into(&offload, packet.len()));
                     if tag.is_some() {
                         packet.strip();
                     }

@@ -20,6 +20,9 @@ pub const HEAD_MAX: usize = 256;
 const FRONT: usize = 32;
 /// Frames of a burst.
 pub const BURST: usize = 32;
+/// What a burst's frames may be cut into: what as many of TCP's longest are, in segments of the usual size. Where a sender's segments are
+/// smaller, its bursts are.
+const PIECES_MAX: usize = BURST * 46;
 
 /// One frame. What is said of it is in one cache line, and its first bytes begin another.
 #[derive(Debug, Clone)]
@@ -267,13 +270,18 @@ impl Burst {
             packet.len = ring.chain(memory, *head, false, &mut self.segments)? as usize;
             packet.segments = (begin, self.segments.len());
         }
+        let mut pieces = 0usize;
         for (packet, broken) in self.packets.iter_mut().zip(&mut self.broken).take(count) {
             let segments = self.segments.get(packet.segments.0..packet.segments.1).unwrap_or_default();
             let total = u32::try_from(packet.len).unwrap_or(u32::MAX);
             *broken = packet.load(memory, segments, total).err();
+            self.count = self.count.wrapping_add(1);
+            pieces = pieces.saturating_add(packet.offload.pieces(packet.len));
+            if pieces >= PIECES_MAX {
+                break;
+            }
         }
-        self.count = count;
-        Ok(count)
+        Ok(self.count)
     }
 
     /// Takes the chains that were looked at and gives them back; answers whether the driver wants to be told.

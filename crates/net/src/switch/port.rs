@@ -264,6 +264,8 @@ pub struct Port {
     pub down: Shaper,
     /// Its line.
     pub emulator: Option<Emulator>,
+    /// The turn in which it is looked at again: what its frames were cut into is as much work as others' frames, which come before its next.
+    pub rests_until: u64,
     /// Since when nothing came, in nanoseconds.
     pub idle_since: u64,
     /// It is looked at in turn, not only when it says so.
@@ -294,6 +296,7 @@ impl Port {
             up: Shaper::new(),
             down: Shaper::new(),
             emulator: None,
+            rests_until: 0,
             idle_since: 0,
             active: false,
             pending: false,

@@ -1,7 +1,7 @@
 //! What cannot go at once: frames that wait for a limit, for a receiver's buffers, or on a bad line.
 
 use super::fill::accepts;
-use super::forward::{Switch, Workspace};
+use super::forward::{QUEUES_PER_TURN, Switch, Workspace};
 use super::packet::{BURST, Origin, Packet, Rest};
 use super::port::{Link, Port, Shaper};
 use super::queue::Waiting;
@@ -10,6 +10,9 @@ use super::share::Way;
 use super::table::PortNumber;
 use crate::offload::{Checksum, Offload};
 use crate::{FRAME_MAX, segment};
+
+/// What frames of one port are cut into in a turn is about as much work as the frames that another's turn has.
+const PIECES_PER_TURN: usize = QUEUES_PER_TURN * BURST;
 
 impl Switch {
     /// A frame that cannot be delivered at once waits for its receiver, in a form that the receiver takes.
@@ -28,8 +31,11 @@ impl Switch {
             }
             return;
         }
+        if matches!(receiver.link, Link::Uplink(_)) {
+            workspace.cut = workspace.cut.saturating_add(cut_into(&frame.offload, frame.bytes.len()));
+        }
         let takes = takes(receiver);
-        prepare(&mut receiver.down, frame, &takes, &mut workspace.scratch);
+        prepare(&mut receiver.down, frame, &takes, workspace);
     }
 
     /// A frame waits for the limit of its sender.
@@ -43,12 +49,17 @@ impl Switch {
         let Some((packet, rest)) = workspace.burst.with_rest(index, origin) else { return };
         let frame = whole(packet, rest, self.now);
         let cuts = port.up.cuts();
-        prepare(
-            &mut port.up,
-            frame,
-            &|offload| !(cuts && offload.segments.is_some()),
-            &mut workspace.scratch,
-        );
+        prepare(&mut port.up, frame, &|offload| !(cuts && offload.segments.is_some()), workspace);
+    }
+
+    /// A port's frames were cut on their ways: it rests for the turns that all others' frames would have taken as long as.
+    pub(super) fn charge_cuts(&self, port: &mut Port, workspace: &Workspace) {
+        let turns = (workspace.cut / PIECES_PER_TURN) as u64;
+        port.rests_until = port.rests_until.max(self.turns).saturating_add(turns);
+    }
+
+    pub(super) fn rests(&self, number: PortNumber) -> bool {
+        self.port(number).is_some_and(|port| port.rests_until > self.turns)
     }
 
     pub(super) fn pend(&mut self, number: PortNumber) {
@@ -69,7 +80,7 @@ impl Switch {
             if !up {
                 self.release(number, BURST);
             }
-            // What comes off a bad line is taken in any case.
+            self.arrive(number);
             self.drain(number, if down { 0 } else { BURST });
             let Some(port) = self.port_mut(number) else {
                 self.pending.swap_remove(index);
@@ -90,6 +101,9 @@ impl Switch {
     /// Up to `most` frames that a port sent, and its limit lets go now; answers whether there may be more.
     pub(super) fn release(&mut self, number: PortNumber, most: usize) -> bool {
         for _ in 0..most {
+            if self.rests(number) {
+                return false;
+            }
             let now = self.now;
             let Some(mut port) = self.ports.get_mut(usize::from(number)).and_then(Option::take) else {
                 return false;
@@ -100,6 +114,7 @@ impl Switch {
                 && let Some(mut workspace) = self.workspace.take()
             {
                 let (len, segments) = (frame.bytes.len(), segments_of(frame));
+                workspace.cut = 0;
                 port.up.charge(len, segments, now);
                 if port.up.shared() {
                     self.shares.charge(&mut port, Way::Up, len, segments, now);
@@ -107,6 +122,7 @@ impl Switch {
                 workspace.burst.one(frame.offload, &frame.bytes, frame.vlan, frame.priority);
                 self.route(&mut port, &mut workspace, 0, Origin::Frame(&frame.bytes));
                 self.deliver_all(&mut workspace, Origin::Frame(&frame.bytes));
+                self.charge_cuts(&mut port, &workspace);
                 self.workspace = Some(workspace);
             }
             port.up.count_losses(&mut port.counters.dropped);
@@ -120,6 +136,23 @@ impl Switch {
         true
     }
 
+    /// What comes off a port's bad line waits for it now.
+    fn arrive(&mut self, number: PortNumber) {
+        let now = self.now;
+        let Some(mut workspace) = self.workspace.take() else { return };
+        workspace.cut = 0;
+        if let Some(port) = self.port_mut(number) {
+            while workspace.cut < PIECES_PER_TURN
+                && let Some(frame) = port.emulator.as_mut().and_then(|emulator| emulator.pop(now))
+            {
+                let takes = takes(port);
+                let frame = Waiting { since: now, ..frame };
+                prepare(&mut port.down, frame, &takes, &mut workspace);
+            }
+        }
+        self.workspace = Some(workspace);
+    }
+
     /// Up to `most` frames that wait for a port go to it, as far as its limit and its buffers let them; answers whether there may be more.
     pub(super) fn drain(&mut self, number: PortNumber, most: usize) -> bool {
         let now = self.now;
@@ -128,13 +161,9 @@ impl Switch {
             self.workspace = Some(workspace);
             return false;
         };
-        while let Some(frame) = port.emulator.as_mut().and_then(|emulator| emulator.pop(now)) {
-            let takes = takes(&port);
-            let frame = Waiting { since: now, ..frame };
-            prepare(&mut port.down, frame, &takes, &mut workspace.scratch);
-        }
         let mut sent = 0;
-        while sent < most && port.down.ready_at() <= now {
+        workspace.cut = 0;
+        while sent < most && workspace.cut < PIECES_PER_TURN && port.down.ready_at() <= now {
             let Some(frame) = port.down.held.take().or_else(|| port.down.queue.pop(now)) else { break };
             sent = sent.saturating_add(1);
             workspace.burst.one(frame.offload, &frame.bytes, frame.vlan, frame.priority);
@@ -224,14 +253,16 @@ fn takes(port: &Port) -> impl Fn(&Offload) -> bool + use<> {
 }
 
 fn segments_of(frame: &Waiting) -> u64 {
-    frame
-        .offload
-        .segments
-        .map_or(1, |segments| (frame.bytes.len() as u64).div_ceil(u64::from(segments.size).max(1)).max(1))
+    frame.offload.pieces(frame.bytes.len()) as u64
+}
+
+/// Work on a frame of `len` bytes that is cut: none, where it is one.
+pub(super) fn cut_into(offload: &Offload, len: usize) -> usize {
+    offload.segments.map_or(0, |_| offload.pieces(len))
 }
 
 /// Puts a frame into a queue, cut and completed if it is not taken as it is.
-fn prepare(shaper: &mut Shaper, frame: Waiting, takes: &dyn Fn(&Offload) -> bool, scratch: &mut Vec<u8>) {
+fn prepare(shaper: &mut Shaper, frame: Waiting, takes: &dyn Fn(&Offload) -> bool, workspace: &mut Workspace) {
     let hash = crate::flow_hash(&frame.bytes).rotate_left(7) ^ u32::from(frame.vlan);
     if takes(&frame.offload) {
         shaper.queue.push(hash, frame);
@@ -245,6 +276,8 @@ fn prepare(shaper: &mut Shaper, frame: Waiting, takes: &dyn Fn(&Offload) -> bool
         _ => offload,
     };
     let Waiting { offload, mut bytes, vlan, priority, since } = frame;
+    let Workspace { scratch, cut, .. } = workspace;
+    *cut = cut.saturating_add(cut_into(&offload, bytes.len()));
     match offload.segments {
         None => {
             let offload = finish(offload, &mut bytes);
