@@ -64,8 +64,8 @@ pub fn is_harmless(head: &[u8], checksum: Checksum) -> bool {
     harmless && may_complete(head, checksum)
 }
 
-/// Whether who completes a frame's checksum, as its sender wants it, changes nothing that is looked at here, or by who listens to groups: two
-/// bytes in a place of the sender's choice are, with padding that he chooses as well, whatever he likes.
+/// Whether who completes a frame's checksum, as its sender wants it, changes nothing that is looked at here, or by who listens to groups:
+/// two bytes in a place of the sender's choice are, with padding that he chooses as well, whatever he likes.
 #[inline]
 pub fn may_complete(head: &[u8], checksum: Checksum) -> bool {
     let Checksum::Partial { start, offset } = checksum else { return true };

@@ -264,7 +264,7 @@ pub struct Port {
     pub down: Shaper,
     /// Its line.
     pub emulator: Option<Emulator>,
-    /// The turn in which it is looked at again: what its frames were cut into is as much work as others' frames, which come before its next.
+    /// The turn in which it is looked at again: what its frames were cut into is as much work as others' frames.
     pub rests_until: u64,
     /// Since when nothing came, in nanoseconds.
     pub idle_since: u64,
