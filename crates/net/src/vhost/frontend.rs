@@ -26,6 +26,9 @@ const BYTES_AROUND: usize = 4096;
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
+/// About the rings of the guest's driver, with which those here have nothing to do: these are split, without tables of descriptors, and
+/// chains come back in any order.
+const OF_OTHER_RINGS: u64 = feature::RING_PACKED | feature::IN_ORDER | feature::INDIRECT_DESC;
 /// In the used ring's flags: the device wants no notifications.
 const NO_NOTIFY: u16 = 1;
 
@@ -269,7 +272,8 @@ impl Frontend {
 
     /// Starts the first `rings` rings, empty, with these of the features that the back end offers.
     pub fn start(&mut self, features: u64, guest: &[GuestRegion<'_>], rings: u16) -> Result<(), Error> {
-        let features = features & self.offered | self.offered & (PROTOCOL_FEATURES | feature::EVENT_IDX);
+        let features = features & self.offered & !OF_OTHER_RINGS
+            | self.offered & (PROTOCOL_FEATURES | feature::EVENT_IDX);
         self.send(request::SET_FEATURES, &features.to_ne_bytes(), &[])?;
         self.send_memory(guest)?;
         let bytes = self.rings.first().map_or(0, |ring| ring_bytes(ring.size)) as u64;
@@ -379,3 +383,6 @@ impl Frontend {
         }
     }
 }
+
+#[cfg(test)]
+mod test;

@@ -59,6 +59,8 @@ pub mod feature {
     pub const EVENT_IDX: u64 = 1 << 29;
     /// Virtio 1.0 or later.
     pub const VERSION_1: u64 = 1 << 32;
+    /// Rings are packed.
+    pub const RING_PACKED: u64 = 1 << 34;
     /// Chains come back in the order in which they went.
     pub const IN_ORDER: u64 = 1 << 35;
     /// The driver takes large datagrams to be cut.
