@@ -177,7 +177,7 @@ impl Crew {
             {
                 let most = if slow { 1 } else { BATCH };
                 let mut controller = self.worker.controller();
-                while batch.len() < most {
+                while batch.len() < most && !batch.last().is_some_and(is_long) {
                     let Some(request) = controller.next_request() else { break };
                     batch.push(request);
                 }
@@ -190,8 +190,8 @@ impl Crew {
                 self.wake.wait_change(seen);
                 continue;
             }
-            if slow {
-                // There may be more for another one.
+            if slow || batch.last().is_some_and(is_long) {
+                // There may be more for another one, and somebody has to hear what comes meanwhile.
                 self.wake.nudge_one();
             }
             self.work_off(&mut batch, working);
@@ -286,6 +286,12 @@ impl Crew {
             self.slow.store(false, Ordering::Relaxed);
         }
     }
+}
+
+/// Whether a request takes its time on a disk that is quick otherwise: it reaches stable storage, or changes what is allocated. No other
+/// request waits for one of those.
+fn is_long(request: &Request) -> bool {
+    !matches!(request.operation, Operation::Read | Operation::Write { fua: false })
 }
 
 fn execute(disk: &dyn Disk, memory: &GuestMemory, request: &Request) -> Outcome {
@@ -421,6 +427,8 @@ mod test {
     struct Scripted {
         space: Arc<AtomicBool>,
         slow: bool,
+        /// Flushes do not end.
+        stuck: Arc<AtomicBool>,
         /// Slow reads now, and at most.
         now: Arc<AtomicU32>,
         most: Arc<AtomicU32>,
@@ -447,6 +455,9 @@ mod test {
             if self.space.load(Ordering::SeqCst) { Ok(()) } else { Err(io::ErrorKind::StorageFull.into()) }
         }
         fn flush(&self) -> io::Result<()> {
+            while self.stuck.load(Ordering::SeqCst) {
+                thread::sleep(Duration::from_millis(1));
+            }
             Ok(())
         }
         fn discard(&self, _: u64, _: u64) -> io::Result<()> {
@@ -584,6 +595,45 @@ mod test {
         let answers = rings.lock().unwrap().answers.clone();
         assert!(answers.len() == 40 && answers.iter().all(|(_, outcome)| *outcome == Outcome::Ok));
         assert!(disk.most.load(Ordering::SeqCst) > 1);
+    }
+
+    #[test]
+    fn a_flush_keeps_no_read_waiting() {
+        let rings = Arc::new(Mutex::new(Rings { requests: VecDeque::new(), answers: Vec::new() }));
+        let disk = Scripted::default();
+        disk.stuck.store(true, Ordering::SeqCst);
+        let worker = Worker {
+            controller: rings.clone(),
+            disk: Box::new(disk.clone()),
+            memory: GuestMemory::new(&[(0, 1 << 16)], Backing::Private).unwrap(),
+            traffic: Traffic::default(),
+            errors: errors(OnError::Enospc, |_| panic!("there is space")),
+        };
+        let wake = Wake::with_ear().unwrap();
+        let threads = worker.serve("disk", &wake, 2).unwrap();
+        let ring = |requests: &[Request]| {
+            rings.lock().unwrap().requests.extend(requests.iter().cloned());
+            rustix::io::write(wake.ear().unwrap(), &1u64.to_ne_bytes()).unwrap();
+        };
+        let until = |count: usize| {
+            let began = Instant::now();
+            while rings.lock().unwrap().answers.len() < count {
+                assert!(began.elapsed() < Duration::from_secs(20), "{count} are not answered");
+                thread::sleep(Duration::from_millis(1));
+            }
+        };
+        thread::sleep(Duration::from_millis(50));
+        // One behind the flush at once, one while it is under way.
+        ring(&[first(1, Operation::Flush), first(2, Operation::Read)]);
+        until(1);
+        ring(&[first(3, Operation::Read)]);
+        until(2);
+        disk.stuck.store(false, Ordering::SeqCst);
+        until(3);
+        let tokens: Vec<u64> = rings.lock().unwrap().answers.iter().map(|(token, _)| *token).collect();
+        assert_eq!(tokens, [2, 3, 1]);
+        wake.close();
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
     }
 
     #[test]
