@@ -13,7 +13,7 @@ use memory::GuestMemory;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Entries of a queue, and the most requests pending for each.
+/// Entries of a queue, and so the most requests pending for each.
 const QUEUE_SIZE: u16 = 256;
 /// Most queues of a disk.
 pub const QUEUES_MAX: u16 = 64;
@@ -43,6 +43,8 @@ pub struct BlockDevice {
     /// With the queue that they came from.
     pending: BTreeMap<u64, (u16, Chain)>,
     lost: BTreeSet<u64>,
+    /// Done, and not yet given back: the function may be no bus master just now.
+    answered: Vec<(u16, Chain, Status)>,
     next_token: u64,
     completed: u64,
     notify: Notify,
@@ -79,6 +81,7 @@ impl Pci<BlockDevice> {
             write_cache: geometry.write_cache,
             pending: BTreeMap::new(),
             lost: BTreeSet::new(),
+            answered: Vec::new(),
             next_token: 0,
             completed: 0,
             notify,
@@ -97,21 +100,13 @@ impl Controller for Pci<BlockDevice> {
         if device.lost.remove(&token) {
             return;
         }
-        let full = device.is_full();
         let Some((queue, chain)) = device.pending.remove(&token) else { return };
-        if full {
-            device.notify.notify();
-        }
-        self.run(|device, queues| device.answer(queue, &chain, outcome.into(), queues));
+        device.answered.push((queue, chain, outcome.into()));
+        self.run(BlockDevice::answer_all);
     }
 }
 
 impl BlockDevice {
-    fn is_full(&self) -> bool {
-        let most = usize::from(QUEUE_SIZE).saturating_mul(self.count.into());
-        self.pending.len().saturating_add(self.lost.len()) >= most
-    }
-
     /// Whether writes are durable when they complete.
     fn writes_through(&self) -> bool {
         !self.flushes || !self.write_cache
@@ -131,9 +126,6 @@ impl BlockDevice {
 
     fn next(&mut self, queues: &mut Queues) -> Result<Option<Request>, RingError> {
         for _ in 0..QUEUE_SIZE {
-            if self.is_full() {
-                return Ok(None);
-            }
             let Some((queue, chain)) = self.pop(queues)? else { return Ok(None) };
             match self.parse(&chain, queues.memory())? {
                 Parsed::Request(request) => {
@@ -147,6 +139,16 @@ impl BlockDevice {
         // Nothing but requests answered here: let others have the device, then come back.
         self.notify.notify();
         Ok(None)
+    }
+
+    /// Gives back all that is done.
+    fn answer_all(&mut self, queues: &mut Queues) -> Result<(), RingError> {
+        let mut answered = std::mem::take(&mut self.answered);
+        for (queue, chain, status) in answered.drain(..) {
+            self.answer(queue, &chain, status, queues)?;
+        }
+        self.answered = answered;
+        Ok(())
     }
 
     /// Writes the status byte, the last of the chain, and gives the chain back.
@@ -307,9 +309,9 @@ impl Device for BlockDevice {
         self.switches = features & spec::F_CONFIG_WCE != 0;
     }
 
-    fn notified(&mut self, _queue: u16, _queues: &mut Queues) -> Result<(), RingError> {
+    fn notified(&mut self, _queue: u16, queues: &mut Queues) -> Result<(), RingError> {
         self.notify.notify();
-        Ok(())
+        self.answer_all(queues)
     }
 
     fn only_wakes(&self, _queue: u16) -> bool {
@@ -318,6 +320,7 @@ impl Device for BlockDevice {
 
     fn reset(&mut self) {
         self.lost.extend(std::mem::take(&mut self.pending).into_keys());
+        self.answered.clear();
         (self.flushes, self.switches) = (false, false);
         self.write_cache = self.geometry.write_cache;
     }

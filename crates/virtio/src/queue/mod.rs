@@ -201,10 +201,14 @@ impl Queue {
         Ok(Some(chain))
     }
 
+    /// How many chains there are to take. With those that the device has, they are no more than the queue has entries: a driver that
+    /// makes one available again and again has them all counted.
     fn available_ahead(&self, memory: &GuestMemory) -> Result<u16, RingError> {
-        let ahead = memory.load_u16(self.available.wrapping_add(2))?.wrapping_sub(self.next_available);
-        if ahead > self.size {
-            return Err(RingError::Index { ahead, size: self.size });
+        let index = memory.load_u16(self.available.wrapping_add(2))?;
+        let ahead = index.wrapping_sub(self.next_available);
+        let outstanding = index.wrapping_sub(self.next_used);
+        if ahead > self.size || outstanding > self.size {
+            return Err(RingError::Index { ahead: ahead.max(outstanding), size: self.size });
         }
         Ok(ahead)
     }

@@ -264,3 +264,18 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn chains_that_the_device_has_count() {
+    let mut bench = Bench::new(BOTH);
+    bench.descriptor(DESCRIPTORS, 0, 0x5000, 2, 0, 0);
+    for _ in 0..SIZE {
+        bench.publish(0);
+        assert!(bench.pop().unwrap().is_some());
+    }
+    assert_eq!(bench.pop(), Ok(None), "all are with the device");
+    bench.publish(0);
+    assert_eq!(bench.pop(), Err(RingError::Index { ahead: SIZE + 1, size: SIZE }));
+    bench.queue.push(&bench.memory, 0, 0).unwrap();
+    assert!(bench.pop().unwrap().is_some());
+}
