@@ -87,6 +87,8 @@ pub(crate) struct Carrier {
     front: Option<Frontend>,
     /// The session that runs.
     running: Option<Lending>,
+    /// The card is no bus master for a while: the back end has stopped, and all that it had is still the session's.
+    suspended: bool,
     lanes: Vec<Lane>,
     rings: u16,
     loans: Vec<Loan>,
@@ -107,7 +109,18 @@ impl Carrier {
         }
         let lanes = (0..rings).map(|_| Lane::default()).collect();
         let (loans, returns) = (Vec::new(), Vec::new());
-        Ok(Self { card, memory, back_end, front: Some(front), running: None, lanes, rings, loans, returns })
+        Ok(Self {
+            card,
+            memory,
+            back_end,
+            front: Some(front),
+            running: None,
+            suspended: false,
+            lanes,
+            rings,
+            loans,
+            returns,
+        })
     }
 
     fn card(&self) -> MutexGuard<'_, Net> {
@@ -124,11 +137,12 @@ impl Carrier {
             }
             bell.answer();
             let state = self.card().lending();
-            if self
-                .running
-                .is_some_and(|running| state.recall || !state.live || running.session != state.session)
-            {
-                self.stop();
+            if let Some(running) = self.running {
+                if state.recall || running.session != state.session {
+                    self.stop();
+                } else if !state.live {
+                    self.suspend();
+                }
             }
             if state.recall {
                 self.forget();
@@ -161,14 +175,29 @@ impl Carrier {
             self.running = Some(state);
             self.enable(state)?;
         }
-        for ring in 0..state.pairs.saturating_mul(2).min(self.rings) {
+        // Rings that the driver has switched off still have what was on its way.
+        for ring in 0..self.rings {
             self.collect(ring)?;
-            self.lend(ring);
+            if ring < state.pairs.saturating_mul(2) || self.owes(ring) {
+                self.lend(state.session, ring);
+            }
         }
         Ok(())
     }
 
+    /// Whether a ring has frames of the guest's that are not sent yet.
+    fn owes(&self, number: u16) -> bool {
+        let sends = number & 1 == 1;
+        let lane = self.lanes.get(usize::from(number)).filter(|_| sends);
+        lane.is_some_and(|lane| !lane.waiting.is_empty() || lane.posted.iter().any(Option::is_some))
+    }
+
     fn start(&mut self, state: Lending) -> Result<(), net::vhost::Error> {
+        if std::mem::take(&mut self.suspended) {
+            for ring in 0..self.rings {
+                self.collect(ring)?;
+            }
+        }
         let Some(front) = &mut self.front else { return Ok(()) };
         let Some(file) = self.memory.file() else { return Ok(()) };
         // The guest's driver relies on what was there when it began.
@@ -197,15 +226,17 @@ impl Carrier {
     }
 
     fn enable(&mut self, state: Lending) -> Result<(), net::vhost::Error> {
-        let Some(front) = &mut self.front else { return Ok(()) };
         for ring in 0..self.rings {
-            front.enable(ring, ring < state.pairs.saturating_mul(2))?;
+            // What the guest has sent before it switched a ring off is sent.
+            let wanted = ring < state.pairs.saturating_mul(2) || self.owes(ring);
+            let Some(front) = &mut self.front else { return Ok(()) };
+            front.enable(ring, wanted)?;
         }
         Ok(())
     }
 
     /// Passes what the driver has made available to the back end, as far as there is room.
-    fn lend(&mut self, number: u16) {
+    fn lend(&mut self, session: u64, number: u16) {
         let Some(lane) = self.lanes.get_mut(usize::from(number)) else { return };
         let Some(ring) = self.front.as_mut().and_then(|front| front.ring(number)) else { return };
         let mut broken = Vec::new();
@@ -223,7 +254,9 @@ impl Carrier {
             if !lane.waiting.is_empty() {
                 break;
             }
-            self.card.lock().unwrap_or_else(PoisonError::into_inner).lend(number, BURST, &mut self.loans);
+            let mut card = self.card.lock().unwrap_or_else(PoisonError::into_inner);
+            card.lend(session, number, BURST, &mut self.loans);
+            drop(card);
             if self.loans.is_empty() {
                 break;
             }
@@ -302,22 +335,34 @@ impl Carrier {
 
     /// The driver's session is over: the back end gives everything up.
     fn stop(&mut self) {
+        self.halt();
+        self.forget();
+    }
+
+    /// The session goes on, but its memory is not to be used now.
+    fn suspend(&mut self) {
+        self.halt();
+        self.suspended = self.front.is_some();
+    }
+
+    fn halt(&mut self) {
         self.running = None;
         let stopped = self.front.as_mut().is_none_or(|front| front.stop().is_ok());
         if !stopped {
             self.front = None;
         }
-        self.forget();
     }
 
     /// Nobody has buffers of the session that is over.
     fn forget(&mut self) {
+        self.suspended = false;
         self.lanes.iter_mut().for_each(|lane| *lane = Lane::default());
         self.card().recalled();
     }
 
     /// The back end is gone. What it was to send is lost, what it was to fill waits.
     fn lose(&mut self) {
+        self.suspended = false;
         self.front = None;
         self.running = None;
         for number in (1..self.rings).step_by(2) {
@@ -341,3 +386,6 @@ impl Carrier {
         }
     }
 }
+
+#[cfg(test)]
+mod test;

@@ -40,6 +40,10 @@ impl Card for GuestCard {
             self.lock().give(batch);
         }
     }
+
+    fn give_up(&self, batch: &mut Batch) {
+        self.lock().give_up(batch);
+    }
 }
 
 /// Where a card's frames go.

@@ -13,7 +13,10 @@ pub const FRAME_MIN: usize = 14;
 #[derive(Debug)]
 pub struct Batch {
     bytes: Vec<u8>,
+    /// Where the next frame goes.
     used: usize,
+    /// Bytes of all frames.
+    live: usize,
     frames: VecDeque<(Offload, Range<usize>)>,
     frames_max: usize,
 }
@@ -24,6 +27,7 @@ impl Batch {
         Self {
             bytes: vec![0; bytes_max.saturating_add(FRAME_MAX)],
             used: 0,
+            live: 0,
             frames: VecDeque::with_capacity(frames_max),
             frames_max,
         }
@@ -31,12 +35,15 @@ impl Batch {
 
     /// Whether another frame of any length finds room.
     pub fn has_room(&self) -> bool {
-        self.frames.len() < self.frames_max && self.bytes.len().saturating_sub(self.used) >= FRAME_MAX
+        self.frames.len() < self.frames_max && self.bytes.len().saturating_sub(self.live) >= FRAME_MAX
     }
 
     /// Room for one frame of at most `len` bytes, to be filled and then [`Self::commit`]ted; shorter or empty if there
     /// is none.
     pub fn room(&mut self, len: usize) -> &mut [u8] {
+        if self.bytes.len().saturating_sub(self.used) < len {
+            self.close_up();
+        }
         let end = self.used.saturating_add(len).min(self.bytes.len());
         self.bytes.get_mut(self.used..end).unwrap_or_default()
     }
@@ -44,8 +51,21 @@ impl Batch {
     /// The first `len` bytes of the room are a frame.
     pub fn commit(&mut self, offload: Offload, len: usize) {
         let end = self.used.saturating_add(len).min(self.bytes.len());
+        self.live = self.live.saturating_add(end.saturating_sub(self.used));
         self.frames.push_back((offload, self.used..end));
         self.used = end;
+    }
+
+    /// Moves the frames together, so that what is free is in one piece.
+    fn close_up(&mut self) {
+        let mut to = 0usize;
+        for (_, range) in &mut self.frames {
+            let end = to.saturating_add(range.len());
+            self.bytes.copy_within(range.clone(), to);
+            *range = to..end;
+            to = end;
+        }
+        self.used = to;
     }
 
     /// Appends a frame made of `parts`; answers whether it found room.
@@ -66,8 +86,7 @@ impl Batch {
 
     /// The first frame.
     pub fn first(&self) -> Option<(Offload, &[u8])> {
-        let (offload, range) = self.frames.front()?;
-        Some((*offload, self.bytes.get(range.clone())?))
+        self.frame(0)
     }
 
     /// All frames in order.
@@ -80,18 +99,29 @@ impl Batch {
         self.bytes.get(self.frames.get(index)?.1.clone())
     }
 
-    /// Forgets the first frame.
-    pub fn pop(&mut self) {
-        self.frames.pop_front();
+    /// The frame that is so many behind the first.
+    pub fn frame(&self, index: usize) -> Option<(Offload, &[u8])> {
+        Some((self.frames.get(index)?.0, self.get(index)?))
+    }
+
+    /// Forgets the frame that is so many behind the first.
+    pub fn remove(&mut self, index: usize) {
+        let Some((_, range)) = self.frames.remove(index) else { return };
+        self.live = self.live.saturating_sub(range.len());
         if self.frames.is_empty() {
             self.used = 0;
         }
     }
 
+    /// Forgets the first frame.
+    pub fn pop(&mut self) {
+        self.remove(0);
+    }
+
     /// Forgets all frames.
     pub fn clear(&mut self) {
         self.frames.clear();
-        self.used = 0;
+        (self.used, self.live) = (0, 0);
     }
 
     /// Number of frames.
@@ -102,5 +132,32 @@ impl Batch {
     /// No frames.
     pub fn is_empty(&self) -> bool {
         self.frames.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn frames_that_stay_do_not_keep_the_room_of_those_that_went() {
+        let mut batch = Batch::new(8, FRAME_MAX);
+        let frame = |byte: u8| vec![byte; FRAME_MAX / 4];
+        for byte in 0..4 {
+            assert!(batch.push(Offload::default(), &[&frame(byte)]));
+        }
+        batch.remove(2);
+        batch.remove(0);
+        for byte in 4..6 {
+            assert!(batch.push(Offload::default(), &[&frame(byte)]));
+        }
+        let left: Vec<Vec<u8>> = batch.iter().map(|(_, bytes)| bytes.to_vec()).collect();
+        assert_eq!(left, [frame(1), frame(3), frame(4), frame(5)]);
+        assert!(!batch.push(Offload::default(), &[&[1; FRAME_MAX], &[1]]), "too long for any frame");
+        for left in (0..4).rev() {
+            batch.pop();
+            assert_eq!(batch.len(), left);
+        }
+        assert!(batch.is_empty() && batch.has_room());
     }
 }

@@ -6,13 +6,46 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// How long frames that find no room may keep all others out.
+pub const STALL: Duration = Duration::from_millis(100);
+
+/// Nobody waits longer for a bell.
+const LONG: Duration = Duration::from_secs(3600);
+
+/// Since when a batch is full of frames that find no room.
+#[derive(Debug, Default)]
+pub struct Stall(Option<Instant>);
+
+impl Stall {
+    /// Gives frames to a card, and gives them up after [`STALL`]; answers how long may be slept until then, if the batch is full.
+    pub fn give(&mut self, card: &dyn Card, batch: &mut Batch) -> Option<Duration> {
+        card.give(batch);
+        if batch.has_room() {
+            self.0 = None;
+            return None;
+        }
+        let now = Instant::now();
+        let left = STALL.saturating_sub(now.duration_since(*self.0.get_or_insert(now)));
+        if !left.is_zero() {
+            return Some(left);
+        }
+        card.give_up(batch);
+        // If they stay, they keep nobody out, and the bell tells of room for them.
+        (!batch.has_room()).then_some(LONG)
+    }
+}
 
 /// A network card, or whatever else sends and receives frames.
 pub trait Card: Send + Sync {
     /// Moves frames that the guest has sent into `batch` while it has room; answers whether there may be more.
     fn take(&self, batch: &mut Batch) -> bool;
-    /// Moves frames from `batch` to the guest, in order; those that find no room stay, and the bell rings when there is.
+    /// Moves frames from `batch` to the guest, those of each of its queues in order; those that find no room stay, and the bell rings
+    /// when there is.
     fn give(&self, batch: &mut Batch);
+    /// Says that `batch` is full of frames that have found no room for [`STALL`]: they are lost, if others could find some.
+    fn give_up(&self, _batch: &mut Batch) {}
     /// A file that is readable when there are frames, for cards that do not ring the bell themselves.
     fn readiness(&self) -> Option<BorrowedFd<'_>> {
         None

@@ -27,6 +27,20 @@ pub fn cut(
     scratch: &mut Vec<u8>,
     emit: &mut dyn FnMut(Offload, &mut [u8]),
 ) {
+    cut_from(frame, segments, 0, scratch, &mut |offload, piece| {
+        emit(offload, piece);
+        true
+    });
+}
+
+/// [`cut`] from the piece `first` on (the first has number 0), until `emit` answers `false`.
+pub fn cut_from(
+    frame: &[u8],
+    segments: Segments,
+    first: usize,
+    scratch: &mut Vec<u8>,
+    emit: &mut dyn FnMut(Offload, &mut [u8]) -> bool,
+) {
     let Some(layers) = layers::parse(frame, false) else { return };
     let headers = usize::from(segments.headers);
     let (Some(head), Some(payload)) = (frame.get(..headers), frame.get(headers..layers.end)) else { return };
@@ -36,7 +50,7 @@ pub fn cut(
     let udp = matches!(segments.kind, SegmentKind::Udp4 | SegmentKind::Udp6);
     let id = be16(frame, layers.network.saturating_add(4)).unwrap_or(0);
     let sequence = be32(frame, layers.transport.saturating_add(4)).unwrap_or(0);
-    for (number, part) in payload.chunks(size).enumerate() {
+    for (number, part) in payload.chunks(size).enumerate().skip(first) {
         scratch.clear();
         scratch.extend_from_slice(head);
         scratch.extend_from_slice(part);
@@ -76,7 +90,9 @@ pub fn cut(
         put(scratch, layers.transport.saturating_add(field), &pseudo.to_be_bytes());
         let start = u16::try_from(layers.transport).unwrap_or(u16::MAX);
         let checksum = Checksum::Partial { start, offset: field as u16 };
-        emit(Offload { checksum, segments: None }, scratch);
+        if !emit(Offload { checksum, segments: None }, scratch) {
+            return;
+        }
     }
 }
 

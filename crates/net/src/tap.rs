@@ -5,12 +5,13 @@
 //! serves one.
 
 use crate::batch::{Batch, FRAME_MAX};
-use crate::card::{Bell, Card};
+use crate::card::{Bell, Card, Stall};
 use crate::offload::{HEADER_LEN, Offload};
 use crate::sys;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
+use rustix::time::Timespec;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -127,13 +128,14 @@ impl Tap {
     /// Carries frames between a card and the tap until the card's bell is closed.
     pub fn serve(&self, card: &dyn Card, bell: &Bell) -> io::Result<()> {
         let (mut up, mut down) = (Batch::new(64, 512 << 10), Batch::new(64, 512 << 10));
-        let mut more = true;
+        let (mut more, mut stall) = (true, Stall::default());
         loop {
             if bell.closed() {
                 return Ok(());
             }
-            let rung = bell.answer();
-            if (rung || more) && up.is_empty() {
+            // What was rung for while frames waited for the tap is remembered.
+            more |= bell.answer();
+            if more && up.is_empty() {
                 more = card.take(&mut up);
             }
             while let Some((offload, frame)) = up.first() {
@@ -146,16 +148,17 @@ impl Tap {
             while down.has_room() && !drained {
                 drained = !self.read(&mut down)?;
             }
-            card.give(&mut down);
+            let stalled = stall.give(card, &mut down);
             if (more && up.is_empty()) || (!drained && down.has_room()) || !bell.doze() {
                 continue;
             }
             // Frames are waited for where there is room for them: what the guest does not take it will ring for.
             let mut interest = PollFlags::empty();
-            interest.set(PollFlags::IN, down.is_empty());
+            interest.set(PollFlags::IN, down.has_room());
             interest.set(PollFlags::OUT, !up.is_empty());
             let mut files = [PollFd::new(bell, PollFlags::IN), PollFd::new(&self.file, interest)];
-            match poll(&mut files, None) {
+            let wait = stalled.and_then(|wait| Timespec::try_from(wait).ok());
+            match poll(&mut files, wait.as_ref()) {
                 Ok(_) | Err(Errno::INTR) => bell.wake(),
                 Err(error) => return Err(error.into()),
             }

@@ -172,10 +172,17 @@ impl<C: Card> Card for Watched<C> {
         // Which of them go is known only when they are gone.
         let frames: Vec<Vec<u8>> = batch.iter().map(|(_, frame)| frame.to_vec()).collect();
         self.card.give(batch);
-        let gone = frames.len().saturating_sub(batch.len());
-        for frame in frames.iter().take(gone) {
-            self.watch.record(self.number, Direction::Out, frame);
+        // Those that stay are in order.
+        let mut left = batch.iter().map(|(_, frame)| frame).peekable();
+        for frame in &frames {
+            if left.next_if(|left| *left == frame.as_slice()).is_none() {
+                self.watch.record(self.number, Direction::Out, frame);
+            }
         }
+    }
+
+    fn give_up(&self, batch: &mut Batch) {
+        self.card.give_up(batch);
     }
 
     fn readiness(&self) -> Option<BorrowedFd<'_>> {

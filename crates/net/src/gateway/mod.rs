@@ -40,7 +40,7 @@ pub use fuzz::{fuzz_gateway, fuzz_tcp};
 pub use monitor::Monitor;
 
 use crate::batch::Batch;
-use crate::card::{Bell, Card};
+use crate::card::{Bell, Card, Stall};
 use crate::offload::Offload;
 use crate::wire::layers::{self, Layers};
 use crate::wire::{array, be16, ether, protocol};
@@ -60,7 +60,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Bytes of all connections that wait for sockets to take them.
 const PENDING_MAX: usize = 64 << 20;
@@ -168,7 +168,7 @@ impl Gateway {
         self.poll_peers().map_err(host("event queue"))?;
         let mut inbound = Batch::new(64, 512 << 10);
         let mut events = Vec::with_capacity(256);
-        let mut more = true;
+        let (mut more, mut stall) = (true, Stall::default());
         loop {
             if bell.closed() {
                 return Ok(());
@@ -182,23 +182,28 @@ impl Gateway {
                 self.run_flush();
             }
             self.work();
-            card.give(&mut self.outbox.batch);
             // What the guest does not take now it will ring for.
-            let stuck = !self.outbox.batch.is_empty();
-            let busy = more || (!stuck && !self.ready.is_empty());
-            self.sleep(bell, busy, &mut events).map_err(host("events"))?;
+            let stalled = stall.give(card, &mut self.outbox.batch);
+            let busy = more || (stalled.is_none() && !self.ready.is_empty());
+            self.sleep(bell, busy, stalled, &mut events).map_err(host("events"))?;
         }
     }
 
-    /// Waits for something to happen, if there is nothing to do, and notes what has.
-    fn sleep(&mut self, bell: &Bell, busy: bool, events: &mut Vec<epoll::Event>) -> rustix::io::Result<()> {
+    /// Waits for something to happen, if there is nothing to do, but not longer than `most`, and notes what has.
+    fn sleep(
+        &mut self,
+        bell: &Bell,
+        busy: bool,
+        most: Option<Duration>,
+        events: &mut Vec<epoll::Event>,
+    ) -> rustix::io::Result<()> {
         let again = self.peers.as_ref().and_then(|peers| peers.again_at);
         let next = self.timers.next().into_iter().chain(self.advertise_at).chain(again).min();
         let wait = if busy || !bell.doze() {
             Some(Timespec { tv_sec: 0, tv_nsec: 0 })
         } else {
-            next.map(|at| {
-                let wait = at.saturating_duration_since(Instant::now());
+            let next = next.map(|at| at.saturating_duration_since(Instant::now()));
+            next.into_iter().chain(most).min().map(|wait| {
                 let secs = i64::try_from(wait.as_secs()).unwrap_or(i64::MAX);
                 Timespec { tv_sec: secs, tv_nsec: wait.subsec_nanos().into() }
             })

@@ -1,6 +1,7 @@
 //! The control queue (5.1.6.5): a class, a command, what it is about, and one byte for the answer.
 
 use super::device::NetDevice;
+use super::receive::Lane;
 use super::rss::Rss;
 use super::spec::{self, control, feature};
 use crate::queue::RingError;
@@ -62,16 +63,14 @@ impl NetDevice {
                 };
                 let ready = are_ready(pairs, queues);
                 if ready {
-                    self.pairs = pairs;
-                    self.rss = None;
+                    self.spread(pairs, None);
                 }
                 ready
             }
             (control::MQ, control::MQ_RSS_CONFIG) if self.agreed(feature::RSS) => {
                 let rss = Rss::parse(about, self.config.pairs).filter(|rss| are_ready(rss.pairs, queues));
                 let Some(rss) = rss else { return false };
-                self.pairs = rss.pairs;
-                self.rss = Some(rss);
+                self.spread(rss.pairs, Some(rss));
                 true
             }
             (control::GUEST_OFFLOADS, control::GUEST_OFFLOADS_SET)
@@ -89,6 +88,12 @@ impl NetDevice {
             }
             _ => false,
         }
+    }
+
+    /// Spreads what comes over so many pairs. Frames that wait for buffers may have to wait at another pair now, from their beginning.
+    fn spread(&mut self, pairs: u16, rss: Option<Rss>) {
+        (self.pairs, self.rss) = (pairs, rss);
+        self.lanes.iter_mut().for_each(Lane::next_frame);
     }
 }
 

@@ -8,7 +8,7 @@
 
 use super::filter::Filter;
 use super::lend::Lent;
-use super::receive::{Fate, Spare};
+use super::receive::{Fate, Lane};
 use super::rss::{self, Rss};
 use super::spec::{self, feature};
 use crate::queue::RingError;
@@ -70,7 +70,10 @@ pub struct NetDevice {
     /// How frames are spread over them, if the driver says so.
     pub(super) rss: Option<Rss>,
     pub(super) filter: Filter,
-    pub(super) spare: Vec<Spare>,
+    /// Of each pair.
+    pub(super) lanes: Vec<Lane>,
+    /// The pair that is looked at first for what the guest has sent.
+    turn: u16,
     /// The last frame found no buffer.
     pub(super) starved: bool,
     pub(super) counters: Counters,
@@ -94,7 +97,8 @@ impl Pci<NetDevice> {
             pairs: 1,
             rss: None,
             filter: Filter::new(false),
-            spare: (0..config.pairs).map(|_| Spare::new()).collect(),
+            lanes: (0..config.pairs).map(|_| Lane::default()).collect(),
+            turn: 0,
             starved: false,
             counters: Counters::default(),
             scratch: Vec::new(),
@@ -110,26 +114,42 @@ impl Pci<NetDevice> {
         self.run(|device, queues| device.collect(batch, queues)).unwrap_or(false)
     }
 
-    /// Moves frames from `batch` to the guest, in order. Those that find no buffers stay until it has some, of which the
-    /// notification tells.
+    /// Moves frames from `batch` to the guest, those of each queue pair in order. Those that find no buffers stay until it has some, of
+    /// which the notification tells; those of other pairs do not wait for them.
     pub fn give(&mut self, batch: &mut Batch) {
         let result = self.run(|device, queues| {
-            while let Some((offload, frame)) = batch.first() {
-                if device.status & spec::status::LINK_UP == 0 {
-                    return Ok(false);
+            if device.status & spec::status::LINK_UP == 0 {
+                return Ok(false);
+            }
+            let (mut index, mut starved) = (0usize, 0u64);
+            while let Some((offload, frame)) = batch.frame(index) {
+                match device.deliver(offload, frame, starved, queues)? {
+                    Fate::Done => batch.remove(index),
+                    Fate::Later(pair) => {
+                        starved |= 1u64.wrapping_shl(pair.into());
+                        index = index.saturating_add(1);
+                    }
                 }
-                if device.deliver(offload, frame, queues)? == Fate::Later {
-                    return Ok(true);
-                }
-                batch.pop();
             }
             Ok(true)
         });
         if result != Some(true) {
-            let counters = &mut self.device_mut().counters;
-            counters.receive_lost = counters.receive_lost.wrapping_add(batch.len() as u64);
-            batch.clear();
+            self.lose(batch);
         }
+    }
+
+    /// Loses frames that have found no buffers for long, so that those of other queue pairs are not kept out. With one pair nobody is.
+    pub fn give_up(&mut self, batch: &mut Batch) {
+        if self.device().pairs > 1 {
+            self.lose(batch);
+        }
+    }
+
+    fn lose(&mut self, batch: &mut Batch) {
+        let device = self.device_mut();
+        device.counters.receive_lost = device.counters.receive_lost.wrapping_add(batch.len() as u64);
+        device.lanes.iter_mut().for_each(Lane::next_frame);
+        batch.clear();
     }
 
     /// Plugs the cable in or out.
@@ -161,7 +181,10 @@ impl NetDevice {
     }
 
     fn collect(&mut self, batch: &mut Batch, queues: &mut Queues) -> Result<bool, RingError> {
-        for pair in 0..self.pairs {
+        for _ in 0..self.pairs {
+            let pair = self.turn.checked_rem(self.pairs).unwrap_or(0);
+            // Whoever fills the batch is the last to be looked at the next time.
+            self.turn = pair.wrapping_add(1);
             let queue = pair.wrapping_mul(2) | 1;
             for _ in 0..queues.burst(queue) {
                 if !batch.has_room() {
@@ -234,9 +257,10 @@ impl Device for NetDevice {
         sizes
     }
 
-    /// `struct virtio_net_config` (5.1.4). Speed and duplex, which are not offered, are unknown.
+    /// `struct virtio_net_config` (5.1.4); the address is the one that the driver has set, if it has (5.1.6.5.2).
+    /// Speed and duplex, which are not offered, are unknown.
     fn config(&self) -> Vec<u8> {
-        let mut image = self.config.address.to_vec();
+        let mut image = self.address.to_vec();
         for word in [self.status, self.config.pairs, self.config.mtu] {
             image.extend(word.to_le_bytes());
         }
@@ -275,7 +299,8 @@ impl Device for NetDevice {
         self.pairs = 1;
         self.rss = None;
         self.filter = Filter::new(false);
-        self.spare.iter_mut().for_each(Spare::clear);
+        self.lanes.iter_mut().for_each(|lane| *lane = Lane::default());
+        self.turn = 0;
         self.starved = false;
         self.address = self.config.address;
         self.status &= !spec::status::ANNOUNCE;

@@ -85,6 +85,10 @@ impl Filter {
     /// Whether a frame for the card at `address` is let through.
     pub fn passes(&self, frame: &[u8], address: [u8; 6]) -> bool {
         let Some(to @ [first, ..]) = frame.first_chunk::<6>() else { return false };
+        // All that comes, tagged or not, whatever else is set.
+        if self.promiscuous {
+            return true;
+        }
         if let (Some(vlans), Some(kind)) = (&self.vlans, frame.get(12..14))
             && TAGS.iter().any(|tag| tag == kind)
         {
@@ -94,9 +98,6 @@ impl Filter {
             if word >> (vlan % 64) & 1 == 0 {
                 return false;
             }
-        }
-        if self.promiscuous {
-            return true;
         }
         if *to == [0xff; 6] {
             return !self.no_broadcast;

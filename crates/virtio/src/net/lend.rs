@@ -90,9 +90,12 @@ impl Net {
         Lending { session, live, recall, features: device.features, pairs: device.pairs }
     }
 
-    /// Lends up to `count` buffers of a queue: even ones take frames, odd ones have them.
-    pub fn lend(&mut self, queue: u16, count: usize, loans: &mut Vec<Loan>) {
-        self.run(|device, queues| device.lend(queue, count, loans, queues));
+    /// Lends up to `count` buffers of a queue: even ones take frames, odd ones have them. Those of another session than the one that the
+    /// carrier works for are not lent: what was agreed on then says nothing of them.
+    pub fn lend(&mut self, session: u64, queue: u16, count: usize, loans: &mut Vec<Loan>) {
+        if session == self.device().lent.session {
+            self.run(|device, queues| device.lend(queue, count, loans, queues));
+        }
     }
 
     /// Buffers of a queue come back, with so many bytes written to each. The driver sees all of them at once.
@@ -129,10 +132,9 @@ impl NetDevice {
         for _ in 0..count {
             let Some(chain) = queues.pop(queue)? else { break };
             let piece = if sends { &chain.readable } else { &chain.writable };
-            if piece.len() < spec::HEADER_LEN as u64 || (sends && !chain.writable.is_empty()) {
-                if !sends {
-                    return Err(RingError::Request { what: "no room for its header" });
-                }
+            if !sends {
+                super::check_receive(&chain)?;
+            } else if piece.len() < spec::HEADER_LEN as u64 || !chain.writable.is_empty() {
                 self.counters.sent_broken = self.counters.sent_broken.wrapping_add(1);
                 queues.push(queue, chain.head, 0)?;
                 continue;

@@ -8,8 +8,21 @@ use net::offload::{SegmentKind, Segments};
 use net::{Checksum, Offload, segment};
 use std::collections::VecDeque;
 
-/// Chains taken from a receive queue that no frame is in yet.
-pub(super) type Spare = VecDeque<Chain>;
+/// What is in hand of a pair's receive queue.
+#[derive(Debug, Default)]
+pub(super) struct Lane {
+    /// Chains taken from it that no frame is in yet.
+    spare: VecDeque<Chain>,
+    /// Pieces that the guest has already of the frame that waits for buffers.
+    pieces_done: usize,
+}
+
+impl Lane {
+    /// The frame that waited is one no longer.
+    pub(super) fn next_frame(&mut self) {
+        self.pieces_done = 0;
+    }
+}
 
 /// Whether there are buffers for a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,27 +39,38 @@ enum Room {
 pub(super) enum Fate {
     /// The guest has it, or does not want it.
     Done,
-    /// There is no buffer: later.
-    Later,
+    /// This pair has no buffer: later.
+    Later(u16),
 }
 
 impl NetDevice {
-    /// Gives one frame, cut and completed as far as the driver does not do that itself.
+    /// Gives one frame, cut and completed as far as the driver does not do that itself. The pairs of the bits `starved` are known to have
+    /// no buffers.
     pub(super) fn deliver(
         &mut self,
         offload: Offload,
         frame: &[u8],
+        starved: u64,
         queues: &mut Queues,
     ) -> Result<Fate, RingError> {
-        if !self.filter.passes(frame, self.address) {
-            self.counters.receive_filtered = self.counters.receive_filtered.wrapping_add(1);
-            return Ok(Fate::Done);
-        }
         let pair = self.steer(frame);
-        match offload.segments {
-            Some(segments) if !self.takes(segments) => self.deliver_cut(pair, frame, segments, queues),
-            _ => self.deliver_whole(pair, offload, frame, queues),
+        if starved.wrapping_shr(pair.into()) & 1 != 0 {
+            return Ok(Fate::Later(pair));
         }
+        let fate = match offload.segments {
+            _ if !self.filter.passes(frame, self.address) => {
+                self.counters.receive_filtered = self.counters.receive_filtered.wrapping_add(1);
+                Fate::Done
+            }
+            Some(segments) if !self.takes(segments) => self.deliver_cut(pair, frame, segments, queues)?,
+            _ => self.deliver_whole(pair, offload, frame, queues)?,
+        };
+        if fate == Fate::Done
+            && let Some(lane) = self.lanes.get_mut(usize::from(pair))
+        {
+            lane.next_frame();
+        }
+        Ok(fate)
     }
 
     /// The queue pair of a frame's flow.
@@ -72,7 +96,7 @@ impl NetDevice {
         ecn && self.offloads & needed != 0 && self.offloads & feature::GUEST_CSUM != 0
     }
 
-    /// All pieces or none: a frame is not begun before there are buffers enough for each of its pieces.
+    /// As many pieces as there are buffers for: a driver that posts a few, and more only when one has come back, gets all in the end.
     fn deliver_cut(
         &mut self,
         pair: u16,
@@ -80,25 +104,20 @@ impl NetDevice {
         segments: Segments,
         queues: &mut Queues,
     ) -> Result<Fate, RingError> {
-        let headers = usize::from(segments.headers);
-        let payload = frame.len().saturating_sub(headers);
-        let count = payload.div_ceil(usize::from(segments.size).max(1));
-        let piece = headers.saturating_add(segments.size.into());
-        match self.gather(pair, count.saturating_mul(room_for(piece)), count, queues)? {
-            Room::Enough => {}
-            Room::Later => return Ok(Fate::Later),
-            Room::Never => return Ok(self.too_long()),
-        }
+        let mut done = self.lanes.get(usize::from(pair)).map_or(0, |lane| lane.pieces_done);
         let mut scratch = std::mem::take(&mut self.scratch);
         let mut result = Ok(Fate::Done);
-        segment::cut(frame, segments, &mut scratch, &mut |offload, piece| {
-            if result == Ok(Fate::Done) {
-                result = self.deliver_piece(pair, offload, piece, queues);
-            }
+        segment::cut_from(frame, segments, done, &mut scratch, &mut |offload, piece| {
+            result = self.deliver_piece(pair, offload, piece, queues);
+            let goes_on = result == Ok(Fate::Done);
+            done = done.saturating_add(goes_on.into());
+            goes_on
         });
         self.scratch = scratch;
-        // What the estimate got wrong is lost, not sent twice.
-        result.map(|_| Fate::Done)
+        if let Some(lane) = self.lanes.get_mut(usize::from(pair)) {
+            lane.pieces_done = done;
+        }
+        result
     }
 
     fn deliver_piece(
@@ -144,18 +163,12 @@ impl NetDevice {
         Fate::Done
     }
 
-    /// Takes chains from the driver until the spare ones have room for `bytes`, and are `count`; answers whether they do.
-    fn gather(
-        &mut self,
-        pair: u16,
-        bytes: usize,
-        count: usize,
-        queues: &mut Queues,
-    ) -> Result<Room, RingError> {
+    /// Takes chains from the driver until there is one, and all have room for `bytes`; answers whether they do.
+    fn gather(&mut self, pair: u16, bytes: usize, queues: &mut Queues) -> Result<Room, RingError> {
         let queue = pair.wrapping_mul(2);
-        let Some(spare) = self.spare.get_mut(usize::from(pair)) else { return Ok(Room::Later) };
+        let Some(Lane { spare, .. }) = self.lanes.get_mut(usize::from(pair)) else { return Ok(Room::Later) };
         let mut room = spare.iter().fold(0u64, |sum, chain| sum.saturating_add(chain.writable.len()));
-        while room < bytes as u64 || spare.len() < count {
+        while room < bytes as u64 || spare.is_empty() {
             let Some(chain) = queues.pop(queue)? else {
                 if spare.len() >= usize::from(queues.burst(queue)) {
                     return Ok(Room::Never);
@@ -163,9 +176,7 @@ impl NetDevice {
                 self.starved = true;
                 return Ok(Room::Later);
             };
-            if chain.writable.len() < spec::HEADER_LEN as u64 {
-                return Err(RingError::Request { what: "no room for its header" });
-            }
+            super::check_receive(&chain)?;
             room = room.saturating_add(chain.writable.len());
             spare.push_back(chain);
         }
@@ -182,12 +193,14 @@ impl NetDevice {
     ) -> Result<Fate, RingError> {
         let mergeable = self.agreed(feature::MRG_RXBUF);
         let need = if mergeable { room_for(frame.len()) } else { spec::HEADER_LEN };
-        match self.gather(pair, need, 1, queues)? {
+        match self.gather(pair, need, queues)? {
             Room::Enough => {}
-            Room::Later => return Ok(Fate::Later),
+            Room::Later => return Ok(Fate::Later(pair)),
             Room::Never => return Ok(self.too_long()),
         }
-        let Some(spare) = self.spare.get_mut(usize::from(pair)) else { return Ok(Fate::Later) };
+        let Some(Lane { spare, .. }) = self.lanes.get_mut(usize::from(pair)) else {
+            return Ok(Fate::Later(pair));
+        };
         if !mergeable
             && spare.front().is_some_and(|chain| chain.writable.len() < room_for(frame.len()) as u64)
         {

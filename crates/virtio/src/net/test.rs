@@ -321,7 +321,8 @@ fn lent_buffers_come_back_with_what_was_written_or_are_recalled() {
     let mut loans = Vec::new();
     bench.send([0; 12], &to([9; 6]));
     bench.send([0; 12], &[]);
-    bench.driver.function.lend(1, 8, &mut loans);
+    let session = bench.driver.function.lending().session;
+    bench.driver.function.lend(session, 1, 8, &mut loans);
     let len: u32 = loans[0].segments.iter().map(|segment| segment.len).sum();
     assert_eq!((loans.len(), len), (2, 76));
     bench.driver.function.give_back(1, &[(loans[1].token, 0), (loans[0].token, 9), (77, 0)]);
@@ -332,7 +333,7 @@ fn lent_buffers_come_back_with_what_was_written_or_are_recalled() {
     for _ in 0..2 {
         bench.driver.send(0, &[Buffer::In(40)]);
     }
-    bench.driver.function.lend(0, 8, &mut loans);
+    bench.driver.function.lend(session, 0, 8, &mut loans);
     assert_eq!(loans.len(), 2);
     // A frame in two buffers, written by somebody else.
     let memory = bench.driver.memory.clone();
@@ -351,7 +352,7 @@ fn lent_buffers_come_back_with_what_was_written_or_are_recalled() {
     // A reset is over only when the buffers are given up.
     loans.clear();
     bench.driver.send(0, &[Buffer::In(100)]);
-    bench.driver.function.lend(0, 8, &mut loans);
+    bench.driver.function.lend(session, 0, 8, &mut loans);
     let before = bench.driver.function.lending();
     bench.rings();
     bench.driver.set_status(0);
@@ -362,4 +363,142 @@ fn lent_buffers_come_back_with_what_was_written_or_are_recalled() {
     assert_eq!(bench.driver.status(), 0);
     let after = bench.driver.function.lending();
     assert!(before.live && !after.live && !after.recall);
+}
+
+#[test]
+fn a_large_frame_comes_piece_by_piece_to_who_posts_a_few_buffers_at_a_time() {
+    let mut bench = Bench::new(BASIC, 1);
+    let (offload, frame) = large(3000, 1460);
+    bench.driver.send(0, &[Buffer::In(2000)]);
+    bench.driver.send(0, &[Buffer::In(2000)]);
+    assert_eq!(bench.give(offload, &frame), 1, "its last piece waits");
+    let mut payload = vec![];
+    for _ in 0..2 {
+        payload.extend_from_slice(&bench.received().unwrap().1[54..]);
+    }
+    bench.driver.send(0, &[Buffer::In(2000)]);
+    bench.driver.function.give(&mut bench.batch);
+    assert!(bench.batch.is_empty());
+    payload.extend_from_slice(&bench.received().unwrap().1[54..]);
+    assert_eq!(payload, &frame[54..], "each piece once");
+    // And the next frame from its beginning.
+    for _ in 0..3 {
+        bench.driver.send(0, &[Buffer::In(2000)]);
+    }
+    assert_eq!(bench.give(offload, &frame), 0);
+    assert_eq!(std::iter::from_fn(|| bench.received()).count(), 3);
+}
+
+#[test]
+fn a_queue_that_is_always_full_does_not_keep_the_others_waiting() {
+    let mut bench = Bench::new(CONTROL | feature::MQ, 2);
+    assert_eq!(bench.command(4, control::MQ, control::MQ_VQ_PAIRS_SET, &[2, 0]), 0);
+    let alone = to([3; 6]);
+    bench.driver.send(3, &[Buffer::Out(&[0; 12]), Buffer::Out(&alone)]);
+    let mut batch = Batch::new(8, 1 << 20);
+    let mut came = false;
+    for _ in 0..2 {
+        for _ in 0..16 {
+            bench.send([0; 12], &to([5; 6]));
+        }
+        bench.driver.function.take(&mut batch);
+        came |= batch.iter().any(|(_, frame)| frame == alone);
+        batch.clear();
+    }
+    assert!(came, "the frame of the second queue");
+}
+
+/// A frame of a flow that goes to the first pair, and one of the second.
+fn flows() -> [Vec<u8>; 2] {
+    [0u32, 1].map(|pair| {
+        let frames = (0..=255).map(|port| {
+            let (_, mut frame) = large(10, 1460);
+            frame[35] = port;
+            frame
+        });
+        frames.into_iter().find(|frame| net::flow_hash(frame) % 2 == pair).unwrap()
+    })
+}
+
+#[test]
+fn a_pair_without_buffers_keeps_nobody_elses_frames() {
+    let mut bench = Bench::new(CONTROL | feature::MQ, 2);
+    assert_eq!(bench.command(4, control::MQ, control::MQ_VQ_PAIRS_SET, &[2, 0]), 0);
+    let [first, second] = flows();
+    for _ in 0..2 {
+        bench.driver.send(0, &[Buffer::In(1600)]);
+    }
+    for (frame, wait) in [(&second, 1), (&first, 1), (&second, 2), (&first, 2)] {
+        assert_eq!(bench.give(Offload::default(), frame), wait);
+    }
+    assert_eq!(std::iter::from_fn(|| bench.driver.used(0)).count(), 2);
+    for _ in 0..2 {
+        bench.driver.send(2, &[Buffer::In(1600)]);
+    }
+    bench.driver.function.give(&mut bench.batch);
+    assert!(bench.batch.is_empty() && std::iter::from_fn(|| bench.driver.used(2)).count() == 2);
+    // What waits for too long is lost where others may be behind it, and only there.
+    assert_eq!(bench.give(Offload::default(), &second), 1);
+    bench.driver.function.give_up(&mut bench.batch);
+    assert!(bench.batch.is_empty());
+    assert_eq!(bench.driver.function.device().counters.receive_lost, 1);
+    assert_eq!(bench.command(4, control::MQ, control::MQ_VQ_PAIRS_SET, &[1, 0]), 0);
+    assert_eq!(bench.give(Offload::default(), &second), 1);
+    bench.driver.function.give_up(&mut bench.batch);
+    assert_eq!(bench.batch.len(), 1);
+}
+
+#[test]
+fn receive_buffers_have_nothing_to_be_read() {
+    let mut bench = Bench::new(BASIC, 1);
+    bench.driver.send(0, &[Buffer::Out(&[0; 16]), Buffer::In(2000)]);
+    bench.give(Offload::default(), &to(ADDRESS));
+    assert_eq!(bench.driver.status() & 64, 64, "the device needs a reset");
+    bench.batch.clear();
+    bench.driver.start(BASIC);
+    let session = bench.driver.function.lending().session;
+    bench.driver.send(0, &[Buffer::Out(&[0; 16]), Buffer::In(2000)]);
+    bench.driver.function.lend(session, 0, 8, &mut Vec::new());
+    assert_eq!(bench.driver.status() & 64, 64);
+}
+
+#[test]
+fn a_promiscuous_card_hears_tagged_frames_too() {
+    let mut bench = Bench::new(CONTROL, 1);
+    let mut tagged = to([2, 7, 7, 7, 7, 7]);
+    tagged.splice(12..12, [0x81, 0, 0x20, 5]);
+    for _ in 0..2 {
+        bench.driver.send(0, &[Buffer::In(200)]);
+    }
+    bench.give(Offload::default(), &tagged);
+    assert_eq!(bench.received().unwrap().1, tagged);
+    assert_eq!(bench.command(2, control::RX, control::RX_PROMISC, &[0]), 0);
+    bench.give(Offload::default(), &tagged);
+    assert_eq!(bench.received(), None);
+}
+
+#[test]
+fn the_address_that_is_set_is_the_one_that_is_shown() {
+    let mut bench = Bench::new(CONTROL, 1);
+    let at = bench.driver.device.unwrap();
+    let shown =
+        |bench: &mut Bench| -> Vec<u8> { (0..6).map(|byte| bench.driver.read(at + byte, 1) as u8).collect() };
+    assert_eq!(bench.command(2, control::MAC, control::MAC_ADDR_SET, &[2, 7, 7, 7, 7, 7]), 0);
+    assert_eq!(shown(&mut bench), [2, 7, 7, 7, 7, 7]);
+    bench.driver.set_status(0);
+    assert_eq!(shown(&mut bench), ADDRESS);
+}
+
+#[test]
+fn buffers_of_a_new_session_are_not_lent_to_an_old_one() {
+    let mut bench = Bench::new(BASIC, 1);
+    let old = bench.driver.function.lending();
+    bench.driver.start(BASIC | feature::MRG_RXBUF);
+    bench.driver.send(0, &[Buffer::In(100)]);
+    let mut loans = Vec::new();
+    bench.driver.function.lend(old.session, 0, 8, &mut loans);
+    assert_eq!(loans, []);
+    let new = bench.driver.function.lending();
+    bench.driver.function.lend(new.session, 0, 8, &mut loans);
+    assert_eq!(loans.len(), 1);
 }
