@@ -27,7 +27,10 @@ impl Nvme {
             admin::CREATE_CQ => self.create_cq(command),
             admin::CREATE_SQ => self.create_sq(command),
             admin::DELETE_CQ => self.delete_cq(command),
-            admin::DELETE_SQ => self.delete_sq(command),
+            admin::DELETE_SQ => match self.delete_sq(command) {
+                Ok(()) => return Answer::Later,
+                Err(status) => Err(status),
+            },
             admin::SET_FEATURES => self.set_features(command),
             admin::GET_FEATURES => self.get_features(command),
             admin::GET_LOG_PAGE => self.log_page(command),
@@ -119,18 +122,17 @@ impl Nvme {
         }
     }
 
-    fn delete_sq(&mut self, command: &Command) -> Result<u32, Status> {
+    /// Begins to delete a submission queue. That is complete when all of its commands are: those that nobody works on yet are aborted,
+    /// the others come to their end first (section 5.6), for they read and write the host's memory.
+    fn delete_sq(&mut self, command: &Command) -> Result<(), Status> {
         let id = command.dword::<10>() as u16;
-        let queue = match self.submission_queues.get_mut(usize::from(id)) {
-            Some(slot) if id != 0 => slot.take().ok_or(Status::INVALID_QUEUE)?,
+        match self.submission_queues.get_mut(usize::from(id)) {
+            Some(Some(queue)) if id != 0 && queue.closing.is_none() => queue.closing = Some(command.id()),
             _ => return Err(Status::INVALID_QUEUE),
-        };
-        // The host deletes a queue only after its commands have ended (section 7.6.2); any left end unheard.
-        self.abort_queue(id);
-        if let Some(Some(used)) = self.completion_queues.get_mut(usize::from(queue.completion_queue)) {
-            used.users = used.users.saturating_sub(1);
         }
-        Ok(0)
+        self.abort_queue(id);
+        self.finish_deletions();
+        Ok(())
     }
 
     fn set_features(&mut self, command: &Command) -> Result<u32, Status> {

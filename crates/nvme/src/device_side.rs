@@ -188,6 +188,7 @@ impl Nvme {
         self.ready.clear();
         self.pending.retain(|token, pending| {
             pending.abandoned = true;
+            pending.rest.clear();
             pending.parts = taken.get(token).copied().unwrap_or(0);
             pending.parts > 0
         });
@@ -325,10 +326,49 @@ impl Nvme {
         self.post(completion_queue);
     }
 
-    /// The commands of a deleted submission queue end now; their requests come back to nobody.
+    /// What the worker has not taken of a submission queue's commands is not done any more; those that are not begun end now.
     pub(crate) fn abort_queue(&mut self, queue: u16) {
-        for pending in self.pending.values_mut().filter(|pending| pending.origin.queue == queue) {
-            pending.abandoned = true;
+        let taken = self.taken_parts();
+        let pending = &self.pending;
+        self.ready.retain(|request| {
+            pending.get(&request.token).is_none_or(|pending| pending.origin.queue != queue)
+        });
+        let mut ended = Vec::new();
+        self.pending.retain(|token, pending| {
+            if pending.origin.queue != queue {
+                return true;
+            }
+            let parts = taken.get(token).copied().unwrap_or(0);
+            let whole = parts == pending.parts && pending.rest.is_empty();
+            if !whole && pending.status == Status::SUCCESS {
+                pending.status = Status::ABORTED_QUEUE_DELETED;
+            }
+            pending.rest.clear();
+            pending.parts = parts;
+            if parts == 0 {
+                ended.push((pending.origin, pending.status));
+            }
+            parts > 0
+        });
+        for (origin, status) in ended {
+            self.complete_command(origin, 0, status);
+        }
+    }
+
+    /// Submission queues that are being deleted are gone once nobody works on their commands.
+    pub(crate) fn finish_deletions(&mut self) {
+        if !self.is_enabled() {
+            return;
+        }
+        for id in 1..QUEUES {
+            let Some(slot @ Some(_)) = self.submission_queues.get_mut(usize::from(id)) else { continue };
+            let busy = || self.pending.values().any(|pending| pending.origin.queue == id);
+            let Some(queue) = slot.take_if(|queue| queue.closing.is_some() && !busy()) else { continue };
+            if let Some(Some(used)) = self.completion_queues.get_mut(usize::from(queue.completion_queue)) {
+                used.users = used.users.saturating_sub(1);
+            }
+            let command = queue.closing.unwrap_or_default();
+            self.complete_command(Origin { queue: 0, command }, 0, Status::SUCCESS);
         }
     }
 

@@ -4,9 +4,14 @@ use crate::data::{segments, take};
 use crate::device_side::{Nvme, Origin, WRITE_CACHE};
 use crate::spec::{Command, Status, nvm};
 use device::block::{Operation, Outcome, Request, Segment};
+use std::collections::VecDeque;
 
 /// Most requests the worker may hold at a time.
 const IN_FLIGHT_MAX: usize = 1024;
+/// Bytes that are discarded in one request, so that a worker is not lost in one for long, and how many of those of a command are handed
+/// out at a time.
+const DISCARD_MAX: u64 = 1 << 30;
+const DISCARDS_MAX: usize = 16;
 /// Bytes of a dataset management range.
 const RANGE_SIZE: usize = 16;
 
@@ -20,8 +25,10 @@ pub struct Pending {
     pub reading: bool,
     /// The first failure.
     pub status: Status,
-    /// Its submission queue is gone, or the controller was disabled: nobody hears the end.
+    /// The controller was disabled: nobody hears the end.
     pub abandoned: bool,
+    /// Of a discard: the ranges (in bytes) that are not handed out yet.
+    pub rest: VecDeque<(u64, u64)>,
 }
 
 impl Nvme {
@@ -50,7 +57,7 @@ impl Nvme {
             self.turn = if self.turn.wrapping_add(1) >= count { 1 } else { self.turn.wrapping_add(1) };
             let slot = usize::from(self.turn);
             match self.submission_queues.get(slot) {
-                Some(Some(queue)) if !self.is_stuck(queue.completion_queue) => {}
+                Some(Some(queue)) if queue.closing.is_none() && !self.is_stuck(queue.completion_queue) => {}
                 _ => continue,
             }
             let Some(Some(queue)) = self.submission_queues.get_mut(slot) else { continue };
@@ -134,7 +141,7 @@ impl Nvme {
         }
         let mut bytes = vec![0; count.wrapping_mul(RANGE_SIZE)];
         take(&self.memory, command, &mut bytes)?;
-        let mut requests = Vec::new();
+        let mut rest = VecDeque::new();
         for range in bytes.chunks_exact(RANGE_SIZE) {
             let field = |at: usize, len: usize| {
                 let bytes = range.iter().skip(at).take(len);
@@ -142,15 +149,36 @@ impl Nvme {
             };
             let (offset, len) = self.bytes_of(field(8, 8), field(4, 4))?;
             if len > 0 {
-                requests.push((Operation::Discard, offset, len, Vec::new()));
+                rest.push_back((offset, len));
             }
         }
-        if requests.is_empty() {
+        if rest.is_empty() {
             self.complete_command(origin, 0, Status::SUCCESS);
-        } else {
-            self.hand_out(origin, requests);
+            return Ok(());
+        }
+        self.hand_out(origin, Vec::new());
+        let token = self.next_token;
+        if let Some(pending) = self.pending.get_mut(&token) {
+            pending.rest = rest;
+        }
+        for _ in 0..DISCARDS_MAX {
+            self.discard_more(token);
         }
         Ok(())
+    }
+
+    /// Queues the next request of a discard, if there is more to it.
+    fn discard_more(&mut self, token: u64) {
+        let Some(pending) = self.pending.get_mut(&token) else { return };
+        let Some((offset, left)) = pending.rest.front_mut() else { return };
+        let (at, len) = (*offset, (*left).min(DISCARD_MAX));
+        (*offset, *left) = (at.saturating_add(len), left.saturating_sub(len));
+        if *left == 0 {
+            pending.rest.pop_front();
+        }
+        pending.parts = pending.parts.saturating_add(1);
+        let operation = Operation::Discard;
+        self.ready.push_back(Request { token, operation, offset: at, len, segments: Vec::new() });
     }
 
     /// Queues the requests of one command for the worker.
@@ -159,7 +187,9 @@ impl Nvme {
         let token = self.next_token;
         let count = u32::try_from(parts.len()).unwrap_or(u32::MAX);
         let reading = parts.iter().any(|(operation, ..)| *operation == Operation::Read);
-        let pending = Pending { origin, parts: count, reading, status: Status::SUCCESS, abandoned: false };
+        let status = Status::SUCCESS;
+        let pending =
+            Pending { origin, parts: count, reading, status, abandoned: false, rest: VecDeque::new() };
         self.pending.insert(token, pending);
         for (operation, offset, len, segments) in parts {
             self.ready.push_back(Request { token, operation, offset, len, segments });
@@ -175,13 +205,15 @@ impl Nvme {
             pending.status = status;
         }
         pending.parts = pending.parts.saturating_sub(1);
-        if pending.parts > 0 {
+        self.discard_more(token);
+        if self.pending.get(&token).is_none_or(|pending| pending.parts > 0) {
             return;
         }
         let Some(Pending { origin, status, abandoned, .. }) = self.pending.remove(&token) else { return };
         if !abandoned {
             self.complete_command(origin, 0, status);
         }
+        self.finish_deletions();
         self.drained();
     }
 }

@@ -17,11 +17,13 @@ pub struct SubmissionQueue {
     head: u16,
     tail: u16,
     pub completion_queue: u16,
+    /// It is being deleted, by this command of the administrator's: no more of its own are taken.
+    pub closing: Option<u16>,
 }
 
 impl SubmissionQueue {
     pub fn new(base: u64, entries: u16, completion_queue: u16) -> Self {
-        Self { base, entries, head: 0, tail: 0, completion_queue }
+        Self { base, entries, head: 0, tail: 0, completion_queue, closing: None }
     }
 
     /// The doorbell; `false` if the value is no index.

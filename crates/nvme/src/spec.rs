@@ -70,6 +70,7 @@ impl Status {
     pub const INVALID_OPCODE: Self = Self(0x01 | DO_NOT_RETRY);
     pub const INVALID_FIELD: Self = Self(0x02 | DO_NOT_RETRY);
     pub const DATA_TRANSFER: Self = Self(0x04);
+    pub const ABORTED_QUEUE_DELETED: Self = Self(0x08);
     pub const INVALID_NAMESPACE: Self = Self(0x0b | DO_NOT_RETRY);
     pub const INVALID_PRP: Self = Self(0x13 | DO_NOT_RETRY);
     pub const WRITE_PROTECTED: Self = Self(0x20 | DO_NOT_RETRY);

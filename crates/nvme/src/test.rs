@@ -29,8 +29,12 @@ fn disk(read_only: bool) -> NvmeConfig {
 
 impl Driver {
     fn new(read_only: bool) -> Self {
+        Self::with_disk(disk(read_only))
+    }
+
+    fn with_disk(disk: NvmeConfig) -> Self {
         let memory = GuestMemory::new(&[(0, 1 << 20)], Backing::Private).unwrap();
-        let nvme = Nvme::new(memory.clone(), MsiSink::unconnected(), Notify::unconnected(), disk(read_only));
+        let nvme = Nvme::new(memory.clone(), MsiSink::unconnected(), Notify::unconnected(), disk);
         let mut driver = Self { nvme, memory, tails: [0; 2], heads: [0; 2] };
         driver.set_bus_master(true);
         driver.write(0x24, 4, 7 << 16 | 7);
@@ -266,6 +270,78 @@ fn a_discard_of_two_ranges_completes_once_both_are_done() {
     assert_eq!(driver.completion(1), None);
     driver.nvme.complete(first.token, Outcome::Ok);
     assert_eq!(driver.completion(1), Some((0, 0)));
+}
+
+#[test]
+fn a_long_discard_is_many_requests_of_which_few_are_out_at_a_time() {
+    let mut disk = disk(false);
+    disk.geometry.capacity = 1 << 40;
+    let mut driver = Driver::with_disk(disk);
+    driver.make_queues();
+    // 100 GiB and a block, at a block.
+    let blocks = (100u32 << 21) + 1;
+    let range = [&[0; 4][..], &blocks.to_le_bytes(), &1u64.to_le_bytes()].concat();
+    driver.memory.write(DATA, &range).unwrap();
+    let mut dwords = [0; 16];
+    (dwords[0], dwords[1], dwords[6], dwords[11]) = (9, 1, DATA as u32, 4);
+    driver.submit(1, dwords);
+    let mut out: Vec<_> = std::iter::from_fn(|| driver.nvme.next_request()).collect();
+    assert!(out.len() < 100);
+    let mut next = 512;
+    while !out.is_empty() {
+        let request = out.remove(0);
+        assert_eq!((request.operation, request.offset), (Operation::Discard, next));
+        assert!(request.len <= 1 << 30);
+        next += request.len;
+        assert_eq!(driver.completion(1), None);
+        driver.nvme.complete(request.token, Outcome::Ok);
+        out.extend(std::iter::from_fn(|| driver.nvme.next_request()));
+    }
+    assert_eq!(next, 512 + (u64::from(blocks) << 9));
+    assert_eq!(driver.completion(1), Some((0, 0)));
+}
+
+#[test]
+fn a_queue_is_deleted_once_nobody_works_on_its_commands() {
+    let mut driver = Driver::new(false);
+    driver.make_queues();
+    driver.io(2, [DATA, 0], 0, 1);
+    let taken = driver.nvme.next_request().unwrap();
+    driver.io(9, [DATA, 0], 0, 1);
+    driver.io(2, [DATA, 0], 1, 1);
+    let (mut delete, mut delete_cq) = ([0; 16], [0; 16]);
+    (delete[0], delete[10], delete_cq[0], delete_cq[10]) = (0, 1, 4, 1);
+    driver.submit(0, delete);
+    assert_eq!(driver.nvme.next_request(), None, "its ring is not looked at any more");
+    assert_eq!((driver.completion(0), driver.completion(1)), (None, None), "a request is being worked on");
+    driver.submit(0, delete_cq);
+    assert_eq!(driver.completion(0).unwrap().1 & 0xff, 0x0c, "the completion queue is in use");
+    driver.nvme.complete(taken.token, Outcome::Ok);
+    assert_eq!((driver.completion(1), driver.completion(0)), (Some((0, 0)), Some((0, 0))));
+    driver.submit(0, delete_cq);
+    assert_eq!(driver.completion(0), Some((0, 0)));
+    driver.submit(0, delete);
+    assert_eq!(driver.completion(0).unwrap().1 & 0xff, 0x01, "it is gone");
+}
+
+#[test]
+fn what_nobody_has_begun_is_aborted_with_its_queue() {
+    let mut driver = Driver::new(false);
+    driver.make_queues();
+    let range = |first: u64| [&[0; 4][..], &8u32.to_le_bytes(), &first.to_le_bytes()].concat();
+    driver.memory.write(DATA, &[range(16), range(100)].concat()).unwrap();
+    let mut discard = [0; 16];
+    (discard[0], discard[1], discard[6], discard[10], discard[11]) = (9, 1, DATA as u32, 1, 4);
+    driver.submit(1, discard);
+    let taken = driver.nvme.next_request().unwrap();
+    let mut delete = [0; 16];
+    delete[10] = 1;
+    driver.submit(0, delete);
+    assert_eq!(driver.nvme.next_request(), None, "the second part");
+    assert_eq!(driver.completion(0), None);
+    driver.nvme.complete(taken.token, Outcome::Ok);
+    assert_eq!(driver.completion(1).unwrap().1 & 0xff, 0x08, "done in part only");
+    assert_eq!(driver.completion(0), Some((0, 0)));
 }
 
 #[test]
