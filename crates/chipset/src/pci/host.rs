@@ -82,6 +82,8 @@ struct Wires {
 
 struct State {
     slots: [Option<SharedFunction>; SLOTS],
+    /// When functions whose configuration space was accessed have their deadlines; whoever accesses a BAR keeps those himself.
+    due: [Option<VmTime>; SLOTS],
     /// The last dword written to 0xcf8.
     address: u32,
     windows: Windows,
@@ -123,7 +125,7 @@ impl Host {
         let gsis = [intx[0].0, intx[1].0, intx[2].0, intx[3].0];
         let lines = intx.map(|(_, line)| line);
         Self(Arc::new(Inner {
-            state: Mutex::new(State { slots, address: 0, windows: Windows::default() }),
+            state: Mutex::new(State { slots, due: [None; SLOTS], address: 0, windows: Windows::default() }),
             routes: RwLock::default(),
             wires: Wires { gsis, lines, holders: Mutex::default() },
             reset_control: Box::new(reset_control),
@@ -229,19 +231,23 @@ impl Host {
 
     /// Reads configuration space: 1, 2, 4 or 8 bytes. `bdf` is bus << 8 | device << 3 | function.
     pub fn config_read(&self, bdf: u16, offset: u16, size: u8) -> u64 {
-        let state = locked(&self.0.state);
+        let mut state = locked(&self.0.state);
         let Some(function) = find_function(&state, bdf) else { return u64::MAX };
         let mut function = locked(function);
         function.config_reading(offset);
         let low = u64::from(function.config().read(offset, size.min(4)));
-        if size == 8 { low | u64::from(function.config().read(offset.wrapping_add(4), 4)) << 32 } else { low }
+        let high = if size == 8 { function.config().read(offset.wrapping_add(4), 4) } else { 0 };
+        let deadline = function.deadline();
+        drop(function);
+        set_due(&mut state, bdf, deadline);
+        low | u64::from(high) << 32
     }
 
     /// Writes configuration space.
     pub fn config_write(&self, bdf: u16, offset: u16, size: u8, value: u64) {
-        let state = locked(&self.0.state);
+        let mut state = locked(&self.0.state);
         let Some(function) = find_function(&state, bdf) else { return };
-        {
+        let deadline = {
             let mut function = locked(function);
             function.config_mut().write(offset, size.min(4), value as u32);
             function.config_written(offset);
@@ -250,7 +256,9 @@ impl Host {
                 function.config_mut().write(offset, 4, (value >> 32) as u32);
                 function.config_written(offset);
             }
-        }
+            function.deadline()
+        };
+        set_due(&mut state, bdf, deadline);
         // Only the command register and the BARs change what is decoded.
         if offset < 0x28 {
             self.rebuild_routes(&state);
@@ -319,6 +327,12 @@ fn find_function(state: &State, bdf: u16) -> Option<&SharedFunction> {
     state.slots.get(usize::from(bdf >> 3))?.as_ref()
 }
 
+fn set_due(state: &mut State, bdf: u16, deadline: Option<VmTime>) {
+    if let Some(due) = state.due.get_mut(usize::from(bdf >> 3)) {
+        *due = deadline;
+    }
+}
+
 fn find(routes: &[Route], address: u64) -> Option<Decoded> {
     let after = routes.partition_point(|route| route.base <= address);
     let route = routes.get(after.checked_sub(1)?)?;
@@ -355,10 +369,29 @@ impl Device for Host {
         }
     }
 
+    fn deadline(&self) -> Option<VmTime> {
+        locked(&self.0.state).due.iter().flatten().min().copied()
+    }
+
+    fn tick(&mut self, now: VmTime) {
+        let mut state = locked(&self.0.state);
+        let State { slots, due, .. } = &mut *state;
+        for (function, due) in slots.iter().zip(due) {
+            if due.take_if(|at| *at <= now).is_some()
+                && let Some(function) = function
+            {
+                let mut function = locked(function);
+                function.tick(now);
+                *due = function.deadline();
+            }
+        }
+    }
+
     /// Resets all functions and gives them their addresses again.
     fn reset(&mut self) {
         let mut state = locked(&self.0.state);
         state.address = 0;
+        state.due = [None; SLOTS];
         for function in state.slots.iter().flatten() {
             locked(function).reset();
         }

@@ -9,6 +9,7 @@ struct Card {
     config: ConfigSpace,
     msix: MsiX,
     register: u64,
+    deadline: Option<VmTime>,
 }
 
 impl Card {
@@ -28,7 +29,7 @@ impl Card {
         config.add_bar(3, BarKind::Memory32, 0x1000);
         config.add_capability(VENDOR_CAPABILITY, &[4, 0xee]);
         let msix = MsiX::new(&mut config, sink, 70, 0, 0x2000, 0x3000);
-        Self { config, msix, register: 0 }
+        Self { config, msix, register: 0, deadline: None }
     }
 }
 
@@ -50,8 +51,18 @@ impl Function for Card {
             self.register = value;
         }
     }
-    fn config_written(&mut self, _offset: u16) {
+    fn config_written(&mut self, offset: u16) {
         self.msix.sync(&self.config);
+        if offset == 4 {
+            self.deadline = Some(VmTime(7));
+        }
+    }
+    fn deadline(&self) -> Option<VmTime> {
+        self.deadline
+    }
+    fn tick(&mut self, _now: VmTime) {
+        self.deadline = None;
+        self.register = 0x71c;
     }
     fn reset(&mut self) {
         self.config.reset();
@@ -239,6 +250,19 @@ fn reset_control_is_a_byte_in_the_address_register() {
     bench.host.write(Bench::access(Host::PORTS, 0, 4), 0x8000_0600, NOW);
     assert_eq!(*bench.resets.lock().unwrap(), [6]);
     assert_eq!(bench.host.read(Bench::access(Host::PORTS, 0, 4), NOW), 0x8000_0600);
+}
+
+#[test]
+fn a_function_whose_configuration_space_was_written_has_its_time() {
+    let mut bench = Bench::new();
+    assert_eq!(bench.host.deadline(), None);
+    bench.cf8_write(SLOT, 4, 2, 6);
+    assert_eq!(bench.host.deadline(), Some(VmTime(7)));
+    bench.host.tick(VmTime(6));
+    assert_eq!(bench.card.lock().unwrap().register, 0);
+    bench.host.tick(VmTime(7));
+    assert_eq!(bench.card.lock().unwrap().register, 0x71c);
+    assert_eq!(bench.host.deadline(), None);
 }
 
 proptest! {
