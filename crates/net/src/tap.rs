@@ -189,3 +189,60 @@ impl Card for Tap {
         Some(self.file.as_fd())
     }
 }
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair, sockopt};
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::time::{Duration, Instant};
+
+    /// A card that has as many frames as are left, and hears none.
+    struct Sender(AtomicUsize);
+
+    impl Card for Sender {
+        fn take(&self, batch: &mut Batch) -> bool {
+            while batch.has_room() {
+                let left =
+                    self.0.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
+                if left.is_err() {
+                    return false;
+                }
+                batch.push(Offload::default(), &[&[7; 1000]]);
+            }
+            true
+        }
+        fn give(&self, batch: &mut Batch) {
+            batch.clear();
+        }
+    }
+
+    #[test]
+    fn a_ring_while_the_tap_has_no_room_is_not_forgotten() {
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        let (file, host) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+        sockopt::set_socket_send_buffer_size(&file, 4096).unwrap();
+        let (card, bell) = (Sender(AtomicUsize::new(20)), Bell::new().unwrap());
+        let until = |what: &dyn Fn() -> bool| {
+            let began = Instant::now();
+            while !what() {
+                assert!(began.elapsed() < Duration::from_secs(20));
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(|| Tap { file }.serve(&card, &bell).unwrap());
+            until(&|| card.0.load(Ordering::SeqCst) == 0);
+            // It blocks now; what is sent meanwhile is rung for once.
+            std::thread::sleep(Duration::from_millis(20));
+            card.0.store(5, Ordering::SeqCst);
+            bell.ring();
+            std::thread::sleep(Duration::from_millis(20));
+            let frame = [0; HEADER_LEN + 1000];
+            for _ in 0..25 {
+                until(&|| rustix::io::read(&host, &mut frame.clone()).is_ok());
+            }
+            bell.close();
+        });
+    }
+}
