@@ -138,6 +138,8 @@ pub struct Connection {
     shut: bool,
     /// An acknowledgement, or the (SYN-)SYN, has to be sent.
     answer_due: bool,
+    /// The guest acknowledges what it was never sent: it has a connection from before, which is to be reset by this number.
+    stale: Option<u32>,
     retries: u8,
     deadline: Option<Instant>,
 }
@@ -185,6 +187,7 @@ impl Connection {
             guest_ended: false,
             shut: false,
             answer_due: false,
+            stale: None,
             retries: 0,
             deadline: None,
         }
@@ -212,7 +215,7 @@ impl Connection {
 
     /// Whether [`Self::advance`] has something to do.
     pub fn has_work(&self) -> bool {
-        self.answer_due || (self.readable && self.may_send()) || self.end_is_next()
+        self.answer_due || self.stale.is_some() || (self.readable && self.may_send()) || self.end_is_next()
     }
 
     fn may_send(&self) -> bool {
@@ -346,11 +349,16 @@ impl Connection {
         if segment.has(flag::RST) {
             return if ours { Verdict::Broken } else { Verdict::Keep };
         }
+        let never_sent = segment.acknowledged != self.highest || self.highest == self.acknowledged;
+        if segment.has(flag::ACK) && never_sent {
+            // RFC 9293, 3.10.7.3; its next answer is to our next call.
+            self.stale = Some(segment.acknowledged);
+        }
         if !ours || !segment.has(flag::SYN) {
             return Verdict::Keep;
         }
         self.greet(segment);
-        self.state = State::Open;
+        (self.state, self.stale) = (State::Open, None);
         self.acknowledged = segment.acknowledged;
         self.next = self.acknowledged;
         self.answer_due = true;
@@ -522,6 +530,10 @@ impl Connection {
         match self.state {
             State::Connecting => return Verdict::Keep,
             State::Offered | State::Calling => {
+                if let Some(sequence) = self.stale {
+                    let reset = Header { sequence, flags: flag::RST, ..Header::default() };
+                    self.stale = self.stale.filter(|_| !link.send(reset, 0, self.mss));
+                }
                 self.greeting(link, now);
                 return Verdict::Keep;
             }

@@ -343,6 +343,39 @@ proptest! {
         prop_assert_eq!(wire.packets[1].payload.len(), 9);
     }
 
+    /// A guest that has a connection of the same ports from before hears that it is over, and then answers our call.
+    #[test]
+    fn a_connection_from_before_is_reset(number: u32, initial: u32) {
+        let now = Instant::now();
+        let mut socket = Socket::default();
+        let mut wire = Wire { packets: VecDeque::new(), room: 1, scratch: vec![] };
+        let mut budget = Budget::new(0);
+        let mut connection = Connection::calling(initial, 1460);
+        connection.advance(&mut socket, &mut wire, now);
+        let call = wire.packets.pop_front().unwrap().header;
+        prop_assert_eq!((call.flags, call.sequence), (flag::SYN, initial));
+        let said = |acknowledged, flags| {
+            let header = Header { sequence: 7, acknowledged, flags, window: 99, options: None };
+            Packet { header, payload: vec![] }
+        };
+        let ours = initial.wrapping_add(1);
+        prop_assume!(number != ours);
+        connection.receive(&said(number, flag::ACK).segment(), &mut socket, &mut budget, now);
+        // There is no room, then there is.
+        connection.advance(&mut socket, &mut wire, now);
+        prop_assert!(connection.has_work() && wire.packets.is_empty());
+        wire.room = 9;
+        connection.advance(&mut socket, &mut wire, now);
+        let reset = wire.packets.pop_front().unwrap().header;
+        prop_assert_eq!((reset.flags, reset.sequence), (flag::RST, number));
+        prop_assert!(!connection.has_work() && wire.packets.is_empty());
+        connection.time_out(now);
+        connection.advance(&mut socket, &mut wire, now);
+        prop_assert_eq!(wire.packets.pop_front().unwrap().header.flags, flag::SYN);
+        connection.receive(&said(ours, flag::SYN | flag::ACK).segment(), &mut socket, &mut budget, now);
+        prop_assert_eq!(connection.state(), State::Open);
+    }
+
     /// Segments of any content in any state.
     #[test]
     fn no_segment_harms(
