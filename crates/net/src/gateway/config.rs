@@ -216,6 +216,17 @@ impl Network {
         }
     }
 
+    /// Whether an address is that of many.
+    pub fn is_for_many(&self, address: IpAddr) -> bool {
+        match address {
+            IpAddr::V4(v4) => {
+                let [.., last] = v4.octets();
+                v4.is_multicast() || v4.is_broadcast() || (self.in_subnet(v4) && last == 255)
+            }
+            IpAddr::V6(v6) => v6.is_multicast(),
+        }
+    }
+
     fn in_subnet(&self, address: Ipv4Addr) -> bool {
         u32::from(address) >> 8 == u32::from(self.gateway4) >> 8
     }

@@ -3,7 +3,7 @@
 use super::Gateway;
 use super::config::Transport;
 use super::dns::Query;
-use super::flows::{Kind, Token};
+use super::flows::{Ages, Kind, Token};
 use super::outbox::{self, Ends, Unreachable};
 use super::socket;
 use super::splice::Key;
@@ -35,12 +35,46 @@ enum Path {
     Forward { listener: u32, client: SocketAddr },
 }
 
+/// Who makes flows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Side {
+    Own,
+    Forwarded,
+}
+
+impl Path {
+    fn side(&self) -> Side {
+        match self {
+            Self::Own(_) => Side::Own,
+            Self::Forward { .. } => Side::Forwarded,
+        }
+    }
+}
+
+/// All flows by age: those that the guest makes, and those that anybody makes.
+#[derive(Debug, Default)]
+pub struct UdpAges {
+    pub(super) own: Ages,
+    pub(super) forwarded: Ages,
+}
+
+impl UdpAges {
+    fn of(&mut self, side: Side) -> &mut Ages {
+        match side {
+            Side::Own => &mut self.own,
+            Side::Forwarded => &mut self.forwarded,
+        }
+    }
+}
+
 /// One flow of datagrams.
 #[derive(Debug)]
 pub struct UdpFlow {
     mac: [u8; 6],
     path: Path,
     last: Instant,
+    /// Its place among flows of its side.
+    aged: Instant,
     queued: bool,
     timer: Option<Instant>,
     /// A question to a name server that was not answered yet.
@@ -91,9 +125,7 @@ impl Gateway {
             None => self.udp_open(mac, key),
         };
         let Some(token) = token else {
-            let ends = Ends { mac, from: self.network.gateway(key.guest.ip()), to: key.guest.ip() };
-            let packet = frame.get(layers.network..layers.end).unwrap_or_default();
-            self.outbox.unreachable(&ends, Unreachable::Prohibited, packet);
+            self.complain(mac, layers, frame, Unreachable::Prohibited);
             return;
         };
         let size = offload.segments.map_or(payload.len(), |segments| segments.size.into());
@@ -115,10 +147,10 @@ impl Gateway {
     }
 
     fn udp_insert(&mut self, mac: [u8; 6], key: Key, path: Path) -> Option<Token> {
-        if self.udp.is_full() {
-            self.udp_evict();
-        }
-        let flow = UdpFlow { mac, path, last: self.now, queued: false, timer: None, query: None };
+        let side = path.side();
+        self.udp_make_room(side);
+        let now = self.now;
+        let flow = UdpFlow { mac, path, last: now, aged: now, queued: false, timer: None, query: None };
         let token = self.udp.insert(key, flow)?;
         let (_, flow) = self.udp.get_mut(token)?;
         if let Path::Own(socket) = &flow.path
@@ -127,13 +159,26 @@ impl Gateway {
             self.udp.remove(token);
             return None;
         }
-        self.timers.by(self.now.checked_add(IDLE)?, token, &mut flow.timer);
+        self.udp_ages.of(side).insert(now, token);
+        self.timers.by(now.checked_add(IDLE)?, token, &mut flow.timer);
         Some(token)
     }
 
-    /// Forgets the flow that was idle longest.
-    fn udp_evict(&mut self) {
-        let oldest = self.udp.iter().min_by_key(|(_, _, flow)| flow.last).map(|(token, _, _)| token);
+    /// Where there is none, the flow goes that was idle longest. Strangers, who make flows by forwards, have half of the table at most, and
+    /// take nothing of the other half.
+    fn udp_make_room(&mut self, side: Side) {
+        let half = self.udp.max().div_ceil(2);
+        let most = side == Side::Forwarded && self.udp_ages.forwarded.len() >= half;
+        if !self.udp.is_full() && !most {
+            return;
+        }
+        let from = if most || self.udp_ages.own.len() == 0 { Side::Forwarded } else { Side::Own };
+        let udp = &mut self.udp;
+        let oldest = self.udp_ages.of(from).oldest(|token| {
+            let (_, flow) = udp.get_mut(token)?;
+            flow.aged = flow.last;
+            Some(flow.last)
+        });
         if let Some(token) = oldest {
             self.monitor.full();
             self.udp_remove(token);
@@ -143,6 +188,8 @@ impl Gateway {
     pub(super) fn udp_remove(&mut self, token: Token) {
         if let Some((_, mut flow)) = self.udp.remove(token) {
             self.timers.cancel(token, &mut flow.timer);
+            self.udp_ages.of(flow.path.side()).remove(flow.aged, token);
+            self.unqueue(flow.queued);
         }
     }
 

@@ -55,8 +55,12 @@ fn option(options: &[u8], wanted: u8) -> Option<&[u8]> {
     }
 }
 
-/// The answer to a request, and whether it is for everybody to hear.
-pub fn answer(request: &[u8], lent: Ipv4Addr, about: &About<'_>) -> Option<Vec<u8>> {
+/// The answer to a request. `lend` is asked for an address for who asks, preferably the one that he says.
+pub fn answer(
+    request: &[u8],
+    lend: &mut dyn FnMut(Option<Ipv4Addr>) -> Option<Ipv4Addr>,
+    about: &About<'_>,
+) -> Option<Vec<u8>> {
     let fixed: [u8; OPTIONS] = array(request, 0)?;
     // BOOTREQUEST over Ethernet.
     if fixed.get(..3)? != [1, 1, 6] || fixed.get(236..)? != COOKIE {
@@ -71,6 +75,12 @@ pub fn answer(request: &[u8], lent: Ipv4Addr, about: &About<'_>) -> Option<Vec<u
     }
     let client = array::<4>(&fixed, 12)?;
     let wanted = option(options, 50).and_then(|wanted| array::<4>(wanted, 0)).unwrap_or(client);
+    let lent = match kind {
+        message::DISCOVER | message::REQUEST => lend(Some(wanted.into()))?,
+        // It has one (RFC 2131, 4.3.5).
+        message::INFORM => client.into(),
+        _ => return None,
+    };
     let reply = match kind {
         message::DISCOVER => message::OFFER,
         message::REQUEST if wanted == lent.octets() => message::ACK,
@@ -201,6 +211,10 @@ mod test {
 
     const LENT: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
 
+    fn lend(_: Option<Ipv4Addr>) -> Option<Ipv4Addr> {
+        Some(LENT)
+    }
+
     fn about(network: &Network) -> About<'_> {
         About { network, mtu: 1500, name: Some("debian-1") }
     }
@@ -219,7 +233,7 @@ mod test {
     #[test]
     fn a_guest_gets_its_address() {
         let network = Network::choose("");
-        let offer = answer(&request(1, &[]), LENT, &about(&network)).unwrap();
+        let offer = answer(&request(1, &[]), &mut lend, &about(&network)).unwrap();
         assert_eq!((&offer[4..8], &offer[16..20]), (&[9; 4][..], &LENT.octets()[..]));
         let options = &offer[OPTIONS..];
         assert_eq!(option(options, 53), Some(&[2][..]));
@@ -230,13 +244,17 @@ mod test {
             more.extend(address);
             more.extend([54, 4]);
             more.extend(server);
-            let reply = answer(&request(3, &more), LENT, &about(&network))?;
+            let reply = answer(&request(3, &more), &mut lend, &about(&network))?;
             option(&reply[OPTIONS..], 53).map(|kind| kind[0])
         };
         assert_eq!(ask(LENT.octets(), [10, 77, 0, 1]), Some(5));
         assert_eq!(ask([10, 0, 2, 15], [10, 77, 0, 1]), Some(6), "an address from elsewhere");
         assert_eq!(ask(LENT.octets(), [10, 0, 0, 1]), None, "another server was chosen");
-        assert_eq!(answer(&request(7, &[]), LENT, &about(&network)), None, "nothing is said to a release");
+        assert_eq!(
+            answer(&request(7, &[]), &mut lend, &about(&network)),
+            None,
+            "nothing is said to a release"
+        );
     }
 
     #[test]
@@ -259,9 +277,9 @@ mod test {
         #[test]
         fn no_message_harms(bytes in prop::collection::vec(any::<u8>(), 0..90), kind: u8) {
             let network = Network::choose("");
-            answer(&bytes, LENT, &about(&network));
+            answer(&bytes, &mut lend, &about(&network));
             answer6(&bytes, &about(&network));
-            if let Some(reply) = answer(&request(kind, &bytes), LENT, &about(&network)) {
+            if let Some(reply) = answer(&request(kind, &bytes), &mut lend, &about(&network)) {
                 prop_assert!(reply.len() >= MESSAGE_MIN);
             }
         }

@@ -78,6 +78,11 @@ impl<K: Hash + Eq + Clone, T> Flows<K, T> {
         Self { kind, places: Vec::new(), free: Vec::new(), by_key: HashMap::new(), max }
     }
 
+    /// The most flows.
+    pub fn max(&self) -> usize {
+        self.max
+    }
+
     pub fn is_full(&self) -> bool {
         self.by_key.len() >= self.max
     }
@@ -113,6 +118,12 @@ impl<K: Hash + Eq + Clone, T> Flows<K, T> {
             return None;
         }
         place.flow.as_mut().map(|(key, flow)| (&*key, flow))
+    }
+
+    /// Whether what the token names is there.
+    pub fn has(&self, token: Token) -> bool {
+        let place = self.places.get(token.index as usize);
+        place.is_some_and(|place| place.generation == token.generation && place.flow.is_some())
     }
 
     pub fn remove(&mut self, token: Token) -> Option<(K, T)> {
@@ -166,6 +177,39 @@ impl Timers {
         let first = self.0.first().filter(|(at, _)| *at <= now).copied()?;
         self.0.remove(&first);
         Some(first.1)
+    }
+}
+
+/// Flows by when they were used last: which that is longest ago is found without looking at all of them.
+#[derive(Debug, Default)]
+pub struct Ages(BTreeSet<(Instant, Token)>);
+
+impl Ages {
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    pub fn insert(&mut self, at: Instant, token: Token) {
+        self.0.insert((at, token));
+    }
+
+    pub fn remove(&mut self, at: Instant, token: Token) {
+        self.0.remove(&(at, token));
+    }
+
+    /// The one that was used longest ago. `used` says of a flow when that was, and remembers it: flows that were used since they were put
+    /// in their places go to the places that they have now, once for all the times.
+    pub fn oldest(&mut self, mut used: impl FnMut(Token) -> Option<Instant>) -> Option<Token> {
+        loop {
+            let first = self.0.first().copied()?;
+            match used(first.1) {
+                Some(at) if at > first.0 => {
+                    self.0.remove(&first);
+                    self.0.insert((at, first.1));
+                }
+                _ => return Some(first.1),
+            }
+        }
     }
 }
 

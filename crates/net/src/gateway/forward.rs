@@ -10,11 +10,16 @@ use rustix::net::SocketType;
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 /// Connections and datagrams that one turn of a listener takes.
 const TURN_MAX: usize = 64;
 /// Other ports that are tried when the client's own is taken by another client.
 const PORTS_TRIED: u16 = 64;
+
+/// What accept(2) says when there is too little of something, and when those that wait are looked at again then.
+const SCARCE: [i32; 4] = [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM];
+const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
 /// A forward with its socket.
 #[derive(Debug)]
@@ -64,6 +69,17 @@ impl Gateway {
         }
     }
 
+    /// Looks again for connections for which there were no files.
+    pub(super) fn accept_again(&mut self) {
+        self.accept_again_at = None;
+        for (index, listener) in (0u32..).zip(0..self.listeners.len()) {
+            let tcp = |listener: &Listener| listener.forward.transport == Transport::Tcp;
+            if self.listeners.get(listener).is_some_and(tcp) {
+                self.listener_event(Token::new(Kind::Listener, index));
+            }
+        }
+    }
+
     /// Takes what has come to a listener.
     pub(super) fn listener_work(&mut self, token: Token) {
         let Some(listener) = self.listeners.get_mut(token.index as usize) else { return };
@@ -94,10 +110,10 @@ impl Gateway {
                 }
                 Some(())
             }
-            // No files left: those that wait are taken once others have ended.
-            Err(error)
-                if error.kind() == ErrorKind::WouldBlock || error.raw_os_error() == Some(libc::EMFILE) =>
-            {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => None,
+            // Nothing will say when the host has files, or memory, again.
+            Err(error) if error.raw_os_error().is_some_and(|error| SCARCE.contains(&error)) => {
+                self.accept_again_at = self.now.checked_add(ACCEPT_AGAIN);
                 None
             }
             Err(_) => Some(()),

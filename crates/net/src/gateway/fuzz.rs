@@ -93,7 +93,7 @@ pub fn fuzz_gateway(data: &[u8]) {
             }
             gateway.outbox.batch.clear();
         }
-        assert!(gateway.leases.len() <= 200 && gateway.ready.is_empty());
+        assert!(gateway.leases.len() <= leases::LEASES_MAX && gateway.ready.is_empty());
     });
 }
 

@@ -22,6 +22,7 @@ mod dns;
 mod flows;
 mod forward;
 mod fuzz;
+mod leases;
 mod monitor;
 mod neighbour;
 mod outbox;
@@ -44,10 +45,11 @@ use crate::card::{Bell, Card, Stall};
 use crate::offload::Offload;
 use crate::wire::layers::{self, Layers};
 use crate::wire::{array, be16, ether, protocol};
-use datagrams::{Run, UdpFlow};
+use datagrams::{Run, UdpAges, UdpFlow};
 use dns::Resolvers;
 use flows::{Flows, Kind, Timers, Token};
 use forward::Listener;
+use leases::Leases;
 use outbox::{Ends, Outbox, Unreachable};
 use peers::Peers;
 use ping::PingFlow;
@@ -91,8 +93,10 @@ pub struct Gateway {
     ping: Flows<ping::Key, PingFlow>,
     listeners: Vec<Listener>,
     peers: Option<Peers>,
-    /// Those that have something to do, in turn.
+    udp_ages: UdpAges,
+    /// Those that have something to do, in turn; and how many of them are gone, at most.
     ready: VecDeque<Token>,
+    ready_gone: usize,
     timers: Timers,
     budget: tcp::Budget,
     run: Run,
@@ -100,9 +104,10 @@ pub struct Gateway {
     resolvers: Resolvers,
     /// Where the guest's address was seen last.
     guest_mac: [u8; 6],
-    /// Who has which address, by place: the first is [`Network::guest4`].
-    leases: Vec<[u8; 6]>,
+    leases: Leases,
     advertise_at: Option<Instant>,
+    /// When listeners are looked at again for whose callers there were no files.
+    accept_again_at: Option<Instant>,
     monitor: Arc<Monitor>,
     random: RandomState,
     now: Instant,
@@ -129,15 +134,18 @@ impl Gateway {
             ping: Flows::new(ping::KIND, flows_max.min(PINGS_MAX)),
             listeners,
             peers,
+            udp_ages: UdpAges::default(),
             ready: VecDeque::new(),
+            ready_gone: 0,
             timers: Timers::default(),
             budget: tcp::Budget::new(PENDING_MAX),
             run: Run::default(),
             reassembly: Reassembly::default(),
             resolvers: Resolvers::new("/etc/resolv.conf"),
             guest_mac: config.guest_mac,
-            leases: vec![config.guest_mac],
+            leases: Leases::default(),
             advertise_at: None,
+            accept_again_at: None,
             monitor: Arc::default(),
             random: RandomState::new(),
             now: Instant::now(),
@@ -198,7 +206,8 @@ impl Gateway {
         events: &mut Vec<epoll::Event>,
     ) -> rustix::io::Result<()> {
         let again = self.peers.as_ref().and_then(|peers| peers.again_at);
-        let next = self.timers.next().into_iter().chain(self.advertise_at).chain(again).min();
+        let set = [self.timers.next(), self.advertise_at, self.accept_again_at, again];
+        let next = set.into_iter().flatten().min();
         let wait = if busy || !bell.doze() {
             Some(Timespec { tv_sec: 0, tv_nsec: 0 })
         } else {
@@ -238,6 +247,9 @@ impl Gateway {
         if self.advertise_at.is_some_and(|at| at <= self.now) {
             self.advertise_router();
         }
+        if self.accept_again_at.is_some_and(|at| at <= self.now) {
+            self.accept_again();
+        }
         if let Some(peers) = &mut self.peers
             && peers.again_at.is_some_and(|at| at <= self.now)
         {
@@ -262,6 +274,40 @@ impl Gateway {
                 Kind::Bell => {}
             }
         }
+    }
+
+    /// A flow is gone, maybe from those that have something to do. While the guest takes nothing nobody works on these, however many come
+    /// and go: they are looked through once half of them are gone.
+    fn unqueue(&mut self, queued: bool) {
+        self.ready_gone = self.ready_gone.saturating_add(queued.into());
+        if self.ready_gone <= (self.ready.len() / 2).saturating_add(64) {
+            return;
+        }
+        let (tcp, udp, ping) = (&self.tcp, &self.udp, &self.ping);
+        self.ready.retain(|token| match token.kind {
+            Kind::Tcp => tcp.has(*token),
+            Kind::Udp => udp.has(*token),
+            Kind::Ping => ping.has(*token),
+            Kind::Listener | Kind::Peers | Kind::Bell => true,
+        });
+        self.ready_gone = 0;
+    }
+
+    /// Tells the guest why a packet of its goes nowhere: but nothing about an error, nor about what is for many (RFC 1122, 3.2.2; RFC 4443,
+    /// 2.4).
+    fn complain(&mut self, mac: [u8; 6], layers: &Layers, frame: &[u8], why: Unreachable) {
+        let kind = frame.get(layers.transport).copied().unwrap_or(0);
+        let error = match layers.protocol {
+            protocol::ICMP => matches!(kind, 3 | 4 | 5 | 11 | 12),
+            protocol::ICMPV6 => kind < 128,
+            _ => false,
+        };
+        if error || self.network.is_for_many(layers.destination) {
+            return;
+        }
+        let ends = Ends { mac, from: self.network.gateway(layers.source), to: layers.source };
+        let packet = frame.get(layers.network..layers.end).unwrap_or_default();
+        self.outbox.unreachable(&ends, why, packet);
     }
 
     /// A frame of the guest's.
@@ -305,9 +351,7 @@ impl Gateway {
         }
         self.learn(mac, layers.source);
         if layers.hops <= 1 && !self.network.is_gateway(layers.destination) && !neighbour_ping {
-            let ends = Ends { mac, from: self.network.gateway(layers.source), to: layers.source };
-            let packet = frame.get(layers.network..layers.end).unwrap_or_default();
-            self.outbox.unreachable(&ends, Unreachable::Hops, packet);
+            self.complain(mac, layers, frame, Unreachable::Hops);
             return;
         }
         if let Some(number) = self.network.peer_number(layers.destination).filter(|_| self.peers.is_some()) {
@@ -332,8 +376,9 @@ impl Gateway {
         };
         match (layers.source, ports) {
             (IpAddr::V4(_), Some((dhcp::CLIENT, dhcp::SERVER))) => {
-                let Some(lent) = lease(&mut self.leases, mac, &self.network) else { return true };
-                if let Some(reply) = dhcp::answer(payload, lent, &about) {
+                let (leases, network) = (&mut self.leases, &self.network);
+                let mut lend = |wanted| leases.lend(mac, wanted, network);
+                if let Some(reply) = dhcp::answer(payload, &mut lend, &about) {
                     let to = IpAddr::V4(Ipv4Addr::BROADCAST);
                     let ends = Ends { mac: [0xff; 6], from: self.network.gateway4.into(), to };
                     self.outbox.datagram(&ends, (dhcp::SERVER, dhcp::CLIENT), &reply);
@@ -355,20 +400,6 @@ impl Gateway {
     fn initial_sequence(&self) -> u32 {
         self.random.hash_one(self.now) as u32
     }
-}
-
-/// The address that belongs to a card: the guest's own for the first, the next ones for others behind it.
-fn lease(leases: &mut Vec<[u8; 6]>, mac: [u8; 6], network: &Network) -> Option<Ipv4Addr> {
-    let place = match leases.iter().position(|other| *other == mac) {
-        Some(place) => place,
-        None if leases.len() < 200 => {
-            leases.push(mac);
-            leases.len().saturating_sub(1)
-        }
-        None => return None,
-    };
-    let number = u32::try_from(place).ok()?;
-    Some(Ipv4Addr::from(u32::from(network.guest4).wrapping_add(number)))
 }
 
 fn is_link_local(address: IpAddr) -> bool {

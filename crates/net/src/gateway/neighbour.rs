@@ -105,6 +105,7 @@ impl Gateway {
     pub(super) fn learn(&mut self, mac: [u8; 6], address: IpAddr) {
         if address == self.network.guest4 {
             self.guest_mac = mac;
+            self.leases.seen(mac, self.network.guest4);
         }
     }
 }

@@ -328,8 +328,7 @@ impl Gateway {
         let now = self.now;
         let passed = self.peers.as_mut().and_then(|peers| peers.pass(number, &pack(offload, packet), now));
         if passed.is_none() {
-            let ends = Ends { mac, from: self.network.gateway4.into(), to: layers.source };
-            self.outbox.unreachable(&ends, Unreachable::Host, packet);
+            self.complain(mac, layers, frame, Unreachable::Host);
         }
     }
 

@@ -64,10 +64,8 @@ impl Gateway {
         let key = Key { guest: layers.source, to: layers.destination, id };
         let sent = reachable && self.ping_send(mac, key, message);
         if !sent {
-            let from = self.network.gateway(layers.source);
-            let packet = frame.get(layers.network..layers.end).unwrap_or_default();
             let why = if reachable { Unreachable::Prohibited } else { Unreachable::Host };
-            self.outbox.unreachable(&Ends { from, ..ends }, why, packet);
+            self.complain(mac, layers, frame, why);
         }
     }
 
@@ -110,6 +108,7 @@ impl Gateway {
     fn ping_remove(&mut self, token: Token) {
         if let Some((_, mut flow)) = self.ping.remove(token) {
             self.timers.cancel(token, &mut flow.timer);
+            self.unqueue(flow.queued);
         }
     }
 

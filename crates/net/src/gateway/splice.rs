@@ -219,7 +219,8 @@ impl Gateway {
         }
         flow.connection.drop_pending(&mut self.budget);
         self.timers.cancel(token, &mut flow.timer);
-        self.tcp.remove(token);
+        let queued = self.tcp.remove(token).is_some_and(|(_, flow)| flow.queued);
+        self.unqueue(queued);
         self.monitor.closed();
     }
 }

@@ -13,6 +13,8 @@ use std::sync::Mutex;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+mod limits;
+
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 9];
 
 /// A cable: frames each way.
