@@ -197,6 +197,11 @@ impl Mirror {
         }
     }
 
+    /// The guest-physical page at a linear address, if the process can run it.
+    pub(super) fn runs(&self, linear: u64) -> Option<u64> {
+        self.pages.get(&linear).and_then(|&(rights, physical)| (rights & EXECUTE != 0).then_some(physical))
+    }
+
     /// Has the process stop before the instructions at these offsets of a page, which is going to be executable, and at no other
     /// there. If there are not enough breakpoints, other pages that need some are not executable any more.
     pub(super) fn stop_at(&mut self, page: u64, offsets: &[u16]) {

@@ -84,7 +84,7 @@ pub(crate) struct Statistics {
 pub(crate) struct Direct {
     mirrors: [Option<Mirror>; SPACES],
     /// What in pages with code is not for the host's CPU, by guest-physical address, until they are written to.
-    known: HashMap<u64, Sites>,
+    known: HashMap<u64, Known>,
     /// An address space and a page of it that the guest has to do something about.
     awaited: Option<(usize, u64)>,
     /// Large pages of guest-physical memory that the host was asked to hold in one piece.
@@ -342,7 +342,9 @@ impl Direct {
             for page in mirror.rewritten.due(now) {
                 let places = mirror.places(page);
                 let Some((&linear, others)) = places.split_first() else { continue };
-                match sites_now(core, linear, page).offsets() {
+                let sites = sites_now(core, page, starts(core, linear));
+                let sites = mirror.runs(linear + PAGE).map_or(sites, |next| joined(core, sites, page, next));
+                match sites.offsets() {
                     Some(offsets) => {
                         mirror.stop_at(linear, offsets);
                         if !offsets.is_empty() {
@@ -358,6 +360,62 @@ impl Direct {
         }
         store(core, &registers);
         Ok((next, inside as f64 * self.seconds))
+    }
+
+    /// Has the process stop at what is not for the host's CPU in a page that comes in to run, at a linear and a guest-physical
+    /// address. Whether the page is open, or what has to be done instead of running it.
+    fn watch(
+        &mut self,
+        core: &mut Core,
+        space: usize,
+        (page, physical): (u64, u64),
+        rip: u64,
+    ) -> Result<bool, Next> {
+        let mirror = self.mirrors.get_mut(space).and_then(Option::as_mut).ok_or(Next::Translate)?;
+        // What is written to and run at once is looked through whenever it comes in to run.
+        let mut open = mirror.rewritten.is_open(physical);
+        let mut sites = None;
+        if open {
+            sites =
+                Some(sites_now(core, physical, starts(core, page))).filter(|sites| sites.offsets().is_some());
+            if sites.is_none() {
+                mirror.rewritten.close(physical);
+                mirror.forget_physical(physical, EXECUTE);
+                open = false;
+            }
+        }
+        let sites = sites.unwrap_or_else(|| look_through(&mut self.known, core, page, physical));
+        let sites = mirror.runs(page + PAGE).map_or(sites, |next| joined(core, sites, physical, next));
+        let offsets = sites.offsets().ok_or(Next::Translate)?;
+        // Its breakpoint would not be met: the CPU sets RF for an instruction that could not be fetched.
+        let at_rip =
+            |page: u64, offsets: &[u16]| offsets.iter().any(|&offset| page + u64::from(offset) == rip);
+        if at_rip(page, offsets) {
+            return Err(Next::Step);
+        }
+        let own = rip & !(PAGE - 1);
+        let ran = mirror.rights(own) & EXECUTE != 0;
+        // Instructions that begin in the page before can be seen whole from now on.
+        let before = page.wrapping_sub(PAGE);
+        if let Some(physical_before) = mirror.runs(before) {
+            let alone = match mirror.rewritten.is_open(physical_before) {
+                true => sites_now(core, physical_before, starts(core, before)),
+                false => look_through(&mut self.known, core, before, physical_before),
+            };
+            let sites = joined(core, alone, physical_before, physical);
+            match sites.offsets() {
+                _ if sites == alone => {}
+                Some(offsets) if at_rip(before, offsets) => return Err(Next::Step),
+                Some(offsets) => mirror.stop_at(before, offsets),
+                None => mirror.forget(before),
+            }
+        }
+        mirror.stop_at(page, offsets);
+        if open {
+            mirror.process.stop_at_more();
+        }
+        // One instruction in two pages that cannot both be watched?
+        if ran && mirror.rights(own) & EXECUTE == 0 { Err(Next::Step) } else { Ok(open) }
     }
 
     /// Brings in the page of an access that failed, and some of its neighbours. What has to be done instead, if the guest has to
@@ -383,38 +441,21 @@ impl Direct {
             self.awaited = Some((space, page));
             return Some(Next::Step);
         };
-        // What is written to and run at once is looked through whenever it comes in to run.
         let mut open = mirror.rewritten.is_open(walk.physical);
         if fetch {
-            let mut sites = None;
-            if open {
-                sites = Some(sites_now(core, page, walk.physical)).filter(|sites| sites.offsets().is_some());
-                if sites.is_none() {
-                    mirror.rewritten.close(walk.physical);
-                    mirror.forget_physical(walk.physical, EXECUTE);
-                    open = false;
-                }
-            }
-            let sites = sites.unwrap_or_else(|| look_through(&mut self.known, core, page, walk.physical));
-            let Some(offsets) = sites.offsets() else { return Some(Next::Translate) };
-            let own = rip & !(PAGE - 1);
-            let ran = mirror.rights(own) & EXECUTE != 0;
-            mirror.stop_at(page, offsets);
-            if open {
-                mirror.process.stop_at_more();
-            }
-            if ran && mirror.rights(own) & EXECUTE == 0 {
-                // One instruction in two pages that cannot both be watched.
-                return Some(Next::Step);
-            }
+            open = match self.watch(core, space, (page, walk.physical), rip) {
+                Ok(open) => open,
+                Err(next) => return Some(next),
+            };
         }
+        let mirror = self.mirrors.get_mut(space)?.as_mut()?;
         let pages = if walk.page_shift > 12 { LARGE } else { AROUND };
         if pages == LARGE && self.large.insert(walk.physical & !(LARGE * PAGE - 1)) {
             // Once for each: the host's TLB holds it as the guest means it.
             core.mmu.memory.enlarge(walk.physical & !(LARGE * PAGE - 1), LARGE * PAGE);
         }
         let first = page & !(pages * PAGE - 1);
-        let mut wanted = Vec::with_capacity(pages as usize);
+        let mut wanted: Vec<Wanted> = Vec::with_capacity(pages as usize);
         for linear in (first..first + pages * PAGE).step_by(PAGE as usize) {
             let here = linear == page;
             let known = mirror.rights(linear);
@@ -439,7 +480,24 @@ impl Direct {
             let allowed = rights(&seen, host.flags);
             let mut rights = READ;
             // To look through a page takes longer than to bring it in.
-            let runs = if here { fetch } else { fetch && self.known.get(&physical).is_some_and(Sites::none) };
+            let plain = |page: u64, next: u64| {
+                self.known
+                    .get(&page)
+                    .is_some_and(|known| joined(core, known.sites, page, next) == known.sites)
+            };
+            let runs = fetch
+                && (here || {
+                    let before = wanted
+                        .last()
+                        .filter(|page| page.linear + PAGE == linear && page.rights & EXECUTE != 0);
+                    let before =
+                        before.map(|page| page.physical).or_else(|| mirror.runs(linear.wrapping_sub(PAGE)));
+                    let next = linear + PAGE;
+                    let next = if next == page { Some(walk.physical) } else { mirror.runs(next) };
+                    self.known.get(&physical).is_some_and(|known| known.sites.none())
+                        && before.is_none_or(|before| plain(before, physical))
+                        && next.is_none_or(|next| plain(physical, next))
+                });
             if runs {
                 rights |= allowed & EXECUTE;
             }
@@ -478,31 +536,59 @@ fn rights(seen: &Seen, flags: PageFlags) -> Rights {
 /// Pages that are remembered.
 const KNOWN_MAX: usize = 1 << 16;
 
+/// What of a page is known: its sites, and whether it was known where its code begins.
+#[derive(Debug, Clone, Copy)]
+struct Known {
+    sites: Sites,
+    sure: bool,
+}
+
 /// What in a page is not for the host's CPU. The page is watched from now on.
-fn look_through(known: &mut HashMap<u64, Sites>, core: &mut Core, linear: u64, physical: u64) -> Sites {
+fn look_through(known: &mut HashMap<u64, Known>, core: &mut Core, linear: u64, physical: u64) -> Sites {
     let page = physical & !(PAGE - 1);
-    if let Some(&sites) = known.get(&page) {
-        return sites;
+    if let Some(known) = known.get(&page)
+        && (known.sure || known.sites.none() || starts(core, linear).is_none())
+    {
+        return known.sites;
     }
     if known.len() == KNOWN_MAX {
         known.clear();
     }
     // Before the bytes are read: no write may pass unseen from here on.
     core.protect_code(page);
-    let sites = sites_now(core, linear, page);
-    known.insert(page, sites);
+    let starts = starts(core, linear);
+    let sites = sites_now(core, page, starts);
+    known.insert(page, Known { sites, sure: starts.is_some() });
     sites
 }
 
-/// What in a page is not for the host's CPU, as of now.
-fn sites_now(core: &Core, linear: u64, page: u64) -> Sites {
+/// Where instructions begin in a page, if the page before it has code too.
+fn starts(core: &Core, linear: u64) -> Option<scan::Starts> {
+    let before = core.mmu.look(&core.state, linear.wrapping_sub(PAGE)).filter(|before| before.execute)?;
+    let page = core.mmu.look(&core.state, linear)?;
+    let mut seam = [0; scan::BEFORE + scan::LONGEST];
+    let (end, begin) = seam.split_at_mut(scan::BEFORE);
     let memory = &core.mmu.memory;
-    let mut bytes = [0; PAGE as usize + 16];
-    let (own, more) = bytes.split_at_mut(PAGE as usize);
-    let next = core.mmu.look(&core.state, linear + PAGE);
-    let whole =
-        memory.read(page, own).is_ok() && next.is_some_and(|next| memory.read(next.physical, more).is_ok());
-    scan::sites(if whole { &bytes } else { own })
+    memory.read(before.physical + PAGE - scan::BEFORE as u64, end).ok()?;
+    memory.read(page.physical, begin).ok()?;
+    Some(scan::starts(&seam))
+}
+
+/// What in a page is not for the host's CPU, as of now.
+fn sites_now(core: &Core, page: u64, starts: Option<scan::Starts>) -> Sites {
+    let mut bytes = [0; PAGE as usize];
+    // What cannot be read is not RAM, and cannot be brought in.
+    let _ = core.mmu.memory.read(page, &mut bytes);
+    scan::sites(&bytes, starts.unwrap_or(scan::ANYWHERE))
+}
+
+/// A page's sites, with those of instructions that begin there and end in the page behind it.
+fn joined(core: &Core, sites: Sites, page: u64, next: u64) -> Sites {
+    let mut seam = [0; 2 * scan::REACH];
+    let (end, begin) = seam.split_at_mut(scan::REACH);
+    let memory = &core.mmu.memory;
+    let _ = memory.read(page + PAGE - scan::REACH as u64, end).and_then(|()| memory.read(next, begin));
+    sites.across(&seam)
 }
 
 /// RIP for the single-step tier after a SIGTRAP: the breakpoint instruction's, if that has been.

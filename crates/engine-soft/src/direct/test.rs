@@ -317,6 +317,8 @@ fn cpuid_is_not_the_hosts() {
     }
     guest.core.state.rip = CODE;
     guest.runs_to(1);
+    // The first that is run in its page.
+    Guest::new(&[0x0f, 0xa2]).runs_to(0);
     // More in a page than breakpoints: the translator's.
     let mut guest = Guest::new(&[0x0f, 0xa2].repeat(5));
     assert_eq!(guest.run(), Next::Translate);
@@ -327,6 +329,54 @@ fn cpuid_is_not_the_hosts() {
     guest.core.state.rip = CODE;
     guest.core.write_uint(CODE + 1, 0xa20f_9090, 4, Privilege::User).unwrap();
     guest.runs_to(3);
+}
+
+/// A page and the one behind it, with these bytes across; the program can begin in either.
+fn across(bytes: &[u8], in_first: usize) -> (Guest, u64) {
+    let mut code = [0x90; 0x1000 + 16];
+    code[0x1000 - in_first..][..bytes.len()].copy_from_slice(bytes);
+    // A system call behind it.
+    let end = 0x1000 - in_first + bytes.len();
+    code[end..end + 2].copy_from_slice(&SYSCALL);
+    (Guest::new(&code), end as u64)
+}
+
+#[test]
+fn instructions_over_a_page_end_are_looked_at_when_both_pages_are_there() {
+    for bytes in [&[0x0f, 0xa2][..], &[0x49, 0x0f, 0x01, 0xd0], &[0x66, 0x0f, 0xc7, 0x64, 0x24, 0x40]] {
+        for in_first in 1..bytes.len() {
+            for second_page_first in [false, true] {
+                let (mut guest, end) = across(bytes, in_first);
+                if second_page_first {
+                    guest.core.state.rip = CODE + end;
+                    guest.runs_to(end);
+                }
+                guest.core.state.rip = CODE + 0xfe0;
+                guest.runs_to(0x1000 - in_first as u64);
+            }
+        }
+    }
+}
+
+#[test]
+fn what_only_may_be_one_over_a_page_end_does_not_stop() {
+    // jz, a move with a prefix, and a jump to and fro.
+    for bytes in [&[0x0f, 0x84, 0, 0, 0, 0][..], &[0x49, 0x8b, 0xc4], &[0x48, 0x89, 0xc7]] {
+        for second_page_first in [false, true] {
+            let (mut guest, end) = across(bytes, 1);
+            guest.core.state.gpr[12] = CODE;
+            if second_page_first {
+                guest.core.state.rip = CODE + end;
+                guest.runs_to(end);
+            }
+            guest.core.state.rip = CODE + 0xfe0;
+            guest.runs_to(end);
+            let stops = guest.direct.statistics.stops;
+            guest.core.state.rip = CODE + 0xfe0;
+            guest.runs_to(end);
+            assert_eq!(guest.direct.statistics.stops - stops, 1, "the system call");
+        }
+    }
 }
 
 #[test]

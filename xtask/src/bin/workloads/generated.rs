@@ -9,34 +9,42 @@ pub const ALL: &[Workload] = &[
     Workload { group: "generated", name: "fresh_blocks", run: fresh_blocks },
     Workload { group: "generated", name: "patched_loop", run: patched_loop },
     Workload { group: "generated", name: "patched_call", run: patched_call },
+    Workload { group: "integer", name: "large_program", run: large_program },
 ];
 
-const LENGTH: usize = 64 << 10;
-
 /// Memory that can be written and executed.
-struct Code(*mut u8);
+struct Code {
+    place: *mut u8,
+    length: usize,
+}
 
 impl Code {
     fn new() -> Self {
-        let place = anonymous(LENGTH);
-        // SAFETY: the mapping was made just now, of this length.
-        let done = unsafe {
-            libc::mprotect(place.cast(), LENGTH, libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC)
-        };
+        Self::of(64 << 10)
+    }
+
+    fn of(length: usize) -> Self {
+        let code = Self { place: anonymous(length), length };
+        code.allow(libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC);
+        code
+    }
+
+    fn allow(&self, protection: i32) {
+        // SAFETY: the mapping is this struct's, of this length.
+        let done = unsafe { libc::mprotect(self.place.cast(), self.length, protection) };
         assert_eq!(done, 0, "this system lets no program write code");
-        Self(place)
     }
 
     fn write(&self, at: usize, code: &[u8]) {
-        assert!(at + code.len() <= LENGTH);
+        assert!(at + code.len() <= self.length);
         // SAFETY: inside the mapping. Volatile: what is executed is no data to the compiler.
-        code.iter().enumerate().for_each(|(i, &byte)| unsafe { self.0.add(at + i).write_volatile(byte) });
+        code.iter().enumerate().for_each(|(i, &byte)| unsafe { self.place.add(at + i).write_volatile(byte) });
     }
 
     /// Calls the function at `at` with a number.
     fn call(&self, at: usize, with: u64) -> u64 {
         // SAFETY: what the workloads write are functions of this kind, and the jump orders the writes before them.
-        let function: extern "sysv64" fn(u64) -> u64 = unsafe { std::mem::transmute(self.0.add(at)) };
+        let function: extern "sysv64" fn(u64) -> u64 = unsafe { std::mem::transmute(self.place.add(at)) };
         black_box(function(with))
     }
 }
@@ -44,7 +52,7 @@ impl Code {
 impl Drop for Code {
     fn drop(&mut self) {
         // SAFETY: nobody else knows the mapping.
-        unsafe { libc::munmap(self.0.cast(), LENGTH) };
+        unsafe { libc::munmap(self.place.cast(), self.length) };
     }
 }
 
@@ -127,4 +135,41 @@ fn patched_call(units: u64) -> u64 {
         }
     }
     sum
+}
+
+/// A program of eight megabytes of which every page is run, as compilers and databases are: thousands of functions that lie
+/// across the ends of pages as they come.
+fn large_program(units: u64) -> u64 {
+    const LENGTH: usize = 8 << 20;
+    // lea rdi, [rdi + rdi + 1]; mov rax, rdi; shr rax, 7; xor rdi, rax; test dil, 1; jz +4; add rdi, 5; rol rdi, 9; mov r8, rdi
+    const PART: [u8; 34] = [
+        0x48, 0x8d, 0x7c, 0x3f, 0x01, 0x48, 0x89, 0xf8, 0x48, 0xc1, 0xe8, 0x07, 0x48, 0x31, 0xc7, 0x40, 0xf6,
+        0xc7, 0x01, 0x74, 0x04, 0x48, 0x83, 0xc7, 0x05, 0x48, 0xc1, 0xc7, 0x09, 0x49, 0x89, 0xf8, 0x66, 0x90,
+    ];
+    // mov rax, rdi; ret
+    const END: [u8; 4] = [0x48, 0x89, 0xf8, 0xc3];
+    const FUNCTION: usize = 3 * PART.len() + END.len();
+    const COUNT: usize = LENGTH / FUNCTION;
+    thread_local! {
+        static PROGRAM: Code = {
+            let code = Code::of(LENGTH);
+            let function = [&PART[..], &PART, &PART, &END].concat();
+            (0..COUNT).for_each(|number| code.write(number * FUNCTION, &function));
+            code.allow(libc::PROT_READ | libc::PROT_EXEC);
+            code
+        };
+    }
+    PROGRAM.with(|program| {
+        let mut sum = 0;
+        for _ in 0..units {
+            let mut number = 0;
+            sum = 0;
+            // One in each page, about, in no order.
+            for _ in 0..LENGTH / 4096 {
+                number = (number + COUNT / 2 + 4099 * 38 + 7) % COUNT;
+                sum = program.call(number * FUNCTION, sum);
+            }
+        }
+        sum
+    })
 }
