@@ -149,7 +149,7 @@ fn out_of_files_nobody_is_forgotten() {
     let mut turns = |gateway: &mut Gateway, until: Duration| {
         let begin = Instant::now();
         while begin.elapsed() < until && gateway.tcp.iter().count() < clients.len() {
-            gateway.sleep(&bell, true, &mut events).unwrap();
+            gateway.sleep(&bell, true, None, &mut events).unwrap();
             gateway.work();
             assert!(gateway.ready.len() < 3 && gateway.tcp.iter().count() == 0 || until > ACCEPT);
         }
