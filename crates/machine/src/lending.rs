@@ -21,6 +21,10 @@ use virtio::{Lending, Loan, Net};
 const RING_SIZE: u16 = 4096;
 /// How often a back end that is away is looked for.
 const SEARCH_PERIOD: Duration = Duration::from_millis(500);
+/// How long the first one may take.
+const CONNECT_MAX: Duration = Duration::from_secs(10);
+/// How long one that is there again may take to let the card in: who waits for it hears neither a reset nor the machine's end.
+const ENTRY_MAX: Duration = Duration::from_secs(1);
 /// Buffers that are passed on before the other direction has its turn.
 const BURST: usize = 256;
 
@@ -46,15 +50,19 @@ pub enum Error {
 impl BackEnd {
     /// Connects, for so many rings.
     pub(crate) fn connect(&self, rings: u16) -> Result<Frontend, Error> {
+        self.connect_within(rings, CONNECT_MAX)
+    }
+
+    fn connect_within(&self, rings: u16, wait: Duration) -> Result<Frontend, Error> {
         let wrong = |source| Error::BackEnd { place: self.to_string(), source };
         match self {
             Self::Switch { control, port, spec } => {
                 let request =
                     net::switch::control::Request::Attach { name: port.clone(), spec: (**spec).clone() };
-                let (_, stream) = net::switch::control::open(control, &request)?;
-                Frontend::new(stream, rings, RING_SIZE).map_err(wrong)
+                let (_, stream) = net::switch::control::open_within(control, &request, wait)?;
+                Frontend::new_within(stream, rings, RING_SIZE, wait).map_err(wrong)
             }
-            Self::Socket(path) => Frontend::connect(path, rings, RING_SIZE).map_err(wrong),
+            Self::Socket(path) => Frontend::connect_within(path, rings, RING_SIZE, wait).map_err(wrong),
         }
     }
 }
@@ -93,6 +101,8 @@ pub(crate) struct Carrier {
     rings: u16,
     loans: Vec<Loan>,
     returns: Vec<(u32, u32)>,
+    /// What was said last of a back end that is away.
+    told: Option<String>,
 }
 
 impl Carrier {
@@ -120,6 +130,7 @@ impl Carrier {
             rings,
             loans,
             returns,
+            told: None,
         })
     }
 
@@ -127,8 +138,8 @@ impl Carrier {
         self.card.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Serves until the bell is closed. `lost` hears that the back end is away, and why.
-    pub(crate) fn serve(mut self, bell: &Bell, lost: &dyn Fn(String)) {
+    /// Serves until the bell is closed. `tell` hears why the back end is away, why it does not come back, and (nothing) that it is back.
+    pub(crate) fn serve(mut self, bell: &Bell, tell: &dyn Fn(Option<String>)) {
         let mut search_at = Instant::now();
         loop {
             if bell.closed() {
@@ -137,6 +148,7 @@ impl Carrier {
             }
             bell.answer();
             let state = self.card().lending();
+            let connected = self.front.is_some();
             if let Some(running) = self.running {
                 if state.recall || running.session != state.session {
                     self.stop();
@@ -144,23 +156,42 @@ impl Carrier {
                     self.suspend();
                 }
             }
-            if state.recall {
+            if connected && self.front.is_none() {
+                self.tell(format!("{}: it does not stop; it is looked for", self.back_end), tell);
+            }
+            let worked = if state.recall {
                 self.forget();
-            } else if let Err(why) = self.work(state) {
-                lost(format!("{}: {why}", self.back_end));
-                self.lose();
+                Ok(())
+            } else {
+                self.work(state)
+            };
+            if self.running.is_some() && worked.is_ok() && self.told.take().is_some() {
+                tell(None);
             }
             // At once the first time, and then no more often than that: a back end may let one in and break off again and again.
-            if self.front.is_none() && Instant::now() >= search_at {
+            if worked.is_ok() && self.front.is_none() && Instant::now() >= search_at {
+                let found = self.back_end.connect_within(self.rings, ENTRY_MAX);
                 search_at = Instant::now().checked_add(SEARCH_PERIOD).unwrap_or(search_at);
-                self.front = self.back_end.connect(self.rings).ok();
-                if self.front.is_some() {
-                    continue;
+                match found {
+                    Ok(front) => {
+                        self.front = Some(front);
+                        continue;
+                    }
+                    Err(why) => self.tell(why.to_string(), tell),
                 }
             }
-            if self.sleep(bell).is_err() {
+            if let Err(why) = worked.and_then(|()| self.sleep(bell)) {
+                self.tell(format!("{}: {why}; it is looked for", self.back_end), tell);
                 self.lose();
             }
+        }
+    }
+
+    /// Says something of a back end that is away, once.
+    fn tell(&mut self, what: String, tell: &dyn Fn(Option<String>)) {
+        if self.told.as_ref() != Some(&what) {
+            tell(Some(what.clone()));
+            self.told = Some(what);
         }
     }
 

@@ -63,14 +63,14 @@ impl Carrier {
         }
     }
 
-    /// Serves until the bell is closed. `lost` hears that frames go nowhere, and why.
-    fn serve(self, card: &dyn Card, bell: &Bell, lost: &dyn Fn(String)) {
+    /// Serves until the bell is closed. `tell` hears why frames go nowhere, and (nothing) that they go again.
+    fn serve(self, card: &dyn Card, bell: &Bell, tell: &dyn Fn(Option<String>)) {
         match self {
             Self::Gateway(gateway) => {
-                gateway.serve(card, bell).unwrap_or_else(|error| lost(error.to_string()))
+                gateway.serve(card, bell).unwrap_or_else(|error| tell(Some(error.to_string())))
             }
-            Self::Tap(tap) => tap.serve(card, bell).unwrap_or_else(|error| lost(error.to_string())),
-            Self::Lending(carrier) => carrier.serve(bell, lost),
+            Self::Tap(tap) => tap.serve(card, bell).unwrap_or_else(|error| tell(Some(error.to_string()))),
+            Self::Lending(carrier) => carrier.serve(bell, tell),
         }
     }
 }
@@ -145,8 +145,11 @@ impl Slots<'_> {
             let notices = self.notices.clone();
             let serve = move || {
                 sandbox::narrow(sandbox::Role::Network);
-                let lost = |why| notices.tell(Notice::NetworkLost { card: number, why });
-                carrier.serve(&*carried, &bell, &lost);
+                let tell = |why| match why {
+                    Some(why) => notices.tell(Notice::NetworkLost { card: number, why }),
+                    None => notices.tell(Notice::NetworkBack { card: number }),
+                };
+                carrier.serve(&*carried, &bell, &tell);
             };
             workers.starts.push(Box::new(move || Ok(vec![thread::Builder::new().name(name).spawn(serve)?])));
         }

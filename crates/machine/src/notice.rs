@@ -36,6 +36,11 @@ pub enum Notice {
         /// Why.
         why: String,
     },
+    /// They go again.
+    NetworkBack {
+        /// Which card, from 0.
+        card: usize,
+    },
 }
 
 /// Hears notices, on any of the machine's threads: it must not block for long.

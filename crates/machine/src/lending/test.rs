@@ -5,8 +5,9 @@ use chipset::pci::{Function, command};
 use device::{MsiSink, Notify, VmTime};
 use memory::Backing;
 use net::vhost::Backend;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, channel};
 use std::thread::{self, JoinHandle};
 use virtio::NetConfig;
 
@@ -34,6 +35,12 @@ fn ring(queue: u16) -> u64 {
 
 impl Guest {
     fn new() -> Self {
+        let nobody = BackEnd::Socket("/nonexistent/socket".into());
+        Self::on(nobody, |why| panic!("{why:?}"))
+    }
+
+    /// A guest whose back end is looked for there, once it has gone.
+    fn on(again: BackEnd, tell: impl Fn(Option<String>) + Send + 'static) -> Self {
         let memory = GuestMemory::new(&[(0, 4 << 20)], Backing::Shared).unwrap();
         let bell = Bell::new().unwrap();
         let (rung, config) =
@@ -46,10 +53,9 @@ impl Guest {
         let (holds, ends) = (hold.clone(), over.clone());
         let back_end = thread::spawn(move || serve(Backend::new(theirs), &holds, &ends));
         let front = Frontend::new(ours, 4, RING_SIZE).unwrap();
-        let nobody = BackEnd::Socket("/nonexistent/socket".into());
-        let carrier = Carrier::new(card.clone(), memory.clone(), nobody, front, 4).unwrap();
+        let carrier = Carrier::new(card.clone(), memory.clone(), again, front, 4).unwrap();
         let ear = bell.clone();
-        let carrier = thread::spawn(move || carrier.serve(&ear, &|why| panic!("{why}")));
+        let carrier = thread::spawn(move || carrier.serve(&ear, &tell));
         let threads = vec![carrier, back_end];
         let mut guest = Self { card, memory, bell, hold, over, threads, available: [0; 5] };
         guest.set_command(command::MEMORY | command::BUS_MASTER);
@@ -192,4 +198,55 @@ fn a_card_that_is_no_bus_master_for_a_while_keeps_its_buffers() {
     guest.set_command(command::MEMORY | command::BUS_MASTER);
     guest.used(0, 1);
     guest.used(1, 1);
+}
+
+/// What is said, as it is said.
+fn heard() -> (Receiver<Option<String>>, impl Fn(Option<String>) + Send + 'static) {
+    let (says, hears) = channel();
+    (hears, move |why| says.send(why).unwrap())
+}
+
+#[test]
+fn who_is_cut_off_hears_why_and_when_it_is_over() {
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("socket");
+    let (hears, tell) = heard();
+    let mut guest = Guest::on(BackEnd::Socket(path.clone()), tell);
+    let next = || hears.recv_timeout(Duration::from_secs(5)).unwrap();
+    guest.send(1, &[(&[1; 72], 0)]);
+    guest.used(1, 1);
+    guest.over.store(true, Ordering::SeqCst);
+    assert!(next().is_some_and(|why| why.contains("closed")));
+    assert!(next().is_some_and(|why| why.contains("No such file")));
+    // The same again is not said again.
+    assert!(hears.recv_timeout(Duration::from_millis(1200)).is_err());
+    let listener = UnixListener::bind(&path).unwrap();
+    let (hold, over) = (guest.hold.clone(), Arc::new(AtomicBool::new(false)));
+    let ends = over.clone();
+    let back_end = thread::spawn(move || serve(Backend::new(listener.accept().unwrap().0), &hold, &ends));
+    assert_eq!(next(), None);
+    guest.send(1, &[(&[1; 72], 0)]);
+    guest.used(1, 2);
+    over.store(true, Ordering::SeqCst);
+    back_end.join().unwrap();
+}
+
+/// Somebody listens, and says nothing.
+#[test]
+fn who_does_not_let_it_in_does_not_hold_it_up() {
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("socket");
+    let _listener = UnixListener::bind(&path).unwrap();
+    let port = ("p".to_owned(), Box::default());
+    let switch = BackEnd::Switch { control: path.clone(), port: port.0, spec: port.1 };
+    for back_end in [BackEnd::Socket(path), switch] {
+        let (hears, tell) = heard();
+        let guest = Guest::on(back_end, tell);
+        guest.over.store(true, Ordering::SeqCst);
+        assert!(hears.recv_timeout(Duration::from_secs(5)).unwrap().is_some());
+        thread::sleep(Duration::from_millis(200));
+        let begin = Instant::now();
+        drop(guest);
+        assert!(begin.elapsed() < Duration::from_millis(2500), "{:?}", begin.elapsed());
+    }
 }

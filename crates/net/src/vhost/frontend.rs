@@ -215,6 +215,8 @@ fn ring_bytes(size: u16) -> usize {
 #[derive(Debug)]
 pub struct Frontend {
     channel: Channel,
+    /// How long messages and answers are waited for.
+    wait: Duration,
     offered: u64,
     protocols: u64,
     file: OwnedFd,
@@ -232,11 +234,21 @@ impl AsFd for Frontend {
 impl Frontend {
     /// Connects to the back end that listens at `path`, for at most so many rings of `size` entries (a power of two).
     pub fn connect(path: &Path, rings: u16, size: u16) -> Result<Self, Error> {
-        Self::new(UnixStream::connect(path)?, rings, size)
+        Self::connect_within(path, rings, size, ANSWER_MAX)
+    }
+
+    /// The same for who waits for the connection, and for each answer to a first question, for so long only.
+    pub fn connect_within(path: &Path, rings: u16, size: u16, wait: Duration) -> Result<Self, Error> {
+        Self::new_within(crate::switch::control::connect_within(path, wait)?, rings, size, wait)
     }
 
     /// The same over a socket that is connected.
     pub fn new(socket: UnixStream, rings: u16, size: u16) -> Result<Self, Error> {
+        Self::new_within(socket, rings, size, ANSWER_MAX)
+    }
+
+    /// The same for who waits for so long only.
+    pub fn new_within(socket: UnixStream, rings: u16, size: u16, wait: Duration) -> Result<Self, Error> {
         let size = size.clamp(2, 1 << 14).next_power_of_two();
         let bytes = ring_bytes(size).saturating_mul(rings.max(1).into()) as u64;
         let file = memory_file(bytes)?;
@@ -244,7 +256,8 @@ impl Frontend {
         let list =
             (0..rings).map(|number| DriverRing::new(&mapping, number, size)).collect::<io::Result<_>>()?;
         let channel = Channel::new(socket);
-        let mut this = Self { channel, offered: 0, protocols: 0, file, bytes, rings: list, started: 0 };
+        let (offered, protocols, started) = (0, 0, 0);
+        let mut this = Self { channel, wait, offered, protocols, file, bytes, rings: list, started };
         this.send(request::SET_OWNER, &[], &[])?;
         this.offered = this.ask(request::GET_FEATURES, &[])?;
         if this.offered & PROTOCOL_FEATURES != 0 {
@@ -252,6 +265,7 @@ impl Frontend {
             this.protocols = this.ask(request::GET_PROTOCOL_FEATURES, &[])? & known;
             this.send(request::SET_PROTOCOL_FEATURES, &this.protocols.to_ne_bytes(), &[])?;
         }
+        this.wait = ANSWER_MAX;
         Ok(this)
     }
 
@@ -352,18 +366,18 @@ impl Frontend {
         files.push(self.file.as_fd());
         let header = Header { request: request::SET_MEM_TABLE, flags: flag::VERSION, size: 0 };
         let header = Header { size: u32::try_from(body.len()).unwrap_or(u32::MAX), ..header };
-        self.channel.send_within(ANSWER_MAX, header, &body, &files)
+        self.channel.send_within(self.wait, header, &body, &files)
     }
 
     fn send(&self, request: u32, body: &[u8], files: &[BorrowedFd<'_>]) -> Result<(), Error> {
         let size = u32::try_from(body.len()).unwrap_or(u32::MAX);
-        self.channel.send_within(ANSWER_MAX, Header { request, flags: flag::VERSION, size }, body, files)
+        self.channel.send_within(self.wait, Header { request, flags: flag::VERSION, size }, body, files)
     }
 
     /// Asks for a number.
     fn ask(&mut self, request: u32, body: &[u8]) -> Result<u64, Error> {
         self.send(request, body, &[])?;
-        let until = Instant::now().checked_add(ANSWER_MAX);
+        let until = Instant::now().checked_add(self.wait);
         loop {
             if let Some(message) = self.channel.receive()? {
                 if message.header.request != request {
@@ -373,7 +387,7 @@ impl Frontend {
             }
             let left = until.map_or(Duration::ZERO, |until| until.saturating_duration_since(Instant::now()));
             if left.is_zero() {
-                return Err(Error::Protocol("no answer within 5 s"));
+                return Err(Error::Protocol("no answer in time"));
             }
             let wait = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
             match poll(&mut [PollFd::new(&self.channel, PollFlags::IN)], Some(&wait)) {

@@ -189,6 +189,7 @@ impl Guest {
             Notice::NetworkLost { card, why } => {
                 say(&printed, &format!("network card {card} is cut off: {why}"));
             }
+            Notice::NetworkBack { card } => say(&printed, &format!("network card {card} is connected again")),
         });
         let server = Server::new(listener, machine.clone(), console.clone(), agent.clone())?;
         machine.start()?;
