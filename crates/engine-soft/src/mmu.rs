@@ -329,6 +329,19 @@ impl Mmu {
         }
     }
 
+    /// Whether 4-level page tables have anything in the 2 MiB around an address.
+    pub(crate) fn has_tables(&self, state: &CpuState, address: u64) -> bool {
+        let mut table = state.cr3 & 0x000f_ffff_ffff_f000;
+        for shift in [39, 30, 21] {
+            let entry = self.memory.load_u64(table + (address >> shift & 0x1ff) * 8).unwrap_or(0);
+            if entry & P == 0 || entry & PS != 0 {
+                return entry & P != 0;
+            }
+            table = entry & 0x000f_ffff_ffff_f000;
+        }
+        true
+    }
+
     /// Forgets all translations, e.g. after a write to CR0, CR4's paging bits, EFER, or by another CPU's request.
     pub fn flush_all(&mut self, state: &mut CpuState) {
         self.empty(state, 0);

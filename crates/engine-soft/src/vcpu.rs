@@ -433,6 +433,28 @@ mod test {
     }
 
     #[test]
+    fn another_vcpus_code_beside_ones_own_is_not_written_unheard() {
+        // mov byte [0x8801], 2; hlt, and on the same page the other's mov eax, 1; hlt
+        let memory = GuestMemory::new(&[(0, 4 << 20)], Backing::Shared).unwrap();
+        let mut both = vcpus(&memory, true, &[0xc6, 0x04, 0x25, 0x01, 0x88, 0, 0, 2, 0xf4], 2);
+        memory.write(CODE + 0x800, &[0xb8, 1, 0, 0, 0, 0xf4]).unwrap();
+        let mut run = |index: usize, rip: u64| {
+            let mut registers = both[index].registers();
+            registers.rip = rip;
+            both[index].set_registers(&registers);
+            assert!(matches!(both[index].run(), Ok(Exit::Halt)));
+            both[index].registers().gpr[0]
+        };
+        for turn in 0..3 {
+            // The writer has code of the page too.
+            run(0, CODE);
+            assert_eq!(run(1, CODE + 0x800), 2, "turn {turn}");
+            memory.write(CODE + 0x801, &[1]).unwrap();
+            assert_eq!(run(1, CODE + 0x800), 1, "turn {turn}");
+        }
+    }
+
+    #[test]
     fn locked_accesses_over_a_page_end_are_atomic() {
         const COUNT: u64 = 5000;
         const AT: u64 = 0x1_0ffd;

@@ -103,7 +103,7 @@ impl Mirror {
         self.watched.clear();
         self.unwatch(|_| true);
         self.due.clear();
-        self.due.push(process::unmap_all());
+        self.due.extend(self.process.unmap_all());
         self.mappings = 0;
     }
 
@@ -250,7 +250,7 @@ impl Mirror {
             self.watched.clear();
             self.unwatch(|_| true);
             self.mappings = 0;
-            self.process.run_commands(&[process::unmap_all()])?;
+            self.process.run_commands(&self.process.unmap_all())?;
             if error.kind() != io::ErrorKind::OutOfMemory {
                 return Err(error);
             }

@@ -89,8 +89,10 @@ pub(crate) struct Direct {
     awaited: Option<(usize, u64)>,
     /// Large pages of guest-physical memory that the host was asked to hold in one piece.
     large: HashSet<u64>,
-    /// Those of another thread.
+    /// Those that cannot be used any more.
     retired: Vec<Mirror>,
+    /// Processes whose own pages were where the guest has some.
+    displaced: u32,
     policy: Policy,
     /// The thread that made the processes, and only it can drive them.
     thread: libc::pid_t,
@@ -113,6 +115,7 @@ impl Direct {
             awaited: None,
             large: HashSet::new(),
             retired: vec![],
+            displaced: 0,
             policy: Policy::default(),
             thread: 0,
             off,
@@ -147,8 +150,8 @@ impl Direct {
             && self.policy.active(tables(state))
             && (segment(seg::CS), segment(seg::SS)) == (process::USER_CS, process::USER_SS)
             && [seg::DS, seg::ES, seg::FS, seg::GS].into_iter().all(|index| segment(index) == 0)
-            && [seg::FS, seg::GS].into_iter().all(|index| state.segments[index].base < process::OURS)
-            && state.rip < process::OURS
+            && [seg::FS, seg::GS].into_iter().all(|index| state.segments[index].base < process::TOP)
+            && state.rip < process::TOP
             // The host's kernel would not obey CLI, nor show what it did.
             && state.rflags & (rflags::IOPL | rflags::IF) == rflags::IF
             && crate::translate::runs_everything(state)
@@ -203,9 +206,17 @@ impl Direct {
         self.retired.extend(self.mirrors.iter_mut().filter_map(Option::take));
     }
 
-    /// There is a process for the address space.
+    /// There is a process for the address space, whose own pages are not where the guest has some.
     fn ready(&mut self, core: &mut Core, space: usize) -> io::Result<()> {
         let Some(place) = self.mirrors.get_mut(space) else { return Ok(()) };
+        let has = |page| core.mmu.has_tables(&core.state, page);
+        if let Some(mirror) = place.take_if(|mirror| mirror.process.ours().into_iter().any(has)) {
+            self.retired.push(mirror);
+            self.displaced += 1;
+            if self.displaced > DISPLACED_MAX {
+                return Err(io::Error::other("the guest's programs use every address"));
+            }
+        }
         if place.is_none() {
             let file = core.mmu.memory.file();
             let file = file.ok_or_else(|| io::Error::other("the guest's memory cannot be shared"))?;
@@ -422,10 +433,14 @@ impl Direct {
     /// hear of it or somebody else has to make the access.
     fn page_in(&mut self, core: &mut Core, space: usize, address: u64, rip: u64) -> Option<Next> {
         let page = address & !(PAGE - 1);
-        if !(process::LOWEST..process::OURS).contains(&page) {
+        if !(process::LOWEST..process::TOP).contains(&page) {
             return Some(Next::Step);
         }
         let mirror = self.mirrors.get_mut(space)?.as_mut()?;
+        let ours = mirror.process.ours();
+        if ours.contains(&page) {
+            return Some(Next::Step);
+        }
         let known = mirror.rights(page);
         // An instruction may begin at the end of the page before.
         let fetch = known & EXECUTE == 0 && address.wrapping_sub(rip) < 16;
@@ -459,7 +474,8 @@ impl Direct {
         for linear in (first..first + pages * PAGE).step_by(PAGE as usize) {
             let here = linear == page;
             let known = mirror.rights(linear);
-            if !(process::LOWEST..process::OURS).contains(&linear)
+            if !(process::LOWEST..process::TOP).contains(&linear)
+                || ours.contains(&linear)
                 || !here && known != 0 && access != Access::Fetch
             {
                 continue;
@@ -521,6 +537,9 @@ impl Direct {
         None
     }
 }
+
+/// They are at random places: so many are no accident.
+const DISPLACED_MAX: u32 = 16;
 
 /// Where the page tables are, which stands for the guest's process.
 fn tables(state: &CpuState) -> u64 {
@@ -642,7 +661,7 @@ fn registers(state: &CpuState) -> libc::user_regs_struct {
 fn is_strange(of: &libc::user_regs_struct) -> bool {
     (of.cs, of.ss) != (process::USER_CS, process::USER_SS)
         || of.ds | of.es | of.fs | of.gs != 0
-        || of.fs_base.max(of.gs_base) >= process::OURS
+        || of.fs_base.max(of.gs_base) >= process::TOP
 }
 
 /// Registers of the process become the guest's.

@@ -11,6 +11,7 @@
 
 use crate::step::model::host_tsc;
 use std::cell::Cell;
+use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::mem::{size_of, zeroed};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -18,12 +19,12 @@ use std::ptr::{NonNull, null_mut};
 
 /// Guest addresses below this cannot be mapped (the host's mmap_min_addr).
 pub(super) const LOWEST: u64 = 0x1_0000;
-/// Our two pages are here, near the end of the lower half; guest pages from here on cannot be mapped.
-pub(super) const OURS: u64 = 0x7fff_ffff_c000;
 /// End of the addresses a process can have.
-const TOP: u64 = 0x7fff_ffff_f000;
+pub(super) const TOP: u64 = 0x7fff_ffff_f000;
+/// Our two pages are somewhere in between, where programs have nothing: heaps are below, stacks and libraries above.
+const PLACES: (u64, u64) = (0x1000_0000_0000, 0x5000_0000_0000);
 const PAGE: u64 = 4096;
-/// Where the program is loaded before it moves to [`OURS`].
+/// Where the program is loaded before it moves to its place.
 const LOAD: u64 = 0x40_0000;
 /// Offsets in the program's page: code, and the commands that it starts with.
 const CODE: usize = 0x100;
@@ -90,11 +91,6 @@ fn refuse_clock_and_cpuid() -> [Command; 2] {
     ]
 }
 
-/// Unmaps all of the guest's.
-pub(super) fn unmap_all() -> Command {
-    unmap(0, OURS)
-}
-
 /// Why the process stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Stop {
@@ -109,6 +105,8 @@ pub(super) enum Stop {
 /// The process. Only the thread that made it may use it.
 pub(super) struct Process {
     pid: libc::pid_t,
+    /// Linear address of our two pages.
+    place: u64,
     /// It has been reaped: its number may be another's by now.
     ended: Cell<bool>,
     /// Our view of the command page.
@@ -168,8 +166,8 @@ fn page_file(name: &std::ffi::CStr, executable: bool, bytes: &[u8]) -> io::Resul
     copied(file.as_raw_fd())
 }
 
-/// The program: an ELF file of one page.
-fn program() -> Vec<u8> {
+/// The program, which moves to `place`: an ELF file of one page.
+fn program(place: u64) -> Vec<u8> {
     let mut page = vec![0; PAGE as usize];
     let mut put = |at: usize, bytes: &[u8]| page[at..at + bytes.len()].copy_from_slice(bytes);
     // ELF64 header: little-endian, an executable for x86-64 with one program header (System V ABI, chapter 4).
@@ -188,8 +186,8 @@ fn program() -> Vec<u8> {
     let fixed = libc::MAP_FIXED as u64;
     let mmap = libc::SYS_mmap as u64;
     let first: [Command; 2] = [
-        [mmap, OURS, PAGE, read | execute, libc::MAP_PRIVATE as u64 | fixed, PROGRAM, 0, 0],
-        [mmap, OURS + PAGE, PAGE, read, libc::MAP_SHARED as u64 | fixed, COMMANDS, 0, 0],
+        [mmap, place, PAGE, read | execute, libc::MAP_PRIVATE as u64 | fixed, PROGRAM, 0, 0],
+        [mmap, place + PAGE, PAGE, read, libc::MAP_SHARED as u64 | fixed, COMMANDS, 0, 0],
     ];
     for (i, value) in first.iter().flatten().enumerate() {
         put(FIRST + i * 8, &value.to_le_bytes());
@@ -284,7 +282,9 @@ impl Process {
     /// Makes a process that can map the RAM of that file.
     pub(super) fn new(ram: BorrowedFd<'_>) -> io::Result<Self> {
         let ram = copied(ram.as_raw_fd())?;
-        let program = page_file(c"yado-direct", true, &program())?;
+        // Unlike that of the next process, and of the next run.
+        let place = PLACES.0 + RandomState::new().hash_one(0) % (PLACES.1 - PLACES.0) / PAGE * PAGE;
+        let program = page_file(c"yado-direct", true, &program(place))?;
         let page = page_file(c"yado-commands", false, &[])?;
         let birth = Birth::new([program.as_raw_fd(), page.as_raw_fd(), ram.as_raw_fd()]);
         let mut stack = vec![0u128; 4096];
@@ -315,6 +315,7 @@ impl Process {
         };
         let mut process = Self {
             pid,
+            place,
             ended: Cell::new(false),
             commands,
             xsave_len: 0,
@@ -343,8 +344,18 @@ impl Process {
         let mut image = vec![0; 64 << 10];
         self.xsave_len = self.transfer(libc::PTRACE_GETREGSET, &mut image)?;
         self.call(LOAD, LOAD + FIRST as u64, 2)?;
-        let rest = OURS + 2 * PAGE;
-        self.run_commands(&[unmap_all(), unmap(rest, TOP - rest)])
+        self.run_commands(&self.unmap_all())
+    }
+
+    /// Unmaps all of the guest's.
+    pub(super) fn unmap_all(&self) -> [Command; 2] {
+        let rest = self.place + 2 * PAGE;
+        [unmap(0, self.place), unmap(rest, TOP - rest)]
+    }
+
+    /// Our pages: the guest cannot have its own there.
+    pub(super) fn ours(&self) -> [u64; 2] {
+        [self.place, self.place + PAGE]
     }
 
     fn trace(&self, request: libc::c_uint, address: usize, data: usize, what: &str) -> io::Result<()> {
@@ -490,7 +501,7 @@ impl Process {
         for part in commands.chunks(COMMANDS_MAX) {
             // SAFETY: the page is ours and as large; the process does not run.
             unsafe { std::ptr::copy_nonoverlapping(part.as_ptr(), self.commands.as_ptr(), part.len()) };
-            self.call(OURS, OURS + PAGE, part.len())?;
+            self.call(self.place, self.place + PAGE, part.len())?;
         }
         Ok(())
     }
@@ -499,7 +510,7 @@ impl Process {
     pub(super) fn stop_cost(&mut self) -> io::Result<u64> {
         let mut least = u64::MAX;
         for _ in 0..4 {
-            let ticks = self.call(OURS, OURS + PAGE, 0)?;
+            let ticks = self.call(self.place, self.place + PAGE, 0)?;
             least = least.min(ticks);
         }
         Ok(least)

@@ -7,6 +7,7 @@ use memory::{Backing, GuestMemory};
 use std::time::{Duration, Instant};
 
 const CODE: u64 = 0x40_0000;
+const OTHER_CODE: u64 = 0x41_0000;
 const DATA: u64 = 0x50_0000;
 const STACK: u64 = 0x60_0000;
 /// Present, writable, the user's.
@@ -72,6 +73,20 @@ impl Guest {
 
     fn entry(linear: u64) -> u64 {
         0x4000 + (linear >> 12) * 8
+    }
+
+    /// One whose process is there, and where that has its own pages.
+    fn with_process() -> (Self, u64) {
+        let mut guest = Self::new(&SYSCALL);
+        guest.runs_to(0);
+        let ours = guest.direct.mirrors.iter().flatten().next().unwrap().process.ours();
+        (guest, ours[0])
+    }
+
+    /// Another program is about to run.
+    fn program(&mut self, code: &[u8]) {
+        self.core.mmu.memory.write(OTHER_CODE, code).unwrap();
+        self.core.state.rip = OTHER_CODE;
     }
 
     fn pid(&self) -> libc::pid_t {
@@ -440,29 +455,61 @@ fn segments_and_bases_of_the_guests_own_are_no_error() {
     assert!(!guest.core.state.code64());
 }
 
+/// A program that has pages where the process has its own, or at the very end as without address randomisation, sees what it
+/// has there.
+#[test]
+fn programs_can_have_any_page() {
+    let (guest, ours) = Guest::with_process();
+    drop(guest);
+    for linear in [None, Some(0x7fff_ffff_c000), Some(0x7fff_ffff_d000), Some(0x7fff_ffff_e000)] {
+        let (mut guest, place) = Guest::with_process();
+        assert_ne!(place, ours, "processes have their pages at random places");
+        let linear = linear.unwrap_or(place);
+        // Page tables of all four levels: that of the guest's page at DATA.
+        let index = |level: u64| (linear >> (12 + 9 * level) & 511) * 8;
+        let (third, second, first) = (0x9000, 0xa000, 0xb000);
+        guest.write(0x1000 + index(3), third | OPEN);
+        guest.write(third + index(2), second | OPEN);
+        guest.write(second + index(1), first | OPEN);
+        guest.write(first + index(0), DATA | OPEN);
+        guest.write(DATA, 77);
+        // mov rax, [rdi]; mov [rdi + 8], rax
+        let code = program(&[&rdi(linear), &[0x48, 0x8b, 0x07, 0x48, 0x89, 0x47, 0x08], &SYSCALL]);
+        guest.program(&code);
+        assert_eq!(guest.run(), Next::Step);
+        assert_eq!(guest.core.state.rip, OTHER_CODE + code.len() as u64 - 2, "{linear:#x}");
+        assert_eq!((guest.core.state.gpr[0], guest.read(DATA + 8)), (77, 77));
+    }
+}
+
 /// What a guest may try: each attempt must end as a stop, with nothing of ours changed.
 #[test]
 fn attacks_on_our_pages_end_as_faults() {
-    let ours = process::OURS;
     let store: &[u8] = &[0x48, 0x89, 0x07];
     let jump: &[u8] = &[0xff, 0xe7];
+    let load: &[u8] = &[0x48, 0x8b, 0x07];
     for (target, instruction) in [
-        // Our code and commands, read-only; the page after them; the vsyscall page's time(); the end of all.
-        (ours, store),
-        (ours + 0x1000, store),
-        (ours + 0x2000, store),
-        (ours + 0x3000, store),
-        (0xffff_ffff_ff60_0400, jump),
-        (0xffff_8000_0000_0000, store),
+        // Our code and commands, read-only; the page after them; the last ones; the vsyscall page's time(); the end of all.
+        (Ok(0), store),
+        (Ok(0x1000), store),
+        (Ok(0x2000), store),
+        (Ok(0x2000), load),
+        (Err(0x7fff_ffff_e000), store),
+        (Err(0x7fff_ffff_f000), store),
+        (Err(0xffff_ffff_ff60_0400), jump),
+        (Err(0xffff_8000_0000_0000), store),
     ] {
-        let mut guest = Guest::new(&program(&[&rdi(target), instruction, &SYSCALL]));
+        let (mut guest, ours) = Guest::with_process();
+        let target = target.map_or_else(|address| address, |offset| ours + offset);
+        guest.program(&program(&[&rdi(target), instruction, &SYSCALL]));
         assert_eq!(guest.run(), Next::Step, "{target:#x}");
         let state = &guest.core.state;
-        assert!(state.rip == CODE + 10 || state.rip == target, "{:#x}", state.rip);
+        assert!(state.rip == OTHER_CODE + 10 || state.rip == target, "{:#x}", state.rip);
         assert_ne!(state.gpr[0], 1);
     }
     // Into our own code, which makes system calls: they are not made either.
-    let mut guest = Guest::new(&program(&[&rdi(ours + 0x127), jump]));
+    let (mut guest, ours) = Guest::with_process();
+    guest.program(&program(&[&rdi(ours + 0x127), jump]));
     guest.core.state.gpr[0] = 231;
     assert_eq!(guest.run(), Next::Step);
     assert_eq!((guest.core.state.rip, guest.core.state.gpr[0]), (ours + 0x127, 231));

@@ -626,7 +626,10 @@ impl Translator {
                 Write::Code => return None,
                 // Flagged by another vCPU's translator: it has to hear of the write.
                 Write::Free => return None,
+                // Others may have code of these very bytes, and have to hear of it when they are written.
+                Write::Beside if core.peers.is_some() => return None,
                 Write::Beside => {
+                    core.mmu.news.written(target.physical);
                     self.statistics.slow_writes += 1;
                     if self.store.slow_write(target.physical) {
                         // The single-step tier writes and tells us, and then the page is taken for data.
