@@ -165,7 +165,7 @@ impl Core {
         self.state.attention |= attention::CODE_WRITES;
         self.mmu.news.written(physical);
         if let Some(peers) = &self.peers {
-            peers.written(physical, len);
+            peers.written(physical, len, &self.mmu.memory);
         }
         if let Some(last) = self.code_writes.last_mut()
             && last.0.wrapping_add(last.1) == physical

@@ -228,10 +228,8 @@ impl Mmu {
         }
         let page = match access {
             Access::Write => {
-                if let Some(peers) = &self.peers {
-                    peers.will_write(walk.physical);
-                }
-                self.memory.host_page_for_write(walk.physical)
+                let look = || self.memory.host_page_for_write(walk.physical);
+                self.peers.as_ref().map_or_else(look, |peers| peers.to_write(walk.physical, look))
             }
             _ => self.memory.host_page(walk.physical),
         };

@@ -12,7 +12,7 @@
 use crate::mmu::Mmu;
 use crate::state::{CpuState, Doorbell};
 use cpu::Kick;
-use memory::{CodeWatch, GuestMemory};
+use memory::{CodeWatch, GuestMemory, HostPage, PageFlags};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
@@ -279,7 +279,7 @@ impl Watch {
 
     /// Tells of a write inside one page to the translators that read code from it, but for `writer`. Answers whether the
     /// writer itself is to drop the page.
-    fn tell(&self, writer: Option<usize>, address: u64, len: u64) -> bool {
+    fn tell(&self, writer: Option<(usize, &GuestMemory)>, address: u64, len: u64) -> bool {
         let (page, offset) = (address & !0xfff, address & 0xfff);
         let mut shard = self.shard(page);
         let Some(code) = shard.get_mut(&page) else { return false };
@@ -293,10 +293,18 @@ impl Watch {
             if drop {
                 code.leaving.insert(index);
             }
-            if Some(index) == writer {
+            if writer.is_some_and(|writer| writer.0 == index) {
                 own = drop;
             } else if let Some(vcpu) = self.vcpu(index) {
                 vcpu.push(page, offset, len, drop);
+            }
+        }
+        // Those that sleep drop it before they run anything: nobody waits for them.
+        if let Some((_, memory)) = writer.filter(|_| drop && code.owners == code.leaving) {
+            let inside = |index| self.vcpu(index).is_some_and(|vcpu| vcpu.inside.load(Ordering::SeqCst));
+            if !(0..self.vcpus()).any(|index| code.owners.contains(index) && inside(index)) {
+                shard.remove(&page);
+                memory.unmark_code(page);
             }
         }
         own
@@ -367,20 +375,28 @@ impl Peers {
         1 << (self.index % 64)
     }
 
-    /// This vCPU is about to look whether a page holds code and, if not, to remember where to write to it.
-    pub(crate) fn will_write(&self, page: u64) {
+    /// Looks whether a page holds code; if not, this vCPU may remember where to write to it.
+    pub(crate) fn to_write(&self, page: u64, look: impl Fn() -> Option<HostPage>) -> Option<HostPage> {
         let bit = self.bit();
-        let Some(writer) = self.watch.writer(page) else { return };
-        if writer.load(Ordering::Relaxed) & bit == 0 {
-            // A full barrier: whoever flags the page sees this bit, or this vCPU sees the flag.
-            writer.fetch_or(bit, Ordering::SeqCst);
+        let Some(writer) = self.watch.writer(page) else { return look() };
+        loop {
+            if writer.load(Ordering::Relaxed) & bit == 0 {
+                // A full barrier: whoever flags the page sees this bit, or this vCPU sees the flag.
+                writer.fetch_or(bit, Ordering::SeqCst);
+            }
+            let seen = look();
+            let code = seen.as_ref().is_some_and(|page| page.flags.contains(PageFlags::CODE));
+            // The page may have been code, and this vCPU's bit taken away, between the two: then it is asked of it again.
+            if code || writer.load(Ordering::SeqCst) & bit != 0 {
+                return seen;
+            }
         }
     }
 
     /// This vCPU has written to a code page.
-    pub(crate) fn written(&self, address: u64, len: u64) {
+    pub(crate) fn written(&self, address: u64, len: u64, memory: &GuestMemory) {
         for (at, len) in parts(address, len) {
-            if self.watch.tell(Some(self.index), at, len) {
+            if self.watch.tell(Some((self.index, memory)), at, len) {
                 self.own.push(at & !0xfff, at & 0xfff, len, true);
             }
         }
@@ -504,7 +520,7 @@ mod test {
             peers.clone().protect(mmu, state, 0x3000);
         }
         assert!(is_code(&memory, 0x3000));
-        vcpus[1].peers.written(0x3010, 4);
+        vcpus[1].peers.written(0x3010, 4, &memory);
         memory.write(0x2ffe, &[0; 4]).unwrap();
         let heard = |index: usize| vcpus[index].requests.take_written();
         assert_eq!(heard(69)[&0x3000].runs().collect::<Vec<_>>(), [(0, 32)]);
@@ -518,16 +534,17 @@ mod test {
     fn a_page_that_is_written_again_and_again_is_data_once_all_have_dropped_it() {
         let memory = GuestMemory::new(&[(0, 1 << 20)], Backing::Private).unwrap();
         let mut vcpus = vcpus(&memory, 2);
-        for Vcpu { state, mmu, peers, .. } in &mut vcpus {
+        for Vcpu { state, mmu, peers, requests } in &mut vcpus {
             peers.clone().protect(mmu, state, 0x5000);
+            requests.set_inside(true);
         }
         for _ in 0..=WRITES_MAX {
-            vcpus[0].peers.written(0x5000, 8);
+            vcpus[0].peers.written(0x5000, 8, &memory);
         }
         for vcpu in &vcpus {
             assert!(vcpu.requests.take_written()[&0x5000].drops());
         }
-        vcpus[0].peers.written(0x5000, 8);
+        vcpus[0].peers.written(0x5000, 8, &memory);
         assert!(vcpus[1].requests.take_written().is_empty(), "it drops the page anyway");
         vcpus[0].peers.dropped(0x5000, &memory);
         assert!(is_code(&memory, 0x5000));
@@ -539,13 +556,48 @@ mod test {
     }
 
     #[test]
+    fn nobody_waits_for_those_that_sleep() {
+        let memory = GuestMemory::new(&[(0, 1 << 20)], Backing::Private).unwrap();
+        let mut vcpus = vcpus(&memory, 2);
+        let Vcpu { state, mmu, peers, .. } = &mut vcpus[1];
+        peers.clone().protect(mmu, state, 0x5000);
+        vcpus[0].requests.set_inside(true);
+        for _ in 0..=WRITES_MAX {
+            vcpus[0].peers.written(0x5000, 8, &memory);
+        }
+        assert!(!is_code(&memory, 0x5000));
+        // It drops what it has before anything else, whatever the page is by then.
+        assert!(vcpus[1].requests.take_written()[&0x5000].drops());
+        let Vcpu { state, mmu, peers, .. } = &mut vcpus[0];
+        peers.clone().protect(mmu, state, 0x5000);
+        vcpus[1].peers.dropped(0x5000, &memory);
+        assert!(is_code(&memory, 0x5000));
+    }
+
+    #[test]
+    fn whose_right_to_write_is_taken_while_it_looks_looks_again() {
+        let memory = GuestMemory::new(&[(0, 1 << 20)], Backing::Private).unwrap();
+        let vcpus = vcpus(&memory, 1);
+        let writer = vcpus[0].peers.watch.writer(0x7000).unwrap();
+        let looks = std::cell::Cell::new(0);
+        vcpus[0].peers.to_write(0x7000, || {
+            looks.set(looks.get() + 1);
+            if looks.get() == 1 {
+                writer.store(0, Ordering::SeqCst);
+            }
+            memory.host_page(0x7000)
+        });
+        assert_eq!((looks.get(), writer.load(Ordering::SeqCst)), (2, 1));
+    }
+
+    #[test]
     fn only_those_who_may_write_are_waited_for() {
         let memory = GuestMemory::new(&[(0, 1 << 20)], Backing::Private).unwrap();
         let mut vcpus = vcpus(&memory, 3);
         // Two run; one of them may write, and looks as vCPUs do.
         vcpus[1].requests.set_inside(true);
         vcpus[2].requests.set_inside(true);
-        vcpus[2].peers.will_write(0x7000);
+        vcpus[2].peers.to_write(0x7000, || None);
         let mut writer = vcpus.pop().unwrap();
         let thread = std::thread::spawn(move || {
             while writer.state.doorbell.rung() == 0 {

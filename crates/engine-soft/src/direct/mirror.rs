@@ -19,6 +19,8 @@ pub(super) const EXECUTE: Rights = libc::PROT_EXEC;
 const PAGE: u64 = 4096;
 /// Mappings that a process may have (vm.max_map_count), with some to spare.
 const MAPPINGS_MAX: usize = 48 << 10;
+/// Linear pages of a mirror, at least.
+const PAGES_MIN: usize = 1 << 18;
 
 /// Pages that are looked up again when the guest forgets all of an address space: that takes a fraction of what it takes to
 /// bring one in.
@@ -55,6 +57,8 @@ pub(super) struct Mirror {
     due: Vec<Command>,
     /// Mappings made since there were none.
     mappings: usize,
+    /// Linear pages after which the mirror begins again with none: a hostile guest has few pages in many places.
+    pages_max: usize,
     /// Breakpoints, 0 if free, and whether the process does not know yet.
     breakpoints: [u64; SITES_MAX],
     breakpoints_due: bool,
@@ -65,7 +69,8 @@ pub(super) struct Mirror {
 }
 
 impl Mirror {
-    pub(super) fn new(process: Process) -> Self {
+    /// `ram` is the guest's, in pages.
+    pub(super) fn new(process: Process, ram: usize) -> Self {
         let vectors = vec![0; process.xsave_len()];
         Self {
             process,
@@ -75,6 +80,7 @@ impl Mirror {
             watched: BTreeSet::new(),
             due: vec![],
             mappings: 0,
+            pages_max: ram.saturating_mul(2).max(PAGES_MIN),
             breakpoints: [0; SITES_MAX],
             breakpoints_due: false,
             vectors,
@@ -173,11 +179,15 @@ impl Mirror {
         !found.is_empty()
     }
 
-    /// Maps pages, ascending by linear address, as few mappings as they allow.
-    pub(super) fn map(&mut self, wanted: &[Wanted]) {
-        if self.mappings > MAPPINGS_MAX {
+    /// Begins again with none if there is no room for so many pages more. Before it is looked at what is there.
+    pub(super) fn make_room(&mut self, count: u64) {
+        if self.mappings > MAPPINGS_MAX || self.pages.len() + count as usize > self.pages_max {
             self.clear();
         }
+    }
+
+    /// Maps pages, ascending by linear address, as few mappings as they allow.
+    pub(super) fn map(&mut self, wanted: &[Wanted]) {
         let goes_on = |a: &Wanted, b: &Wanted| {
             a.linear + PAGE == b.linear && a.offset + PAGE == b.offset && a.rights == b.rights
         };
@@ -195,6 +205,12 @@ impl Mirror {
                 self.watched.insert((page.physical, page.linear));
             }
         }
+    }
+
+    /// Linear pages that are there.
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.pages.len()
     }
 
     /// The guest-physical page at a linear address, if the process can run it.

@@ -220,7 +220,8 @@ impl Direct {
         if place.is_none() {
             let file = core.mmu.memory.file();
             let file = file.ok_or_else(|| io::Error::other("the guest's memory cannot be shared"))?;
-            *place = Some(Mirror::new(Process::new(file)?));
+            let ram: u64 = core.mmu.memory.regions().iter().map(|region| region.len).sum();
+            *place = Some(Mirror::new(Process::new(file)?, (ram / PAGE) as usize));
         }
         if let Some(news) = core.mmu.news.spaces.get_mut(space) {
             news.mirrored = true;
@@ -441,6 +442,7 @@ impl Direct {
         if ours.contains(&page) {
             return Some(Next::Step);
         }
+        mirror.make_room(LARGE);
         let known = mirror.rights(page);
         // An instruction may begin at the end of the page before.
         let fetch = known & EXECUTE == 0 && address.wrapping_sub(rip) < 16;
@@ -482,17 +484,11 @@ impl Direct {
             }
             let Some(seen) = core.mmu.look(&core.state, linear) else { continue };
             let physical = seen.physical;
-            if seen.write
-                && let Some(peers) = &core.peers
-            {
-                // Before the page's flags are read.
-                peers.will_write(physical);
-            }
-            let (Some(offset), Some(host)) =
-                (core.mmu.memory.file_offset(physical), core.mmu.memory.host_page(physical))
-            else {
-                continue;
+            let host = match &core.peers {
+                Some(peers) if seen.write => peers.to_write(physical, || core.mmu.memory.host_page(physical)),
+                _ => core.mmu.memory.host_page(physical),
             };
+            let (Some(offset), Some(host)) = (core.mmu.memory.file_offset(physical), host) else { continue };
             let allowed = rights(&seen, host.flags);
             let mut rights = READ;
             // To look through a page takes longer than to bring it in.

@@ -482,6 +482,24 @@ fn programs_can_have_any_page() {
     }
 }
 
+#[test]
+fn few_pages_in_many_places_do_not_fill_the_books() {
+    let (mut guest, _) = Guest::with_process();
+    let mirror = guest.direct.mirrors.iter_mut().flatten().next().unwrap();
+    for place in 0..3000u64 {
+        mirror.make_room(512);
+        let page = |i: u64| mirror::Wanted {
+            linear: (place << 21) + 0x1000_0000 + i * PAGE,
+            physical: i * PAGE,
+            offset: i * PAGE,
+            rights: READ,
+            shift: 21,
+        };
+        mirror.map(&(0..512).map(page).collect::<Vec<_>>());
+        assert!(mirror.len() <= 1 << 18);
+    }
+}
+
 /// What a guest may try: each attempt must end as a stop, with nothing of ours changed.
 #[test]
 fn attacks_on_our_pages_end_as_faults() {
