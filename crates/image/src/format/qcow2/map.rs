@@ -4,7 +4,8 @@
 //! number, so that it is in memory at most once; it leaves when the cache is full and it was not used since the last
 //! round, and never while the file lacks some of it.
 //!
-//! Lock order: a loading lock, then the cache's list, then a table's own lock; none is held while data moves.
+//! Lock order: a loading lock, then the cache's list, then a table's own lock, then the lists of what is dirty; none is held
+//! while data moves.
 
 use super::table::{COPIED, Entry, L1_RESERVED, OFFSET, Shape, Table};
 use crate::endian::{size, words_be};
@@ -76,6 +77,9 @@ pub struct Map {
     /// Numbers of L1 entries that the file does not know.
     l1_dirty: Mutex<BTreeSet<usize>>,
     pub metadata: RwLock<Metadata>,
+    /// What a test does at the moment before a table is listed.
+    #[cfg(test)]
+    pub before_listing: Mutex<Option<Box<dyn FnOnce() + Send>>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -108,8 +112,21 @@ impl Map {
             dirty_count: AtomicUsize::new(0),
             l1_dirty: Mutex::default(),
             metadata: RwLock::new(metadata),
+            #[cfg(test)]
+            before_listing: Mutex::default(),
         }
     }
+
+    #[cfg(test)]
+    fn pause(&self) {
+        let pause = lock(&self.before_listing).take();
+        if let Some(pause) = pause {
+            pause();
+        }
+    }
+
+    #[cfg(not(test))]
+    fn pause(&self) {}
 
     /// The L1 table.
     pub fn l1(&self) -> Arc<L1> {
@@ -263,11 +280,16 @@ impl Map {
         } else {
             self.keep(&l1, &table);
         }
-        slot.word.store(host | COPIED, Ordering::Release);
-        slot.table.store(Some(table.clone()));
-        // In this order: whoever takes the L1 entry to write it takes the table too.
-        self.note_dirty(&table);
-        lock(&self.l1_dirty).insert(index);
+        {
+            // Both lists are held: who finds the table, which is dirty from the start, counts on its being listed.
+            let (mut dirty, mut l1_dirty) = (lock(&self.dirty), lock(&self.l1_dirty));
+            slot.word.store(host | COPIED, Ordering::Release);
+            slot.table.store(Some(table.clone()));
+            self.pause();
+            dirty.insert(index);
+            self.dirty_count.store(dirty.len(), Ordering::Relaxed);
+            l1_dirty.insert(index);
+        }
         if word & OFFSET != 0 {
             share(word & OFFSET);
         }
@@ -301,6 +323,7 @@ impl Map {
 
     /// Notes that the file lacks something of a table.
     pub fn note_dirty(&self, table: &Table) {
+        self.pause();
         let mut dirty = lock(&self.dirty);
         dirty.insert(table.index);
         self.dirty_count.store(dirty.len(), Ordering::Relaxed);

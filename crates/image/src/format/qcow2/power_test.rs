@@ -428,3 +428,44 @@ proptest! {
         play(&options, below, &steps, seed);
     }
 }
+
+#[test]
+fn a_flush_misses_no_write_that_met_another_ones_table() {
+    let path = Path::new("power");
+    // The first write of two threads finds a table that the file knows, or none.
+    for known in [true, false] {
+        let first = Arc::new(Power::default());
+        let image = Qcow2::create(path, first.clone(), &CreateOptions::new(SIZE), Parts::default()).unwrap();
+        if known {
+            image.write(1 << 19, &WriteFrom(&[1; 512])).unwrap();
+        }
+        drop(image);
+        let start = first.cut(&[], first.moment(), || 0);
+        let power = Arc::new(Power::new(start.clone()));
+        let header = Qcow2::read_header(path, power.as_ref()).unwrap();
+        let image = Arc::new(Qcow2::open(path, power.clone(), header, Parts::default()).unwrap());
+        let (send, flushed) = std::sync::mpsc::channel();
+        let (other, storage) = (image.clone(), power.clone());
+        let meet = move || {
+            let thread = std::thread::spawn(move || {
+                other.write(1 << 16, &WriteFrom(&[9; 1 << 16])).unwrap();
+                other.flush().unwrap();
+                send.send(storage.moment()).unwrap();
+            });
+            // It may have to wait for the one that is held here.
+            let since = std::time::Instant::now();
+            while !thread.is_finished() && since.elapsed() < std::time::Duration::from_millis(300) {
+                std::thread::yield_now();
+            }
+        };
+        *lock(&image.map.before_listing) = Some(Box::new(meet));
+        image.write(0, &WriteFrom(&[8; 1 << 16])).unwrap();
+        let bytes = power.cut(&start, flushed.recv().unwrap(), || 255);
+        let storage = Arc::new(Power::new(bytes));
+        let header = Qcow2::read_header(path, storage.as_ref()).unwrap();
+        let after = Qcow2::open(path, storage, header, Parts::default()).unwrap();
+        let mut bytes = vec![0; 1 << 16];
+        after.read(1 << 16, &ReadInto::new(&mut bytes)).unwrap();
+        assert!(bytes == [9; 1 << 16], "known: {known}");
+    }
+}

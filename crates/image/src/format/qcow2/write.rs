@@ -292,10 +292,11 @@ impl Qcow2 {
             for (at, _, entry) in entries {
                 first |= change.set(self.shape.l2_index(*at), *entry);
             }
-            drop(change);
             if first {
+                // Before anyone else can change the table: who finds it dirty counts on its being listed.
                 self.map.note_dirty(&table);
             }
+            drop(change);
             break;
         }
         for (_, old, new) in entries {
