@@ -154,6 +154,9 @@ impl super::Storage for Careless {
     fn set_len(&self, len: u64) -> io::Result<()> {
         self.0.set_len(len)
     }
+    fn room(&self, wanted: u64) -> u64 {
+        self.0.room(wanted)
+    }
     fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {
         self.0.punch_hole(offset, len)
     }

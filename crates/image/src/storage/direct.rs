@@ -148,6 +148,10 @@ impl Storage for DirectFile {
         self.file.set_len(len)
     }
 
+    fn room(&self, wanted: u64) -> u64 {
+        self.file.room(wanted)
+    }
+
     fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {
         self.file.punch_hole(offset, len)
     }

@@ -200,16 +200,23 @@ impl Storage for StorageFile {
 
     fn set_len(&self, len: u64) -> io::Result<()> {
         if self.device {
-            if len > self.len() {
-                // Somebody may have made it larger since.
-                self.reaches((&self.file).seek(SeekFrom::End(0))?);
-            }
-            return if len <= self.len() { Ok(()) } else { Err(io::ErrorKind::StorageFull.into()) };
+            return if self.room(len) == len { Ok(()) } else { Err(io::ErrorKind::StorageFull.into()) };
         }
         *self.data() = 0..0;
         self.file.set_len(len)?;
         self.len.store(len, Ordering::Relaxed);
         Ok(())
+    }
+
+    fn room(&self, wanted: u64) -> u64 {
+        if !self.device {
+            return wanted;
+        }
+        if wanted > self.len() {
+            // Somebody may have made it larger since; a device that does not tell has not grown.
+            self.reaches((&self.file).seek(SeekFrom::End(0)).unwrap_or(0));
+        }
+        wanted.min(self.len())
     }
 
     fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {
@@ -292,8 +299,10 @@ mod test {
         file.set_len(4096).unwrap();
         let device = StorageFile { device: true, ..StorageFile::private(file.try_clone().unwrap(), 4096) };
         device.set_len(4096).unwrap();
+        assert_eq!((device.room(4096), device.room(8192)), (4096, 4096));
         assert_eq!(device.set_len(8192).unwrap_err().kind(), io::ErrorKind::StorageFull);
         file.set_len(16384).unwrap();
+        assert_eq!(device.room(8192), 8192);
         device.set_len(8192).unwrap();
         assert_eq!(device.len(), 16384);
     }

@@ -73,6 +73,10 @@ pub trait Storage: Send + Sync {
     fn flush(&self) -> io::Result<()>;
     /// Cuts or grows the storage; what is new reads as zeroes.
     fn set_len(&self, len: u64) -> io::Result<()>;
+    /// How far the storage reaches or can be made to reach, `wanted` at most: devices and exports cannot grow.
+    fn room(&self, wanted: u64) -> u64 {
+        wanted
+    }
     /// Gives the range's space back; it reads as zeroes afterwards. `Unsupported` where that cannot be.
     fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()>;
     /// Makes the range read as zeroes, its space kept.

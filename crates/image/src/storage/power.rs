@@ -27,6 +27,8 @@ struct Inside {
     log: Vec<Event>,
     /// Writes fail.
     full: bool,
+    /// It cannot grow beyond this.
+    end: Option<u64>,
 }
 
 /// See the module.
@@ -42,6 +44,12 @@ impl Power {
     /// Whether there is no space from now on: every write fails.
     pub fn set_full(&self, full: bool) {
         self.inside().full = full;
+    }
+
+    /// Storage of a length that cannot be changed, as a device has.
+    pub fn device(bytes: Vec<u8>) -> Self {
+        let end = Some(bytes.len() as u64);
+        Self(Mutex::new(Inside { now: bytes, end, ..Inside::default() }))
     }
 
     fn inside(&self) -> std::sync::MutexGuard<'_, Inside> {
@@ -96,7 +104,7 @@ impl Power {
             return Ok(());
         }
         let mut inside = self.inside();
-        if inside.full {
+        if inside.full || inside.end.is_some_and(|end| offset + len > end) {
             return Err(io::ErrorKind::StorageFull.into());
         }
         let (from, to) = (offset as usize, (offset + len) as usize);
@@ -141,9 +149,16 @@ impl Storage for Power {
 
     fn set_len(&self, len: u64) -> io::Result<()> {
         let mut inside = self.inside();
+        if let Some(end) = inside.end {
+            return if len <= end { Ok(()) } else { Err(io::ErrorKind::StorageFull.into()) };
+        }
         inside.now.resize(len as usize, 0);
         inside.log.push(Event::Len(len));
         Ok(())
+    }
+
+    fn room(&self, wanted: u64) -> u64 {
+        wanted.min(self.inside().end.unwrap_or(u64::MAX))
     }
 
     fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {

@@ -2,7 +2,8 @@
 //!
 //! It reads the file only, with the gate closed and nothing dirty. A repair changes as little as it can: leaks lower
 //! counts in place; anything worse writes all refcounts anew into other clusters and switches to them with one write of
-//! the header, so that a cut in the middle leaves what was there.
+//! the header, so that a cut in the middle leaves what was there. Those are behind the end of the file, or of what is used
+//! of a device.
 //!
 //! Source: docs/interop/qcow2.rst, sections "Refcounts" and "Cluster mapping".
 
@@ -47,6 +48,33 @@ impl Counts {
 
     fn get(&self, offset: u64) -> u32 {
         self.counts.get(size(offset >> self.bits)).copied().unwrap_or(0)
+    }
+}
+
+/// Clusters in a row for refcounts: the blocks, then their table.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    start: u64,
+    blocks: u64,
+    table: u64,
+}
+
+impl Place {
+    /// Room for the counts of all before `start` and of itself.
+    fn behind(start: u64, per_block: u64, cluster: u64) -> Self {
+        let mut place = Self { start, blocks: 0, table: 0 };
+        loop {
+            let blocks = place.end().div_ceil(per_block);
+            let table = blocks.saturating_mul(8).div_ceil(cluster).max(1);
+            if (blocks, table) == (place.blocks, place.table) {
+                return place;
+            }
+            (place.blocks, place.table) = (blocks, table);
+        }
+    }
+
+    fn end(self) -> u64 {
+        self.start.saturating_add(self.blocks).saturating_add(self.table)
     }
 }
 
@@ -156,6 +184,8 @@ impl Qcow2 {
     /// Empties entries that break the rules, counts again, and writes all refcounts anew.
     fn repair_all(&self, found: &mut Found) -> io::Result<()> {
         let storage = self.storage.as_ref();
+        // Nothing is emptied if the rest cannot be done.
+        self.refcounts_place(&found.counts)?;
         for (offset, words) in &found.cures {
             storage.write_bytes(*offset, &bytes_be(words.iter().copied()))?;
         }
@@ -188,37 +218,43 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Writes all refcounts into new clusters at the end of the file and switches to them.
+    /// Where all refcounts can be written anew: behind the end of the file, or, where that cannot grow, behind all that is
+    /// used of it.
+    fn refcounts_place(&self, counts: &Counts) -> io::Result<Place> {
+        let order = lock(&self.header).refcount_order;
+        let per_block = 1u64 << (block_bits(self.shape.cluster_bits, order) & 63);
+        let used =
+            counts.counts.iter().rposition(|count| *count > 0).map_or(0, |last| last.saturating_add(1));
+        for start in [counts.counts.len() as u64, used as u64] {
+            let place = Place::behind(start, per_block, self.shape.cluster());
+            if place.table << counts.bits > super::header::REFTABLE_BYTES_MAX {
+                let text = "the file is too large for its refcounts";
+                return Err(io::Error::new(io::ErrorKind::FileTooLarge, text));
+            }
+            let end = place.end() << counts.bits;
+            if self.storage.room(end) == end {
+                return Ok(place);
+            }
+        }
+        Err(io::ErrorKind::StorageFull.into())
+    }
+
+    /// Writes all refcounts into other clusters and switches to them.
     fn write_refcounts(&self, counts: &Counts) -> io::Result<()> {
         let storage = self.storage.as_ref();
         let (bits, order) = (self.shape.cluster_bits & 63, lock(&self.header).refcount_order);
         let cluster = self.shape.cluster();
         let per_block = 1u64 << (block_bits(self.shape.cluster_bits, order) & 63);
-        let start = counts.counts.len() as u64;
         let old_table = self.refcounts.table();
-        // New clusters: blocks and table, each of which must be counted too.
-        let (mut blocks, mut table) = (0u64, 0u64);
-        loop {
-            let end = start.saturating_add(blocks).saturating_add(table);
-            let need =
-                (end.div_ceil(per_block), end.div_ceil(per_block).saturating_mul(8).div_ceil(cluster).max(1));
-            if need == (blocks, table) {
-                break;
-            }
-            (blocks, table) = need;
-        }
-        if table << bits > super::header::REFTABLE_BYTES_MAX {
-            return Err(io::Error::new(
-                io::ErrorKind::FileTooLarge,
-                "the file is too large for its refcounts",
-            ));
-        }
+        let place = self.refcounts_place(counts)?;
+        let (Place { start, blocks, table }, total) = (place, place.end());
         let old: std::collections::BTreeSet<u64> =
             self.refcounts.blocks().into_iter().map(|offset| offset >> bits).collect();
         let old_rows = (old_table.0 >> bits)..(old_table.0 >> bits).saturating_add(old_table.1.into());
         let max = count_max(order);
-        let total = start.saturating_add(blocks).saturating_add(table);
-        storage.set_len(total << bits)?;
+        if storage.len() < total << bits {
+            storage.set_len(total << bits)?;
+        }
         for block in 0..blocks {
             let mut bytes = vec![0; size(cluster)];
             let base = block.saturating_mul(per_block);

@@ -16,7 +16,8 @@
 //! * A cluster that lost its last reference is given to nobody before that is stable and every request that could still
 //!   use it is over (see `gate`).
 //!
-//! Lock order: flush, gate, cluster locks (ascending), loading lock of a table, the map's lists, a table, refcounts.
+//! Lock order: flush, gate, cluster locks (ascending), loading lock of a table, the cache's list, a table, the lists of what is dirty,
+//! refcounts.
 //!
 //! Source: QEMU's docs/interop/qcow2.rst.
 
@@ -35,6 +36,8 @@ mod noise;
 mod power_test;
 mod refcount;
 mod resize;
+#[cfg(test)]
+mod room_test;
 mod share;
 mod snapshot;
 mod table;

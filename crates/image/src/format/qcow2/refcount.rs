@@ -3,8 +3,8 @@
 //! All of it is behind one lock that is held for a few counts at a time and never while data moves. Changes are made in
 //! memory and written by the flush in an order that a power cut cannot hurt: see the module `flush`.
 //!
-//! A new refcount block is put into the first cluster that it counts itself, so it needs no other block. When the table
-//! of blocks is full, a larger one is written elsewhere, with the blocks that count it, and the header is switched to it.
+//! A new refcount block is put into the first cluster that it counts itself, so it needs no other block; those that a row
+//! of clusters needs are put at its beginning. When the table of blocks is full, a larger one is written elsewhere, with the blocks that count it, and the header is switched to it.
 //!
 //! Source: docs/interop/qcow2.rst, section "Host cluster management".
 
@@ -271,6 +271,7 @@ impl Refcounts {
             let order = self.order;
             let per_block = 1u64 << (self.block_bits() & 63);
             let most = count.min(per_block.saturating_sub(index as u64));
+            let most = most.min(self.room(storage, first, most)?);
             let fresh = first >= state.fresh;
             let Some(block) = self.block(&mut state, storage, number)? else { continue };
             let mut got = 0u64;
@@ -294,18 +295,30 @@ impl Refcounts {
         let mut state = self.state();
         let mut first = self.next_free(&mut state, storage)?;
         let mut at = first;
-        while at.saturating_sub(first) < count {
+        // Blocks that are not there yet take the beginning of the row together: each in a cluster that it counts would
+        // cut every row longer than what a block counts.
+        let mut missing: Vec<usize> = Vec::new();
+        while at.saturating_sub(first) < count.saturating_add(missing.len() as u64) {
             self.within_reach(at)?;
-            if !self.is_free(&mut state, storage, at)? {
-                first = at.saturating_add(1);
-            } else if self.add_block(&mut state, storage, at)? {
-                // The new block took the cluster, or the table of blocks has moved: look again.
-                first = at;
+            let (number, _) = self.place(at);
+            if number >= state.table.len() {
+                self.grow_table(&mut state, storage, at)?;
+                (first, missing) = (at, Vec::new());
                 continue;
+            }
+            if !self.is_free(&mut state, storage, at)? {
+                (first, missing) = (at.saturating_add(1), Vec::new());
+            } else if state.table.get(number) == Some(&0) && missing.last() != Some(&number) {
+                missing.push(number);
             }
             at = at.saturating_add(1);
         }
+        self.all_fit(storage, first, at.saturating_sub(first))?;
         let fresh = first >= state.fresh;
+        let row = first.saturating_add(missing.len() as u64);
+        for (number, cluster) in missing.into_iter().zip(first..) {
+            self.put_block(&mut state, number, cluster);
+        }
         for cluster in first..at {
             let (number, index) = self.place(cluster);
             let order = self.order;
@@ -314,11 +327,26 @@ impl Refcounts {
                 block.dirty = true;
             }
         }
-        self.taken(&mut state, first, count);
+        self.taken(&mut state, first, at.saturating_sub(first));
         if state.hint == first {
             state.hint = at;
         }
-        Ok(Run { offset: first << (self.cluster_bits & 63), count, fresh })
+        Ok(Run { offset: row << (self.cluster_bits & 63), count, fresh })
+    }
+
+    /// How many of `count` clusters from `first` on the storage has room for, at least one. What it has none for is given
+    /// to nobody: no flush could write it.
+    fn room(&self, storage: &dyn Storage, first: u64, count: u64) -> io::Result<u64> {
+        let bits = self.cluster_bits & 63;
+        let end = storage.room(first.saturating_add(count) << bits) >> bits;
+        let room = end.saturating_sub(first).min(count);
+        if room == 0 { Err(io::ErrorKind::StorageFull.into()) } else { Ok(room) }
+    }
+
+    /// Fails unless the storage has room for all of `count` clusters from `first` on.
+    fn all_fit(&self, storage: &dyn Storage, first: u64, count: u64) -> io::Result<()> {
+        let room = self.room(storage, first, count)?;
+        if room < count { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
     }
 
     fn taken(&self, state: &mut State, first: u64, count: u64) {
@@ -362,14 +390,25 @@ impl Refcounts {
             self.grow_table(state, storage, cluster)?;
             return Ok(true);
         }
-        let Some(entry) = state.table.get_mut(number).filter(|entry| **entry == 0) else { return Ok(false) };
-        *entry = cluster << (self.cluster_bits & 63);
-        state.table_dirty.insert(number);
-        let mut bytes = vec![0; size(self.cluster())];
-        write_count(&mut bytes, index, self.order, 1);
-        state.blocks.insert(number, Block { bytes, dirty: true, writing: false, used: true });
+        if state.table.get(number) != Some(&0) {
+            return Ok(false);
+        }
+        self.all_fit(storage, cluster, 1)?;
+        let block = self.put_block(state, number, cluster);
+        write_count(&mut block.bytes, index, self.order, 1);
         self.taken(state, cluster, 1);
         Ok(true)
+    }
+
+    /// Puts a block that counts nothing yet into a cluster, which is the caller's to count.
+    fn put_block<'a>(&self, state: &'a mut State, number: usize, cluster: u64) -> &'a mut Block {
+        if let Some(entry) = state.table.get_mut(number) {
+            *entry = cluster << (self.cluster_bits & 63);
+        }
+        state.table_dirty.insert(number);
+        let block = Block { bytes: vec![0; size(self.cluster())], dirty: true, writing: false, used: true };
+        let place = state.blocks.entry(number).insert_entry(block);
+        place.into_mut()
     }
 
     /// Writes a larger table of blocks, and the blocks that count it, from `first` on, which no block counts yet.
@@ -396,6 +435,7 @@ impl Refcounts {
         }
         let total = blocks.saturating_add(table_clusters);
         self.within_reach(first.saturating_add(total))?;
+        self.all_fit(storage, first, total)?;
         let mut table = state.table.clone();
         table.resize(size(bytes / 8), 0);
         for block in 0..blocks {

@@ -427,6 +427,10 @@ impl Storage for NbdStorage {
         self.check_end(0, len)
     }
 
+    fn room(&self, wanted: u64) -> u64 {
+        wanted.min(self.terms.size)
+    }
+
     fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {
         let len = len.min(self.terms.size.saturating_sub(offset));
         if !self.can(flag::SEND_WRITE_ZEROES) || !self.is_whole(offset, len) {
