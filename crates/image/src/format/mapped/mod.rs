@@ -40,6 +40,7 @@ use crate::disk::{Content, Disk, Error, Status, check_range, no_snapshots, read_
 use crate::endian::size;
 use crate::storage::Storage;
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLockWriteGuard};
@@ -152,10 +153,23 @@ pub trait Layout: Send + Sync + 'static {
 pub fn look_up_all(layout: &dyn Layout, sectors: &Sectors) -> Findings {
     let (block, capacity) = (layout.block().max(1), layout.capacity());
     let mut found = Findings { total_clusters: capacity.div_ceil(block), ..Findings::default() };
-    let (mut at, mut next) = (0u64, 0u64);
-    while at < capacity {
+    look_up(layout, sectors, 0..capacity, &mut 0, &mut found);
+    found
+}
+
+/// As [`look_up_all`], of a part of the disk; `next` is where the part before ends in the file.
+pub fn look_up(
+    layout: &dyn Layout,
+    sectors: &Sectors,
+    part: Range<u64>,
+    next: &mut u64,
+    found: &mut Findings,
+) {
+    let block = layout.block().max(1);
+    let mut at = part.start;
+    while at < part.end {
         let end = |run: u64| at.saturating_add(run.max(1));
-        let (place, run) = match layout.locate(sectors, at, capacity.saturating_sub(at)) {
+        let (place, run) = match layout.locate(sectors, at, part.end.saturating_sub(at)) {
             Ok(found) => found,
             Err(error) if error.kind() == io::ErrorKind::InvalidData => {
                 found.corrupt(|| error.to_string());
@@ -179,15 +193,14 @@ pub fn look_up_all(layout: &dyn Layout, sectors: &Sectors) -> Findings {
         if let Some((offset, len)) = begins {
             found.allocated_clusters = found.allocated_clusters.saturating_add(blocks);
             let gap = if matches!(place, Place::At(_)) { 0 } else { SECTOR.saturating_mul(2) };
-            if next != 0 && !(next..=next.saturating_add(gap)).contains(&offset) {
+            if *next != 0 && !(*next..=next.saturating_add(gap)).contains(&offset) {
                 found.fragmented_clusters = found.fragmented_clusters.saturating_add(1);
             }
-            next = offset.saturating_add(len);
-            found.image_end_offset = found.image_end_offset.max(next);
+            *next = offset.saturating_add(len);
+            found.image_end_offset = found.image_end_offset.max(*next);
         }
         at = end(run);
     }
-    found
 }
 
 /// Locks for blocks that get a place.

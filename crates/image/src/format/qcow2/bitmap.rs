@@ -24,13 +24,15 @@ const AUTO: u32 = 1 << 1;
 const DIRTY: u8 = 1;
 /// Bytes of a directory entry before its extra data.
 const ENTRY: usize = 24;
-const DIRECTORY_BYTES_MAX: u64 = 64 << 20;
+pub const DIRECTORY_BYTES_MAX: u64 = 64 << 20;
 /// Most bitmaps that QEMU accepts, and their longest name.
-const COUNT_MAX: usize = 65535;
+pub const COUNT_MAX: usize = 65535;
 const NAME_MAX: usize = 1023;
 const GRANULARITY_BITS: std::ops::RangeInclusive<u8> = 9..=31;
 /// Bytes of bits that one bitmap, or all that record, have at most.
 const BITS_BYTES_MAX: u64 = 512 << 20;
+/// What one that records takes beside its bits: no more than a thousand of them do.
+const LIVE_BYTES: u64 = 512 << 10;
 /// A table entry of a cluster that is all ones.
 const ONES: u64 = 1;
 
@@ -218,6 +220,9 @@ impl Qcow2 {
         if !aligned || len > DIRECTORY_BYTES_MAX || at.saturating_add(len) > self.storage.len() {
             return Err(damaged("their directory is at no place that can be"));
         }
+        if extension.count as usize > COUNT_MAX {
+            return Err(damaged("there are more than the format allows"));
+        }
         let mut bytes = vec![0; size(len)];
         self.storage.read_bytes(at, &mut bytes)?;
         let (mut rest, mut bitmaps) = (&bytes[..], Vec::new());
@@ -338,7 +343,9 @@ impl Qcow2 {
             bitmap.encode(&mut entry);
             if bitmap.tracks() {
                 let bits = self.capacity() >> (bitmap.granularity_bits & 63);
-                total = total.saturating_add(bits / 8);
+                // A table is read whole, and every write goes to all of them, however small they are.
+                let table = u64::from(bitmap.entries).saturating_mul(8);
+                total = total.saturating_add(bits / 8).saturating_add(table).saturating_add(LIVE_BYTES);
                 if total > BITS_BYTES_MAX {
                     return Err(invalid("the bitmaps would take too much memory"));
                 }

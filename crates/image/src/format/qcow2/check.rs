@@ -46,6 +46,14 @@ impl Counts {
         true
     }
 
+    /// Whether nothing that was counted lies in a range.
+    fn is_free(&self, offset: u64, len: u64) -> bool {
+        let first = offset >> self.bits;
+        let last = offset.saturating_add(len.saturating_sub(1)) >> self.bits;
+        let counts = self.counts.get(size(first)..=size(last)).unwrap_or_default();
+        len == 0 || counts.iter().all(|count| *count == 0)
+    }
+
     fn get(&self, offset: u64) -> u32 {
         self.counts.get(size(offset >> self.bits)).copied().unwrap_or(0)
     }
@@ -78,14 +86,64 @@ impl Place {
     }
 }
 
-/// An entry of a table that a repair empties: its place in the file and the words.
-type Cure = (u64, Vec<u64>);
+/// Entries that a repair empties. A hostile file is full of them.
+#[derive(Default)]
+struct Cures {
+    /// Places of L1 entries.
+    tables: Vec<u64>,
+    /// For an L2 table at its place a bit for each entry.
+    clusters: HashMap<u64, Vec<u64>>,
+}
+
+impl Cures {
+    fn is_empty(&self) -> bool {
+        self.tables.is_empty() && self.clusters.is_empty()
+    }
+
+    fn add(&mut self, table: u64, index: usize, entries: usize) {
+        let bits = self.clusters.entry(table).or_insert_with(|| vec![0; entries.div_ceil(64)]);
+        if let Some(word) = bits.get_mut(index / 64) {
+            *word |= 1 << (index & 63);
+        }
+    }
+
+    fn has(&self, table: u64, index: usize) -> bool {
+        self.clusters.get(&table).is_some_and(|bits| bit(bits, index))
+    }
+}
+
+fn bit(bits: &[u64], index: usize) -> bool {
+    bits.get(index / 64).is_some_and(|word| word >> (index & 63) & 1 != 0)
+}
+
+/// Clusters of the file that are stored as having one user: a bit for each.
+struct Alone(Vec<u64>);
+
+impl Alone {
+    fn note(&mut self, cluster: u64) {
+        if let Some(word) = self.0.get_mut(size(cluster >> 6)) {
+            *word |= 1 << (cluster & 63);
+        }
+    }
+
+    fn has(&self, cluster: u64) -> bool {
+        bit(&self.0, size(cluster))
+    }
+}
+
+/// What is stored otherwise than it was counted.
+enum Wrong {
+    /// Of a cluster: the stored count, and the counted one.
+    Count { cluster: u64, stored: u64, counted: u64 },
+    /// A whole block, by its number, counts what is behind the end of the file.
+    Behind(usize),
+}
 
 struct Walk<'a> {
     image: &'a Qcow2,
     counts: Counts,
     findings: Findings,
-    cures: Vec<Cure>,
+    cures: Cures,
     next: u64,
 }
 
@@ -143,7 +201,7 @@ impl Qcow2 {
             image: self,
             counts: Counts { counts: vec![0; size(clusters)], bits },
             findings: Findings { total_clusters: self.capacity_clusters(), ..Findings::default() },
-            cures: Vec::new(),
+            cures: Cures::default(),
             next: 0,
         };
         let header = self.header();
@@ -157,27 +215,85 @@ impl Qcow2 {
         let highest =
             walk.counts.counts.iter().rposition(|count| *count > 0).map_or(0, |last| last.saturating_add(1));
         walk.findings.image_end_offset = (highest as u64) << bits;
-        let (leaks, other) = walk.compare()?;
-        // What is counted and not used is in the file, too.
-        let last = leaks.iter().map(|(cluster, ..)| cluster.saturating_add(1)).max().unwrap_or(0);
-        walk.findings.image_end_offset = walk.findings.image_end_offset.max(last << bits);
-        walk.owned_flags(&l1, &other)?;
+        let alone = walk.compare()?;
+        walk.owned_flags(&l1, &alone)?;
         let Walk { counts, findings, cures, .. } = walk;
-        Ok(Found { leaked: leaks, counts, findings, cures })
+        Ok(Found { counts, findings, cures })
+    }
+
+    /// Calls `with` with every cluster that is stored otherwise than counted, and answers those that are stored as having
+    /// one user. There may be more than there is memory for: nothing of them is kept.
+    fn each_wrong(
+        &self,
+        counts: &Counts,
+        with: &mut dyn FnMut(Wrong) -> io::Result<()>,
+    ) -> io::Result<Alone> {
+        let order = lock(&self.header).refcount_order;
+        let storage = self.storage.as_ref();
+        let cluster = self.shape.cluster();
+        let per_block = 1u64 << (block_bits(self.shape.cluster_bits, order) & 63);
+        let (offset, clusters) = self.refcounts.table();
+        let table = words_at(storage, offset, u64::from(clusters).saturating_mul(cluster) / 8)?;
+        let mut seen = std::collections::HashSet::new();
+        let mut bytes = vec![0; size(cluster)];
+        let total = counts.counts.len() as u64;
+        let mut alone = Alone(vec![0; size(total.div_ceil(64))]);
+        let blocks = total
+            .div_ceil(per_block)
+            .max(table.iter().rposition(|at| *at != 0).map_or(0, |at| (at as u64).saturating_add(1)));
+        for number in 0..blocks {
+            let place = table.get(size(number)).copied().unwrap_or(0);
+            let base = number.saturating_mul(per_block);
+            // A block that is nowhere, or that another entry has, counts nothing.
+            let good =
+                place != 0 && self.shape.within(place) == 0 && place < storage.len() && seen.insert(place);
+            if base >= total {
+                let extent = if good { Some(storage.extent(place, cluster)?) } else { None };
+                if extent.is_some_and(|extent| !extent.hole || extent.len < cluster) {
+                    storage.read_bytes(place, &mut bytes)?;
+                    if !crate::job::is_zero(&bytes) {
+                        with(Wrong::Behind(size(number)))?;
+                    }
+                }
+                continue;
+            }
+            match good {
+                true => storage.read_bytes(place, &mut bytes)?,
+                false => bytes.fill(0),
+            }
+            for index in 0..if good { per_block } else { per_block.min(total.saturating_sub(base)) } {
+                let cluster = base.saturating_add(index);
+                let counted = u64::from(counts.counts.get(size(cluster)).copied().unwrap_or(0));
+                let stored = read_count(&bytes, size(index), order);
+                if stored == 1 {
+                    alone.note(cluster);
+                }
+                if stored != counted {
+                    with(Wrong::Count { cluster, stored, counted })?;
+                }
+            }
+        }
+        Ok(alone)
     }
 
     fn repair_leaks(&self, found: &Found) -> io::Result<()> {
         self.open_for_change()?;
         let storage = self.storage.as_ref();
-        for (cluster, stored, counted) in &found.leaked {
-            // Counts of 64 bits are more than one step can take away.
-            let mut excess = stored.saturating_sub(*counted);
-            while excess > 0 {
-                let step = i64::try_from(excess).unwrap_or(i64::MAX);
-                self.refcounts.add(storage, *cluster, step.saturating_neg())?;
-                excess = excess.saturating_sub(step.unsigned_abs());
+        self.each_wrong(&found.counts, &mut |wrong| {
+            match wrong {
+                Wrong::Count { cluster, stored, counted } => {
+                    // Counts of 64 bits are more than one step can take away.
+                    let mut excess = stored.saturating_sub(counted);
+                    while excess > 0 {
+                        let step = i64::try_from(excess).unwrap_or(i64::MAX);
+                        self.refcounts.add(storage, cluster, step.saturating_neg())?;
+                        excess = excess.saturating_sub(step.unsigned_abs());
+                    }
+                }
+                Wrong::Behind(number) => self.refcounts.forget(storage, number)?,
             }
-        }
+            Ok(())
+        })?;
         self.flush_quiet()
     }
 
@@ -186,8 +302,17 @@ impl Qcow2 {
         let storage = self.storage.as_ref();
         // Nothing is emptied if the rest cannot be done.
         self.refcounts_place(&found.counts)?;
-        for (offset, words) in &found.cures {
-            storage.write_bytes(*offset, &bytes_be(words.iter().copied()))?;
+        for place in &found.cures.tables {
+            storage.write_bytes(*place, &[0; 8])?;
+        }
+        for (table, broken) in &found.cures.clusters {
+            let words = words_at(storage, *table, self.shape.cluster() / 8)?;
+            let step = if self.shape.extended { 2 } else { 1 };
+            let cured = words.chunks(step).enumerate().flat_map(|(index, entry)| {
+                let kept = !bit(broken, index);
+                entry.iter().map(move |word| if kept { *word } else { 0 })
+            });
+            storage.write_bytes(*table, &bytes_be(cured))?;
         }
         storage.flush()?;
         // What is gone is not counted any more; flags are judged by the new counts afterwards.
@@ -212,7 +337,7 @@ impl Qcow2 {
         let storage = self.storage.as_ref();
         self.refcounts.reload(storage, &header)?;
         let l1 = read_l1(storage, header.l1_offset, header.l1_size)?;
-        let metadata = super::metadata_of(&self.shape, &header, &l1, &self.refcounts);
+        let metadata = super::metadata_of(&self.shape, &header, &l1, &self.refcounts, storage.len());
         *self.map.metadata.write().unwrap_or_else(std::sync::PoisonError::into_inner) = metadata;
         self.map.replace(l1);
         Ok(())
@@ -225,18 +350,19 @@ impl Qcow2 {
         let per_block = 1u64 << (block_bits(self.shape.cluster_bits, order) & 63);
         let used =
             counts.counts.iter().rposition(|count| *count > 0).map_or(0, |last| last.saturating_add(1));
+        let mut end = 0;
         for start in [counts.counts.len() as u64, used as u64] {
             let place = Place::behind(start, per_block, self.shape.cluster());
             if place.table << counts.bits > super::header::REFTABLE_BYTES_MAX {
                 let text = "the file is too large for its refcounts";
                 return Err(io::Error::new(io::ErrorKind::FileTooLarge, text));
             }
-            let end = place.end() << counts.bits;
+            end = place.end() << counts.bits;
             if self.storage.room(end) == end {
                 return Ok(place);
             }
         }
-        Err(io::ErrorKind::StorageFull.into())
+        Err(super::refcount::full(self.storage.as_ref(), end))
     }
 
     /// Writes all refcounts into other clusters and switches to them.
@@ -289,14 +415,10 @@ impl Qcow2 {
     }
 }
 
-/// Cluster, its stored count, its counted one.
-type Leak = (u64, u64, u64);
-
 struct Found {
-    leaked: Vec<Leak>,
     counts: Counts,
     findings: Findings,
-    cures: Vec<Cure>,
+    cures: Cures,
 }
 
 impl Walk<'_> {
@@ -317,7 +439,7 @@ impl Walk<'_> {
         if bad || host < shape.cluster() || !self.counts.add(host, shape.cluster()) {
             self.findings.corrupt(|| format!("the L1 entry {index} ({word:#x}) points at no table"));
             if let Some(place) = place {
-                self.cures.push((place.saturating_add((index as u64).saturating_mul(8)), vec![0]));
+                self.cures.tables.push(place.saturating_add((index as u64).saturating_mul(8)));
             }
             return None;
         }
@@ -357,8 +479,7 @@ impl Walk<'_> {
                 self.findings.corrupt(|| {
                     format!("the L2 entry {index} of the table at {host:#x} ({word:#x}) breaks the rules")
                 });
-                let at = host.saturating_add((index as u64).saturating_mul(8).saturating_mul(step as u64));
-                self.cures.push((at, vec![0; step]));
+                self.cures.add(host, index, shape.entries());
             }
         }
         Ok(())
@@ -414,20 +535,17 @@ impl Walk<'_> {
         self.row(header.snapshots_offset, len, "list of snapshots");
         // Snapshots share most of their tables: each is walked once.
         let mut tables: BTreeMap<u64, u32> = BTreeMap::new();
-        let mut total = 0u64;
         for snapshot in list {
             let bytes = u64::from(snapshot.l1_size).saturating_mul(8);
-            let bad = bytes > super::header::L1_BYTES_MAX || self.image.shape.within(snapshot.l1_offset) != 0;
+            let bad = bytes > super::header::L1_BYTES_MAX
+                || self.image.shape.within(snapshot.l1_offset) != 0
+                // What lies over something else is not walked: a hostile list would name one table all the time.
+                || !self.counts.is_free(snapshot.l1_offset, bytes);
             if bad || !self.counts.add(snapshot.l1_offset, bytes) {
                 let name = snapshot.name.clone();
                 self.findings
                     .corrupt(|| format!("the L1 table of the snapshot {name:?} is at no place that can be"));
                 continue;
-            }
-            total = total.saturating_add(bytes);
-            if total > storage.len() {
-                self.findings.corrupt(|| "the L1 tables of snapshots lie over each other".to_owned());
-                break;
             }
             let l1 = words_at(storage, snapshot.l1_offset, snapshot.l1_size.into())?;
             for (index, word) in l1.into_iter().enumerate() {
@@ -448,7 +566,10 @@ impl Walk<'_> {
         };
         let storage = self.image.storage.as_ref();
         let len = extension.directory_len;
-        if len > 64 << 20 || !self.counts.add(extension.directory_offset, len) {
+        if extension.count as usize > super::bitmap::COUNT_MAX
+            || len > super::bitmap::DIRECTORY_BYTES_MAX
+            || !self.counts.add(extension.directory_offset, len)
+        {
             self.findings.corrupt(|| "the directory of bitmaps is at no place that can be".to_owned());
             return Ok(());
         }
@@ -474,6 +595,7 @@ impl Walk<'_> {
         let bytes = u64::from(entries).saturating_mul(8);
         if bytes > super::header::L1_BYTES_MAX
             || self.image.shape.within(table) != 0
+            || !self.counts.is_free(table, bytes)
             || !self.counts.add(table, bytes)
         {
             self.findings
@@ -506,69 +628,42 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// Stored against counted references; answers the leaks, and all counts that are stored otherwise.
-    fn compare(&mut self) -> io::Result<(Vec<Leak>, HashMap<u64, u64>)> {
-        let image = self.image;
-        let header = image.header();
-        let (order, storage) = (header.refcount_order, image.storage.as_ref());
-        let per_block = 1u64 << (block_bits(image.shape.cluster_bits, order) & 63);
-        let (offset, clusters) = image.refcounts.table();
-        let table = words_at(storage, offset, u64::from(clusters).saturating_mul(image.shape.cluster()) / 8)?;
-        let mut seen = std::collections::HashSet::new();
-        let (mut leaks, mut other) = (Vec::new(), HashMap::new());
-        let mut bytes = vec![0; size(image.shape.cluster())];
-        let total = self.counts.counts.len() as u64;
-        let blocks = total
-            .div_ceil(per_block)
-            .max(table.iter().rposition(|at| *at != 0).map_or(0, |at| (at as u64).saturating_add(1)));
-        for number in 0..blocks {
-            let place = table.get(size(number)).copied().unwrap_or(0);
-            let base = number.saturating_mul(per_block);
-            // A block that is nowhere, or that another entry has, counts nothing.
-            let good =
-                place != 0 && image.shape.within(place) == 0 && place < storage.len() && seen.insert(place);
-            if good {
-                storage.read_bytes(place, &mut bytes)?;
-            } else if base >= total {
-                continue;
-            } else {
-                bytes.fill(0);
-            }
-            let counts = if good { per_block } else { per_block.min(total.saturating_sub(base)) };
-            for index in 0..counts {
-                let cluster = base.saturating_add(index);
-                let counted = u64::from(self.counts.counts.get(size(cluster)).copied().unwrap_or(0));
-                let stored = read_count(&bytes, size(index), order);
-                if stored == counted {
-                    continue;
-                }
-                other.insert(cluster, stored);
-                if stored > counted {
-                    self.findings.leaks = self.findings.leaks.saturating_add(1);
-                    self.findings.say(|| {
+    /// Stored against counted references.
+    fn compare(&mut self) -> io::Result<Alone> {
+        let (findings, bits) = (&mut self.findings, self.counts.bits);
+        self.image.each_wrong(&self.counts, &mut |wrong| {
+            match wrong {
+                Wrong::Count { cluster, stored, counted } if stored > counted => {
+                    findings.leaks = findings.leaks.saturating_add(1);
+                    findings.say(|| {
                         format!(
                             "leaked: cluster {cluster} is counted {stored} times and used {counted} times"
                         )
                     });
-                    leaks.push((cluster, stored, counted));
-                } else {
-                    self.findings.corrupt(|| {
-                        format!("cluster {cluster} is counted {stored} times and used {counted} times")
+                    // What is counted and not used is in the file, too.
+                    let end = cluster.saturating_add(1) << bits;
+                    findings.image_end_offset = findings.image_end_offset.max(end);
+                }
+                Wrong::Count { cluster, stored, counted } => findings.corrupt(|| {
+                    format!("cluster {cluster} is counted {stored} times and used {counted} times")
+                }),
+                Wrong::Behind(number) => {
+                    findings.leaks = findings.leaks.saturating_add(1);
+                    findings.say(|| {
+                        format!(
+                            "leaked: the refcount block {number} counts what is behind the end of the file"
+                        )
                     });
                 }
             }
-        }
-        Ok((leaks, other))
+            Ok(())
+        })
     }
 
     /// COPIED flags of the active tables against the counts as they are stored.
-    fn owned_flags(&mut self, l1: &[u64], other: &HashMap<u64, u64>) -> io::Result<()> {
+    fn owned_flags(&mut self, l1: &[u64], alone: &Alone) -> io::Result<()> {
         let shape = self.image.shape;
         let bits = shape.cluster_bits & 63;
-        let alone = |counts: &Counts, host: u64| {
-            other.get(&(host >> bits)).copied().unwrap_or_else(|| counts.get(host).into()) == 1
-        };
-        let broken: std::collections::HashSet<u64> = self.cures.iter().map(|(at, _)| *at).collect();
         let mut seen = std::collections::HashSet::new();
         for word in l1.iter().filter(|word| **word & OFFSET != 0) {
             let host = word & OFFSET;
@@ -579,7 +674,7 @@ impl Walk<'_> {
             {
                 continue;
             }
-            if alone(&self.counts, host) != (word & COPIED != 0) {
+            if alone.has(host >> bits) != (word & COPIED != 0) {
                 self.findings
                     .corrupt(|| format!("the flag of the L2 table at {host:#x} does not fit its users"));
             }
@@ -588,11 +683,10 @@ impl Walk<'_> {
             for (index, pair) in words.chunks(step).enumerate() {
                 let word = pair.first().copied().unwrap_or(0);
                 let entry = Entry { word, bitmap: 0 };
-                let at = host.saturating_add((index as u64).saturating_mul(8).saturating_mul(step as u64));
-                if !entry.has_host(&shape) || broken.contains(&at) {
+                if !entry.has_host(&shape) || self.cures.has(host, index) {
                     continue;
                 }
-                let alone = shape.data_file || alone(&self.counts, entry.host());
+                let alone = shape.data_file || alone.has(entry.host() >> bits);
                 if alone != (word & COPIED != 0) {
                     self.findings.corrupt(|| {
                         format!("the flag of the cluster at {:#x} does not fit its users", entry.host())

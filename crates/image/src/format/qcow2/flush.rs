@@ -176,16 +176,22 @@ impl Qcow2 {
         let bits = self.shape.cluster_bits & 63;
         let mut holes: Vec<(u64, u64)> = Vec::new();
         let mut last: Vec<u64> = Vec::new();
+        let mut failed: io::Result<()> = Ok(());
+        // What could not be done is tried again by the next flush, unless the file's damage will stand in its way then, too.
+        let mut fail = |error: io::Error, rest: &[u64]| {
+            if error.kind() != io::ErrorKind::InvalidData {
+                rest.iter().for_each(|cluster| self.flush.release(*cluster));
+            }
+            failed = Err(error);
+        };
         // Clusters are given a new owner only after their holes are punched: their last user goes at the end.
         for same in clusters.chunk_by(|a, b| a == b) {
             let Some(cluster) = same.first().copied() else { continue };
-            let users = self.refcounts.get(storage, cluster)?;
-            let all = same.len() as u64 >= users;
-            let now = size((same.len() as u64).min(users).saturating_sub(u64::from(all)));
-            if now > 0 {
-                self.refcounts.add(storage, cluster, (now as i64).saturating_neg())?;
-            }
-            if all && users > 0 {
+            let is_free = self.all_but_last(cluster, same.len() as u64).unwrap_or_else(|error| {
+                fail(error, same);
+                false
+            });
+            if is_free {
                 last.push(cluster);
                 match holes.last_mut() {
                     Some((start, count)) if start.saturating_add(*count) == cluster => {
@@ -203,7 +209,23 @@ impl Qcow2 {
             let mut metadata = self.map.metadata.write().unwrap_or_else(PoisonError::into_inner);
             last.iter().for_each(|cluster| metadata.remove(*cluster));
         }
-        last.into_iter().try_for_each(|cluster| self.refcounts.add(storage, cluster, -1).map(drop))?;
-        Ok(())
+        for cluster in last {
+            if let Err(error) = self.refcounts.add(storage, cluster, -1) {
+                fail(error, &[cluster]);
+            }
+        }
+        failed
+    }
+
+    /// Takes so many users from a cluster, but not its last one; answers whether that is to go, too.
+    fn all_but_last(&self, cluster: u64, count: u64) -> io::Result<bool> {
+        let storage = self.storage.as_ref();
+        let users = self.refcounts.get(storage, cluster)?;
+        let all = count >= users;
+        let now = size(count.min(users).saturating_sub(u64::from(all)));
+        if now > 0 {
+            self.refcounts.add(storage, cluster, (now as i64).saturating_neg())?;
+        }
+        Ok(all && users > 0)
     }
 }

@@ -34,31 +34,33 @@ pub struct L1 {
     pub offset: u64,
 }
 
-/// Clusters that hold metadata: no guest data may be there.
+/// Clusters that hold metadata: no guest data may be there. A bit for each, in words by the rest of its number: those of a
+/// hostile image are far from each other.
 #[derive(Default)]
-pub struct Metadata(HashMap<u64, Box<[u64; 64]>>);
+pub struct Metadata(HashMap<u64, u64>);
 
 impl Metadata {
     /// Adds a cluster by its number.
     pub fn insert(&mut self, cluster: u64) {
-        let words = self.0.entry(cluster >> 12).or_insert_with(|| Box::new([0; 64]));
-        if let Some(word) = words.get_mut((cluster >> 6 & 63) as usize) {
-            *word |= 1 << (cluster & 63);
-        }
+        *self.0.entry(cluster >> 6).or_default() |= 1 << (cluster & 63);
     }
 
     /// Removes a cluster.
     pub fn remove(&mut self, cluster: u64) {
-        if let Some(word) =
-            self.0.get_mut(&(cluster >> 12)).and_then(|words| words.get_mut((cluster >> 6 & 63) as usize))
-        {
+        if let Some(word) = self.0.get_mut(&(cluster >> 6)) {
             *word &= !(1 << (cluster & 63));
         }
     }
 
+    /// Words in memory.
+    #[cfg(test)]
+    pub fn words(&self) -> usize {
+        self.0.len()
+    }
+
     /// Whether the cluster holds metadata.
     pub fn contains(&self, cluster: u64) -> bool {
-        let word = self.0.get(&(cluster >> 12)).and_then(|words| words.get((cluster >> 6 & 63) as usize));
+        let word = self.0.get(&(cluster >> 6));
         word.is_some_and(|word| word >> (cluster & 63) & 1 != 0)
     }
 }

@@ -30,6 +30,8 @@ mod data;
 mod discard;
 mod flush;
 pub mod header;
+#[cfg(test)]
+mod hostile_test;
 mod map;
 mod noise;
 #[cfg(test)]
@@ -157,7 +159,7 @@ impl Qcow2 {
         };
         let l1 = read_l1(storage.as_ref(), header.l1_offset, header.l1_size)?;
         let refcounts = Refcounts::load(storage.as_ref(), &header)?;
-        let metadata = metadata_of(&shape, &header, &l1, &refcounts);
+        let metadata = metadata_of(&shape, &header, &l1, &refcounts, storage.len());
         let read_only = storage.read_only();
         Ok(Self {
             path: path.to_path_buf(),
@@ -273,14 +275,16 @@ fn read_l1(storage: &dyn Storage, offset: u64, entries: u32) -> io::Result<L1> {
     Ok(L1::new(words_be(&bytes), offset))
 }
 
-/// The clusters that hold metadata.
-fn metadata_of(shape: &Shape, header: &Header, l1: &L1, refcounts: &Refcounts) -> Metadata {
+/// The clusters that hold metadata, of a file that ends at `end`.
+fn metadata_of(shape: &Shape, header: &Header, l1: &L1, refcounts: &Refcounts, end: u64) -> Metadata {
     let mut metadata = Metadata::default();
     let bits = shape.cluster_bits & 63;
+    // What is named behind the end of the file is used by nobody: it is refused when it is.
+    let clusters = end.div_ceil(shape.cluster());
     let mut row = |offset: u64, bytes: u64| {
         let first = offset >> bits;
         let count = bytes.div_ceil(shape.cluster());
-        (first..first.saturating_add(count)).for_each(|cluster| metadata.insert(cluster));
+        (first..first.saturating_add(count).min(clusters)).for_each(|cluster| metadata.insert(cluster));
     };
     row(0, 1);
     row(header.l1_offset, u64::from(header.l1_size).saturating_mul(8));

@@ -79,6 +79,11 @@ fn damaged(what: &str) -> io::Error {
     )
 }
 
+/// Why storage has no room up to `end`, as it says itself: a guest waits for space on a device, and in vain for an export's.
+pub fn full(storage: &dyn Storage, end: u64) -> io::Error {
+    storage.set_len(end).err().unwrap_or_else(|| io::ErrorKind::StorageFull.into())
+}
+
 /// A refcount in a block (widths below a byte: the lowest bits come first).
 pub fn read_count(bytes: &[u8], index: usize, order: u32) -> u64 {
     let byte = |at: usize| bytes.get(at).copied().unwrap_or(0);
@@ -252,6 +257,16 @@ impl Refcounts {
         Ok(after)
     }
 
+    /// Makes a block count nothing.
+    pub fn forget(&self, storage: &dyn Storage, number: usize) -> io::Result<()> {
+        let mut state = self.state();
+        if let Some(block) = self.block(&mut state, storage, number)? {
+            block.bytes.fill(0);
+            block.dirty = true;
+        }
+        Ok(())
+    }
+
     /// Whether the cluster is free, and if its block is missing.
     fn is_free(&self, state: &mut State, storage: &dyn Storage, cluster: u64) -> io::Result<bool> {
         let (number, index) = self.place(cluster);
@@ -340,13 +355,14 @@ impl Refcounts {
         let bits = self.cluster_bits & 63;
         let end = storage.room(first.saturating_add(count) << bits) >> bits;
         let room = end.saturating_sub(first).min(count);
-        if room == 0 { Err(io::ErrorKind::StorageFull.into()) } else { Ok(room) }
+        if room == 0 { Err(full(storage, first.saturating_add(1) << bits)) } else { Ok(room) }
     }
 
     /// Fails unless the storage has room for all of `count` clusters from `first` on.
     fn all_fit(&self, storage: &dyn Storage, first: u64, count: u64) -> io::Result<()> {
         let room = self.room(storage, first, count)?;
-        if room < count { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+        let end = first.saturating_add(count) << (self.cluster_bits & 63);
+        if room < count { Err(full(storage, end)) } else { Ok(()) }
     }
 
     fn taken(&self, state: &mut State, first: u64, count: u64) {

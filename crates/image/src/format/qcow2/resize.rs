@@ -2,6 +2,7 @@
 
 use super::header::Header;
 use super::map::L1;
+use super::refcount::Run;
 use super::table::OFFSET;
 use super::{Qcow2, header, lock};
 use crate::disk::Disk;
@@ -117,14 +118,27 @@ impl Qcow2 {
     /// Writes an L1 table into new clusters and makes it the active one, with another size of the disk if one is given.
     /// The gate is closed, and nothing is dirty.
     pub fn switch_l1(&self, words: Vec<u64>, capacity: Option<u64>) -> io::Result<()> {
-        let storage = self.storage.as_ref();
+        let run = self.new_l1(&words)?;
+        self.switch_l1_to(run, words, capacity)
+    }
+
+    /// Writes an L1 table into new clusters, which are nobody's yet.
+    pub fn new_l1(&self, words: &[u64]) -> io::Result<Run> {
         let cluster = self.shape.cluster();
-        let bits = self.shape.cluster_bits & 63;
         let clusters = (words.len() as u64).saturating_mul(8).div_ceil(cluster).max(1);
-        let run = self.refcounts.allocate_row(storage, clusters)?;
+        let run = self.refcounts.allocate_row(self.storage.as_ref(), clusters)?;
         let mut bytes = bytes_be(words.iter().copied());
         bytes.resize(size(clusters.saturating_mul(cluster)), 0);
-        storage.write_bytes(run.offset, &bytes)?;
+        let written = self.storage.write_bytes(run.offset, &bytes);
+        written.inspect_err(|_| self.give_back(run))?;
+        Ok(run)
+    }
+
+    /// Makes the L1 table the active one that lies at `run`. As [`Self::switch_l1`] otherwise.
+    pub fn switch_l1_to(&self, run: Run, words: Vec<u64>, capacity: Option<u64>) -> io::Result<()> {
+        let storage = self.storage.as_ref();
+        let cluster = self.shape.cluster();
+        let (bits, clusters) = (self.shape.cluster_bits & 63, run.count);
         self.flush_quiet()?;
         let (old_offset, old_entries) = {
             let mut header = lock(&self.header);

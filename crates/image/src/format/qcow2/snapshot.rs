@@ -155,13 +155,13 @@ impl Qcow2 {
         }
         let storage = self.storage.as_ref();
         let words = self.map.l1().words();
-        // First of all: nothing is changed if it cannot be done.
-        self.count_tree(&words)?;
         let clusters = (words.len() as u64).saturating_mul(8).div_ceil(self.shape.cluster()).max(1);
+        // First of all: nothing is changed if one of them cannot be done.
         let copy = self.refcounts.allocate_row(storage, clusters)?;
         let mut bytes = bytes_be(words.iter().map(|word| word & !COPIED));
         bytes.resize(size(clusters.saturating_mul(self.shape.cluster())), 0);
-        storage.write_bytes(copy.offset, &bytes)?;
+        let ready = storage.write_bytes(copy.offset, &bytes).and_then(|()| self.count_tree(&words));
+        ready.inspect_err(|_| self.give_back(copy))?;
         self.set_unfinished(true)?;
         self.mark_owned()?;
         self.flush_quiet()?;
@@ -240,10 +240,12 @@ impl Qcow2 {
             if snapshot.disk_size != size_now {
                 self.check_resize_recording()?;
             }
-            self.count_tree(&words)?;
+            // Nothing is changed if one of them cannot be done.
+            let active: Vec<u64> = words.iter().map(|word| word & !COPIED).collect();
+            let place = self.new_l1(&active)?;
+            self.count_tree(&words).inspect_err(|_| self.give_back(place))?;
             self.set_unfinished(true)?;
-            let words = words.iter().map(|word| word & !COPIED).collect();
-            self.switch_l1(words, Some(snapshot.disk_size))?;
+            self.switch_l1_to(place, active, Some(snapshot.disk_size))?;
             if snapshot.disk_size != size_now {
                 self.resized_recording(size_now, snapshot.disk_size);
             }

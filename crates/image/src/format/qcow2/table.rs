@@ -188,7 +188,7 @@ pub struct Table {
     pub index: usize,
     /// Its place in the file.
     pub host: u64,
-    /// Words of entries that break the rules, as the file has them; readers see [`Entry::BROKEN`].
+    /// Words of entries that break the rules, as the file has them, by their place; readers see [`Entry::BROKEN`].
     broken: Vec<(usize, u64)>,
     words: Box<[AtomicU64]>,
     /// Odd while an entry changes.
@@ -276,8 +276,8 @@ impl Table {
 
     /// A word as the file is to have it.
     fn stored(&self, index: usize) -> u64 {
-        let kept = self.broken.iter().find(|(place, _)| *place == index);
-        kept.map_or_else(|| self.word(index), |(_, word)| *word)
+        let kept = self.broken.binary_search_by_key(&index, |(place, _)| *place).ok();
+        kept.and_then(|at| self.broken.get(at)).map_or_else(|| self.word(index), |(_, word)| *word)
     }
 
     /// Begins to change entries; `None` if the table has left the cache.

@@ -325,7 +325,7 @@ impl Qcow2 {
     }
 
     /// Gives clusters back that nobody has seen.
-    fn give_back(&self, run: refcount::Run) {
+    pub(super) fn give_back(&self, run: refcount::Run) {
         if self.shape.data_file {
             return;
         }

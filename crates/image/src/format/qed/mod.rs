@@ -149,6 +149,10 @@ impl Qed {
         backing: Option<Arc<dyn Disk>>,
     ) -> Result<Self, Error> {
         let header = options.header().map_err(Error::Options)?;
+        if storage.room(u64::MAX) != u64::MAX {
+            let what = "QED images grow at their end, which a device or an export cannot: use qcow2".into();
+            return Err(Error::Unsupported { path: path.to_path_buf(), what });
+        }
         let write = || {
             storage.set_len(header.l1.saturating_add(header.table_bytes()))?;
             // What was never written reads as zeroes, unless this is a device.

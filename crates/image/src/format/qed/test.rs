@@ -264,3 +264,10 @@ fn at_every_moment_of_a_rebase_the_old_name_or_the_new_one_holds() {
     }
     assert_eq!(seen.len(), names.len());
 }
+
+#[test]
+fn an_image_on_a_device_is_refused_with_a_reason() {
+    let device = Arc::new(Power::device(vec![0; 8 << 20]));
+    let refused = Qed::create(Path::new("new"), device, &CreateOptions::new(1 << 20), None).err().unwrap();
+    assert!(refused.to_string().contains("use qcow2"), "{refused}");
+}

@@ -129,3 +129,22 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_directory_that_names_one_table_all_the_time_is_looked_at_once() {
+    let mut bytes = made("subformat=monolithicSparse");
+    let place = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
+    // Another directory behind the file, for a disk of 2 TiB: all of it the first table.
+    let (grain, directory) = (place(20) * 512, place(56) as usize * 512);
+    let (entries, table) = (u64::from(le32(&bytes, 44)), bytes[directory..directory + 4].to_vec());
+    let (spans, end) = (65_536u64, bytes.len().next_multiple_of(512));
+    bytes.resize(end, 0);
+    bytes.extend(table.repeat(spans as usize));
+    bytes.resize(bytes.len().next_multiple_of(512), 0);
+    bytes[12..20].copy_from_slice(&(spans * entries * grain / 512).to_le_bytes());
+    bytes[56..64].copy_from_slice(&(end as u64 / 512).to_le_bytes());
+    let began = std::time::Instant::now();
+    let found = open(bytes).unwrap().check(Repair::Nothing).unwrap();
+    assert_eq!(found.corruptions, spans - 1);
+    assert!(found.allocated_clusters > 5 && began.elapsed().as_secs() < 20, "{:?}", began.elapsed());
+}
