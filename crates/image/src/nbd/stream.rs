@@ -282,6 +282,16 @@ impl Stream {
         let _ = rustix::net::shutdown(self.socket.as_fd(), Shutdown::Read);
     }
 
+    /// Whether the peer has ended the connection, and nothing of what it sent is left to be received.
+    pub fn is_at_end(&self) -> bool {
+        let mut byte = [0];
+        let peek = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        match recv(&self.socket, &mut byte, peek) {
+            Ok((_, count)) => count == 0,
+            Err(error) => !matches!(error, Errno::AGAIN | Errno::INTR),
+        }
+    }
+
     /// Ends the connection at once, whoever uses it.
     pub fn cut(&self) {
         let _ = rustix::net::shutdown(self.socket.as_fd(), Shutdown::Both);

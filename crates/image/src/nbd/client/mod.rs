@@ -10,9 +10,10 @@
 //! Every request may be asked twice: each leaves the same content. (One that was given up for lost may still run at the
 //! server, and reach the disk after a later one.) What a server had acknowledged and not made stable may be lost with its
 //! connection: with its host it is, and with its process where that kept a format's tables in memory. Nobody here can tell.
-//! So where a connection is replaced after such writes the next flush fails, once, as fsync(2) does.
+//! So where a connection is replaced after such writes the next flush fails, once, as fsync(2) does; connections that end
+//! together are one loss.
 //!
-//! Lock order: `edges`, then a place's lock (held while connecting). A pipe's locks: see `pipe`.
+//! Lock order: `edges`, then a place's lock (held while connecting), then another place's, if that is free. A pipe's locks: see `pipe`.
 
 mod pipe;
 mod session;
@@ -169,7 +170,15 @@ impl NbdStorage {
         }
         let pipe = Arc::new(pipe);
         let replaced = place.replace(pipe.clone()).is_some();
-        if replaced && self.acknowledged.load(Ordering::SeqCst) > self.stable.load(Ordering::SeqCst) {
+        // What the server lost it lost once, however many connections it had: those that ended with this one are not
+        // found lost later, when the new server has acknowledged other changes. Whose place is locked finds out itself.
+        let others = self.places.iter().enumerate().filter(|(number, _)| *number != mine);
+        let dropped = others
+            .filter_map(|(_, other)| other.try_lock().ok())
+            .fold(false, |dropped, mut other| dropped | other.take_if(|pipe| pipe.is_over()).is_some());
+        if (replaced || dropped)
+            && self.acknowledged.load(Ordering::SeqCst) > self.stable.load(Ordering::SeqCst)
+        {
             self.losses.fetch_add(1, Ordering::SeqCst);
         }
         Ok(pipe)

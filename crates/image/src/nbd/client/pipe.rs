@@ -116,6 +116,18 @@ impl Pipe {
         self.stream.cut();
     }
 
+    /// Whether the connection is lost, be it that nobody has noticed yet. Then no answer is taken from it any more.
+    pub fn is_over(&self) -> bool {
+        if lock(&self.state).broken.is_some() {
+            return true;
+        }
+        let over = self.stream.is_at_end();
+        if over {
+            self.break_off(&io::ErrorKind::UnexpectedEof.into());
+        }
+        over
+    }
+
     /// Asks, and waits for the reply.
     pub fn ask(&self, mut request: Request, payload: &[u8]) -> Result<Answer, Failure> {
         {

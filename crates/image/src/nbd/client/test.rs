@@ -342,6 +342,63 @@ fn a_flush_says_once_that_writes_may_be_lost() {
     storage.flush().unwrap();
 }
 
+/// A server with several connections that comes back has lost what it had not made stable, once.
+#[test]
+fn connections_that_end_together_are_one_loss() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(1 << 20).unwrap();
+    let path = file.path().to_str().unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("socket");
+    let start = || {
+        let mut command = Command::new("nbdkit");
+        command.args(["-f", "-U"]).arg(&socket).args(["file", path]).stderr(Stdio::null());
+        let child = command.spawn().unwrap();
+        while !listens(&socket) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        child
+    };
+    let mut server = start();
+    let storage = connect(&format!("nbd+unix:///?socket={}&reconnect=20", socket.display()));
+    assert_eq!(storage.places.len(), CONNECTIONS, "nbdkit lets several connections be");
+    // A thread keeps its connection: each does one thing after the other, when it is told.
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..CONNECTIONS)
+            .map(|_| {
+                let (ask, asked) = std::sync::mpsc::channel::<bool>();
+                let (answer, answered) = std::sync::mpsc::channel();
+                let storage = &storage;
+                scope.spawn(move || {
+                    for flush in asked {
+                        let done = if flush { storage.flush() } else { storage.write_bytes(0, &[7; 512]) };
+                        answer.send(done).unwrap();
+                    }
+                });
+                move |flush: bool| {
+                    ask.send(flush).unwrap();
+                    answered.recv().unwrap()
+                }
+            })
+            .collect();
+        threads.iter().for_each(|thread| thread(false).unwrap());
+        server.kill().unwrap();
+        server.wait().unwrap();
+        std::fs::remove_file(&socket).unwrap();
+        server = start();
+        threads[0](false).unwrap();
+        assert!(threads[0](true).unwrap_err().to_string().contains("may be lost"));
+        for thread in &threads {
+            thread(false).unwrap();
+            thread(true).unwrap();
+            // This is acknowledged by the new server, and lost by none.
+            thread(false).unwrap();
+        }
+    });
+    server.kill().unwrap();
+    server.wait().unwrap();
+}
+
 #[test]
 fn zeroes_that_a_server_declines_are_written() {
     // ENOTSUP to all that are zeroed by its own means.
