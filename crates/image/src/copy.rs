@@ -4,7 +4,7 @@ use crate::Error;
 use rustix::fs::{SeekFrom, ioctl_ficlone, seek};
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 /// Bytes copied between two looks at the progress callback.
@@ -16,7 +16,7 @@ const CHUNK: usize = 1 << 20;
 pub fn clone_file(from: &Path, to: &Path, progress: &mut dyn FnMut(u64) -> bool) -> Result<(), Error> {
     let fail = |source| Error::Copy { from: from.to_path_buf(), to: to.to_path_buf(), source };
     let source = File::open(from).map_err(fail)?;
-    let target = File::options().write(true).create_new(true).open(to).map_err(fail)?;
+    let target = new_like(&source, to).map_err(fail)?;
     let copied = copy(&source, &target, progress).and_then(|()| Ok(rustix::fs::fdatasync(&target)?));
     copied.map_err(|error| {
         let _ = std::fs::remove_file(to);
@@ -28,11 +28,17 @@ pub fn clone_file(from: &Path, to: &Path, progress: &mut dyn FnMut(u64) -> bool)
 pub fn share_blocks(from: &Path, to: &Path) -> Result<(), Error> {
     let fail = |source| Error::Copy { from: from.to_path_buf(), to: to.to_path_buf(), source };
     let source = File::open(from).map_err(fail)?;
-    let target = File::options().write(true).create_new(true).open(to).map_err(fail)?;
+    let target = new_like(&source, to).map_err(fail)?;
     ioctl_ficlone(&target, &source).map_err(|error| {
         let _ = std::fs::remove_file(to);
         fail(error.into())
     })
+}
+
+/// Makes a file that nobody may read who may not read the original. Its owner may write it: a copy is there to be changed.
+fn new_like(source: &File, to: &Path) -> io::Result<File> {
+    let mode = source.metadata()?.mode() & 0o777 | 0o600;
+    File::options().write(true).create_new(true).mode(mode).open(to)
 }
 
 fn copy(source: &File, target: &File, progress: &mut dyn FnMut(u64) -> bool) -> io::Result<()> {
@@ -81,7 +87,19 @@ fn next_data(file: &File, at: u64, len: u64) -> io::Result<(u64, u64)> {
 #[cfg(test)]
 mod test {
     use super::*;
-    use std::os::unix::fs::MetadataExt;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn a_copy_is_for_no_more_eyes_than_the_original() {
+        let directory = tempfile::tempdir().unwrap();
+        for (mode, expected) in [(0o600, 0o600), (0o400, 0o600), (0o640, 0o640)] {
+            let [from, to] = ["a", "b"].map(|name| directory.path().join(format!("{name}{mode}")));
+            std::fs::write(&from, "secret").unwrap();
+            std::fs::set_permissions(&from, PermissionsExt::from_mode(mode)).unwrap();
+            clone_file(&from, &to, &mut |_| true).unwrap();
+            assert_eq!(to.metadata().unwrap().mode() & 0o777 & !0o022, expected, "{mode:o}");
+        }
+    }
 
     #[test]
     fn holes_stay_holes_and_data_is_equal() {

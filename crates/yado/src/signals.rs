@@ -5,14 +5,27 @@ use machine::control::protocol::{Kind, write};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
 use signal_hook::iterator::Signals;
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 /// Set when the user wants the whole run to end.
 pub static CANCELLED: AtomicBool = AtomicBool::new(false);
 static CANCELLED_BY: AtomicI32 = AtomicI32::new(SIGINT);
 static SINK: Mutex<Option<Sink>> = Mutex::new(None);
+
+/// See [`install_for_jobs`].
+static JOBS: Mutex<Option<Jobs>> = Mutex::new(None);
+
+/// What a signal meets in a command that works on files.
+#[derive(Default)]
+struct Jobs {
+    /// Those who look whether the user wants an end.
+    watching: usize,
+    /// Files that are nobody's yet.
+    unfinished: Vec<PathBuf>,
+}
 
 /// Who hears of signals.
 enum Sink {
@@ -33,6 +46,67 @@ static END: AtomicBool = AtomicBool::new(false);
 /// Starts to catch signals. Nothing terminates yado silently from here on.
 pub fn install() -> std::io::Result<()> {
     listen(Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGWINCH])?)
+}
+
+/// As [`install`], for commands of which only some parts look for signals: where none does, a signal ends yado at once.
+pub fn install_for_jobs() -> std::io::Result<()> {
+    *jobs() = Some(Jobs::default());
+    install()
+}
+
+fn jobs() -> MutexGuard<'static, Option<Jobs>> {
+    JOBS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Somebody looks at [`cancelled`] as long as the result lives.
+#[must_use = "a signal ends yado at once when this is dropped"]
+pub fn watching() -> Watching {
+    if let Some(jobs) = jobs().as_mut() {
+        jobs.watching += 1;
+    }
+    Watching(())
+}
+
+/// See [`watching`].
+pub struct Watching(());
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        if let Some(jobs) = jobs().as_mut() {
+            jobs.watching = jobs.watching.saturating_sub(1);
+        }
+    }
+}
+
+/// A file that is removed if a signal ends yado as long as the result lives.
+#[must_use = "the file is left alone when this is dropped"]
+pub fn unfinished(file: &Path) -> Unfinished {
+    if let Some(jobs) = jobs().as_mut() {
+        jobs.unfinished.push(file.to_path_buf());
+    }
+    Unfinished(file.to_path_buf())
+}
+
+/// See [`unfinished`].
+pub struct Unfinished(PathBuf);
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if let Some(jobs) = jobs().as_mut() {
+            jobs.unfinished.retain(|file| *file != self.0);
+        }
+    }
+}
+
+/// Ends yado now.
+fn end(signal: i32) -> ! {
+    // Held to the end: what is not whole now does not become so after it was removed.
+    let jobs = jobs();
+    for file in jobs.iter().flat_map(|jobs| &jobs.unfinished) {
+        let _ = std::fs::remove_file(file);
+    }
+    terminal::restore();
+    std::process::exit(128 + signal);
 }
 
 fn listen(mut signals: Signals) -> std::io::Result<()> {
@@ -87,10 +161,10 @@ fn handle(signal: i32) {
     }
     drop(sink);
     CANCELLED_BY.store(signal, Ordering::Release);
-    if CANCELLED.swap(true, Ordering::AcqRel) {
-        // The second time, nothing is waited for.
-        terminal::restore();
-        std::process::exit(128 + signal);
+    let unwatched = jobs().as_ref().is_some_and(|jobs| jobs.watching == 0);
+    if CANCELLED.swap(true, Ordering::AcqRel) || unwatched {
+        // The second time, or where nobody would look, nothing is waited for: every format survives that.
+        end(signal);
     }
 }
 

@@ -565,7 +565,9 @@ fn images_are_put_on_what_they_have_in_common() {
         assert!(place.qemu(&format!("info {image}")).contains("backing file: store.qcow2"));
     }
     place.qemu("check -f qcow2 store.qcow2");
-    assert!(std::fs::metadata(place.path("store.qcow2")).unwrap().permissions().readonly());
+    // One of them is its owner's alone, and so is what it has in common with the others.
+    let store = std::fs::metadata(place.path("store.qcow2")).unwrap();
+    assert_eq!(store.permissions().mode() & 0o777, 0o400);
     let theirs: Value = serde_json::from_str(&place.qemu("info --output json c.qcow2")).unwrap();
     assert_eq!(theirs["format-specific"]["data"]["compat"], "0.10");
     // They can be written, each alone.
@@ -608,6 +610,75 @@ fn images_that_would_lose_something_are_left_alone() {
     place.yado(0, "dedup -n --base store.qcow2 dirty.qcow2");
     assert!(std::fs::read(place.path("dirty.qcow2")).unwrap() == bytes);
     assert!(!place.path("store.qcow2").exists());
+}
+
+#[test]
+fn a_data_file_that_is_there_is_not_emptied_by_a_copy() {
+    let place = Place::new();
+    place.raw("a.raw");
+    place.yado(0, "convert -q -f raw -O qcow2 -o data_file=d.raw a.raw dst.qcow2");
+    std::fs::write(place.path("b.raw"), [7; 1 << 20]).unwrap();
+    let said = place.yado(2, "convert -q -f raw -O qcow2 -o data_file=d.raw b.raw dst.qcow2");
+    assert!(said.contains("d.raw is there already"), "{said}");
+    place.qemu("compare -f raw -F qcow2 a.raw dst.qcow2");
+    // A copy that fails leaves nothing, and what was there.
+    place.yado(0, "convert -q -f raw -O qcow2 a.raw damaged.qcow2");
+    let mut bytes = std::fs::read(place.path("damaged.qcow2")).unwrap();
+    let word = |bytes: &[u8], at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
+    let table = word(&bytes, word(&bytes, 40)) & ((1 << 56) - 1);
+    bytes[table..table + 8].fill(0x3f);
+    std::fs::write(place.path("damaged.qcow2"), &bytes).unwrap();
+    place.yado(125, "convert -q -f qcow2 -O qcow2 -o data_file=e.raw damaged.qcow2 dst.qcow2");
+    place.qemu("compare -f raw -F qcow2 a.raw dst.qcow2");
+    let mut left: Vec<_> =
+        std::fs::read_dir(place.0.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    left.sort();
+    assert_eq!(left, ["a.raw", "b.raw", "d.raw", "damaged.qcow2", "dst.qcow2"]);
+}
+
+#[test]
+fn a_link_as_the_target_is_compared_with_the_base_that_the_image_gets() {
+    let place = Place::new();
+    std::fs::create_dir(place.path("vm")).unwrap();
+    for (name, byte) in [("src.raw", 7), ("base.raw", 7), ("vm/base.raw", 8), ("vm/dst.qcow2", 0)] {
+        std::fs::write(place.path(name), vec![byte; 1 << 20]).unwrap();
+    }
+    std::os::unix::fs::symlink("vm/dst.qcow2", place.path("link")).unwrap();
+    place.yado(0, "convert -q -f raw -O qcow2 -o backing_file=base.raw,backing_fmt=raw src.raw link");
+    place.qemu("compare -f raw -F qcow2 src.raw vm/dst.qcow2");
+}
+
+#[test]
+fn a_signal_ends_what_does_not_look_for_signals() {
+    let place = Place::new();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_yado"))
+        .args(["image", "create", "-q", "-f", "raw", "-o", "preallocation=full", "large.raw", "100G"])
+        .current_dir(place.0.path())
+        .spawn()
+        .unwrap();
+    let wait = |what: &str, mut over: Box<dyn FnMut() -> bool + '_>| {
+        let since = std::time::Instant::now();
+        while !over() {
+            assert!(since.elapsed().as_secs() < 10, "{what}");
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+    };
+    wait(
+        "it begins",
+        Box::new(|| std::fs::metadata(place.path("large.raw")).is_ok_and(|file| file.blocks() > 0)),
+    );
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    let mut status = None;
+    wait(
+        "it ends",
+        Box::new(|| {
+            status = child.try_wait().unwrap();
+            status.is_some()
+        }),
+    );
+    assert_eq!(status.unwrap().code(), Some(143));
+    assert!(!place.path("large.raw").exists(), "nothing half made is left");
 }
 
 /// Whatever moment it is killed at, every image reads as it did.

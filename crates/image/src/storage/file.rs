@@ -5,7 +5,7 @@ use crate::Error;
 use crate::buffers::Buffers;
 use rustix::fs::{FallocateFlags, FlockOperation, fallocate, fdatasync};
 use rustix::io::Errno;
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::ops::Range;
 use std::os::fd::AsFd;
@@ -40,11 +40,19 @@ fn patiently<T>(call: impl Fn() -> Result<T, Errno>) -> Result<T, Errno> {
     }
 }
 
+/// How often a file is opened that loses its name meanwhile.
+const TRIES: usize = 3;
+
+/// Whether a file has this name. To be asked once it is locked: before, another one may take its place.
+pub fn is_at(file: &File, path: &Path) -> bool {
+    let same = |a: &Metadata, b: &Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
+    matches!((file.metadata(), std::fs::metadata(path)), (Ok(own), Ok(named)) if same(&own, &named))
+}
+
 impl StorageFile {
     /// Opens and locks the file.
     pub fn open(path: &Path, read_only: bool) -> Result<Self, Error> {
-        let file = OpenOptions::new().read(true).write(!read_only).open(path);
-        let this = Self::wrap(file.map_err(|source| Error::open(path, source))?, path, read_only)?;
+        let this = Self::open_locked(OpenOptions::new().read(true).write(!read_only), path, read_only)?;
         if this.is_empty() {
             return Err(Error::NotAnImage { path: path.to_path_buf(), what: "empty" });
         }
@@ -62,12 +70,25 @@ impl StorageFile {
     pub fn create(path: &Path, replace: bool) -> Result<Self, Error> {
         let mut options = OpenOptions::new();
         options.read(true).write(true);
-        let file = if replace { options.create(true).truncate(false) } else { options.create_new(true) };
-        let this = Self::wrap(file.open(path).map_err(|source| Error::open(path, source))?, path, false)?;
+        let options = if replace { options.create(true).truncate(false) } else { options.create_new(true) };
+        let this = Self::open_locked(options, path, false)?;
         if !this.device {
             this.set_len(0).map_err(|source| Error::open(path, source))?;
         }
         Ok(this)
+    }
+
+    /// Opens and locks what the name means at that moment: who replaces an image holds the old one's lock until the new one
+    /// has the name, and what is locked after that is nobody's.
+    fn open_locked(options: &OpenOptions, path: &Path, read_only: bool) -> Result<Self, Error> {
+        for _ in 0..TRIES {
+            let file = options.open(path).map_err(|source| Error::open(path, source))?;
+            let this = Self::wrap(file, path, read_only)?;
+            if is_at(&this.file, path) {
+                return Ok(this);
+            }
+        }
+        Err(Error::InUse { path: path.to_path_buf() })
     }
 
     fn wrap(file: File, path: &Path, read_only: bool) -> Result<Self, Error> {
@@ -305,6 +326,50 @@ mod test {
         assert_eq!(device.room(8192), 8192);
         device.set_len(8192).unwrap();
         assert_eq!(device.len(), 16384);
+    }
+
+    #[test]
+    fn a_file_that_lost_its_name_while_it_was_opened_is_not_used() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, new) = (directory.path().join("a"), directory.path().join("b"));
+        std::fs::write(&path, "old").unwrap();
+        // Somebody replaces the image until it is opened anew.
+        let old = StorageFile::open(&path, true).unwrap();
+        let opened = File::open(&path).unwrap();
+        assert!(is_at(&opened, &path));
+        std::fs::write(&new, "newer").unwrap();
+        std::fs::rename(&new, &path).unwrap();
+        assert!(!is_at(&old.file, &path) && !is_at(&opened, &path));
+        assert_eq!(StorageFile::open(&path, false).unwrap().len(), 5);
+        std::fs::remove_file(&path).unwrap();
+        assert!(!is_at(&old.file, &path));
+    }
+
+    #[test]
+    fn who_opens_while_images_are_replaced_gets_the_one_with_the_name() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, new) = (directory.path().join("a"), directory.path().join("b"));
+        std::fs::write(&path, "image").unwrap();
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    // As they do who replace images: the old one's lock is held until the new one has the name.
+                    let Ok(_held) = StorageFile::open(&path, false) else { continue };
+                    std::fs::write(&new, "image").unwrap();
+                    std::fs::rename(&new, &path).unwrap();
+                }
+            });
+            let mut opened = 0;
+            while opened < 200 {
+                if let Ok(file) = StorageFile::open(&path, false) {
+                    assert!(is_at(&file.file, &path), "after {opened}");
+                    opened += 1;
+                }
+                std::thread::yield_now();
+            }
+            over.store(true, Ordering::Relaxed);
+        });
     }
 
     #[test]

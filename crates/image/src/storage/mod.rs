@@ -9,7 +9,7 @@ mod sharing;
 
 pub use cache::{CacheMode, WriteThrough};
 pub use direct::DirectFile;
-pub use file::StorageFile;
+pub use file::{StorageFile, is_at};
 pub use sharing::{Placed, Shared};
 
 use crate::Error;

@@ -5,9 +5,10 @@
 //! as it was or on top of the base, and at worst files called `.NAME.NUMBER.partial`, which are nobody's.
 
 use super::options::usage;
-use super::replace::{beside, check_names, directory, replace};
+use super::replace::{beside, check_names, directory, make_private, replace};
 use super::work::{Show, with_progress};
 use super::{arguments::Shown, open, print_json};
+use crate::signals::unfinished;
 use crate::size::Size;
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -18,7 +19,7 @@ use image::job::{self, ConvertOptions, Difference, Target};
 use image::storage::{Storage, StorageFile};
 use image::{Disk, Image, OpenOptions};
 use serde_json::{Value, json};
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -236,11 +237,13 @@ fn make_base(arguments: &Dedup, base: &Path, candidates: &mut [Candidate<'_>]) -
     }
     let disks: Vec<&dyn Disk> = candidates.iter().map(|candidate| candidate.image.disk.as_ref()).collect();
     let partial = beside(base);
+    let _unfinished = unfinished(&partial);
     let made = || -> Result<u64> {
         let options = CreateOptions {
             cluster_bits: arguments.block().trailing_zeros(),
             ..CreateOptions::new(plan.capacity())
         };
+        make_private(&partial)?;
         let new = image::create_qcow2(&partial, &options)?;
         let qcow2 = new.as_qcow2("clusters")?;
         with_progress(arguments.show("writing the base", plan.shown()), |progress| {
@@ -248,9 +251,8 @@ fn make_base(arguments: &Dedup, base: &Path, candidates: &mut [Candidate<'_>]) -
         })?;
         new.close()?;
         drop(new);
-        // Whoever writes it would change all images on top of it.
-        std::fs::set_permissions(&partial, PermissionsExt::from_mode(0o444))?;
         let file = File::open(&partial)?;
+        as_shared(&file, candidates)?;
         file.sync_all()?;
         // Nothing that came there meanwhile is overwritten.
         std::fs::hard_link(&partial, base).with_context(|| format!("cannot make {}", base.display()))?;
@@ -261,6 +263,25 @@ fn make_base(arguments: &Dedup, base: &Path, candidates: &mut [Candidate<'_>]) -
     made().inspect_err(|_| {
         let _ = std::fs::remove_file(&partial);
     })
+}
+
+/// Lets those read a base who may read all images on top of it, and nobody write it: that would change all of them.
+fn as_shared(base: &File, candidates: &[Candidate<'_>]) -> Result<()> {
+    let images = candidates.iter().map(|candidate| std::fs::metadata(candidate.file));
+    let images = images.collect::<std::io::Result<Vec<_>>>()?;
+    let own = base.metadata()?;
+    // Where all of them have one owner or group the base is theirs, too; only root can give it away.
+    let all = |of: fn(&Metadata) -> u32| {
+        let first = images.first().map(of);
+        first.filter(|first| images.iter().all(|image| of(image) == *first))
+    };
+    let other = |now: u32, wanted: Option<u32>| wanted.filter(|wanted| *wanted != now);
+    let (owner, group) = (other(own.uid(), all(Metadata::uid)), other(own.gid(), all(Metadata::gid)));
+    if owner.is_some() || group.is_some() {
+        std::os::unix::fs::fchown(base, owner, group).context("cannot give the base to the images' owner")?;
+    }
+    let mode = images.iter().fold(0o444, |mode, image| mode & image.mode());
+    Ok(base.set_permissions(PermissionsExt::from_mode(mode))?)
 }
 
 /// The name by which an image calls its base: beside it as it is, else from the root.
@@ -277,6 +298,7 @@ fn put_on(arguments: &Dedup, base: &Path, candidate: &mut Candidate<'_>) -> Resu
     // A link stays one: what it leads to is replaced.
     let file = candidate.file.canonicalize()?;
     let partial = beside(&file);
+    let _unfinished = unfinished(&partial);
     let replaced = move_to(arguments, base, candidate, &file, &partial);
     match replaced {
         Ok(after) => {
@@ -314,6 +336,7 @@ fn move_to(
         ..CreateOptions::new(old.capacity())
     };
     {
+        make_private(partial)?;
         let new = image::create_qcow2(partial, &options)?;
         let below = new.backing.as_ref().context("the new image has no base")?;
         let how = ConvertOptions {

@@ -31,8 +31,8 @@ const DIFFERENT: u8 = 1;
 
 /// Runs a command; answers the exit code.
 pub fn run(command: arguments::Image) -> Result<u8> {
-    // Ctrl-C ends a job in order.
-    crate::signals::install().context("cannot catch signals")?;
+    // Ctrl-C ends a job in order, and everything else at once.
+    crate::signals::install_for_jobs().context("cannot catch signals")?;
     match command.command {
         Command::Create(options) => create(&options)?,
         Command::Info(options) => info(&options)?,
@@ -94,6 +94,7 @@ fn create(arguments: &Create) -> Result<()> {
         println!("Making {}: {}, {}", arguments.file.display(), new.format, Size(new.size));
     }
     let existed = arguments.file.exists();
+    let _unfinished = (!existed).then(|| crate::signals::unfinished(&arguments.file));
     make(&arguments.file, &new).inspect_err(|_| {
         if !existed {
             // Nothing half made is left.

@@ -4,7 +4,7 @@ use super::options::usage;
 use anyhow::{Context, Result};
 use rustix::fs::{FlockOperation, flock};
 use std::fs::{File, Metadata, OpenOptions};
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 /// A name beside the target for what is not whole yet.
@@ -15,6 +15,12 @@ pub fn beside(target: &Path) -> PathBuf {
     target.with_file_name(name)
 }
 
+/// Makes an empty file that is its owner's alone, for what must not be read by others before it has another's mode.
+pub fn make_private(partial: &Path) -> Result<()> {
+    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(partial);
+    file.map(drop).with_context(|| format!("cannot make {}", partial.display()))
+}
+
 pub fn directory(file: &Path) -> &Path {
     file.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
@@ -22,13 +28,20 @@ pub fn directory(file: &Path) -> &Path {
 /// Locks what is there as one who writes it would, for as long as the value lives; `None` if there is nothing, or nothing
 /// that could be locked.
 pub fn hold(file: &Path) -> Result<Option<File>> {
-    // Some network file systems give the lock to writers only.
-    let opened = OpenOptions::new().read(true).write(true).open(file).or_else(|_| File::open(file));
-    let Ok(opened) = opened else { return Ok(None) };
-    match flock(&opened, FlockOperation::NonBlockingLockExclusive) {
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(image::Error::InUse { path: file.to_path_buf() }.into()),
-        _ => Ok(Some(opened)),
+    // Another one may take its place before it is locked.
+    for _ in 0..3 {
+        // Some network file systems give the lock to writers only.
+        let opened = OpenOptions::new().read(true).write(true).open(file).or_else(|_| File::open(file));
+        let Ok(opened) = opened else { return Ok(None) };
+        let locked = flock(&opened, FlockOperation::NonBlockingLockExclusive);
+        if locked == Err(rustix::io::Errno::WOULDBLOCK) {
+            break;
+        }
+        if image::storage::is_at(&opened, file) {
+            return Ok(Some(opened));
+        }
     }
+    Err(image::Error::InUse { path: file.to_path_buf() }.into())
 }
 
 /// Refuses a file with several names: all others would keep the old content.

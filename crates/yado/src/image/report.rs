@@ -237,6 +237,7 @@ pub fn each_extent(
     len: u64,
     mut with: impl FnMut(u64, &Status) -> Result<()>,
 ) -> Result<()> {
+    let _watching = signals::watching();
     let end = from.saturating_add(len).min(image.disk.capacity());
     let mut at = from;
     let mut run: Option<(u64, Status)> = None;

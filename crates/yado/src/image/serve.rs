@@ -157,6 +157,8 @@ pub fn serve_with(
     }
     let rows: Vec<Row> =
         exports.iter().zip(&arguments.images).map(|(export, served)| Row::of(export, served)).collect();
+    // Sockets that are made go again.
+    let _watching = signals::watching();
     let limits = Limits { connections_max: arguments.clients as usize, ..Limits::default() };
     let server = Server::new(exports, limits, tls(arguments)?)?;
     let (listeners, places) = listen(arguments)?;

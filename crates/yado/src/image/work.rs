@@ -38,6 +38,7 @@ pub fn watched<T: Send>(
     job: impl FnOnce(&Progress) -> io::Result<T> + Send,
     mut look: impl FnMut(u64),
 ) -> io::Result<T> {
+    let _watching = signals::watching();
     let (progress, over) = (Progress::default(), AtomicBool::new(false));
     let watcher = std::thread::current();
     std::thread::scope(|scope| {
@@ -133,8 +134,10 @@ fn same_file(a: &Path, b: &Path) -> bool {
 /// The image that a new one is to build on, where the options name one.
 pub fn below(target: &Path, new: &New) -> Result<Option<Image>> {
     let Some((name, format)) = &new.backing else { return Ok(None) };
+    // Names in the new image are meant from where it is, not from where a link to it is.
+    let target = target.canonicalize().unwrap_or_else(|_| target.to_path_buf());
     let how = OpenOptions { format: Some(options::format(format)?), ..reading(false) };
-    Ok(Some(Image::open(&image::beside(target, name)?, how)?))
+    Ok(Some(Image::open(&image::beside(&target, name)?, how)?))
 }
 
 /// Runs a job on so many bytes, and shows how far it is.
@@ -163,20 +166,46 @@ impl Copying<'_> {
     pub fn make_target(&self, target: &Path, watch: Watch<'_>) -> Result<()> {
         // A link stays one: what it leads to is replaced.
         let target = target.canonicalize().unwrap_or_else(|_| target.to_path_buf());
+        let data = self.new_data_file(&target)?;
+        let _unfinished = data.as_deref().map(signals::unfinished);
+        self.make_at(&target, watch).inspect_err(|_| {
+            if let Some(data) = data {
+                let _ = std::fs::remove_file(data);
+            }
+        })
+    }
+
+    /// The file for the data of the new image, if it is to have one. What is there may be the data of the very image that
+    /// is to stay until the copy is whole.
+    fn new_data_file(&self, target: &Path) -> Result<Option<PathBuf>> {
+        let Some((name, _)) = self.new.qcow2().data_file else { return Ok(None) };
+        let place = image::beside(target, &name)?;
+        if place.symlink_metadata().is_ok() {
+            return Err(usage(format!(
+                "data_file={name}: {} is there already, and would be emptied before the copy is whole: name a new file, or \
+                 remove it first",
+                place.display()
+            )));
+        }
+        Ok(Some(place))
+    }
+
+    fn make_at(&self, target: &Path, watch: Watch<'_>) -> Result<()> {
         if target.metadata().is_ok_and(|metadata| !metadata.is_file()) {
             // A device is no file that another one could take the place of.
-            make(&target, &self.new)?;
-            return self.fill(&target, false, watch);
+            make(target, &self.new)?;
+            return self.fill(target, false, watch);
         }
         // What is there stays until the copy is whole, and nobody begins to use it.
-        let _held = replace::hold(&target)?;
+        let _held = replace::hold(target)?;
         let old = target.metadata().ok();
-        old.as_ref().map_or(Ok(()), |old| replace::check_names(&target, old))?;
-        let partial = replace::beside(&target);
+        old.as_ref().map_or(Ok(()), |old| replace::check_names(target, old))?;
+        let partial = replace::beside(target);
+        let _unfinished = signals::unfinished(&partial);
         let made = self.make_and_fill(&partial, old.is_some(), watch);
         let moved = made.and_then(|()| match &old {
-            Some(old) => replace::replace(&partial, &target, old),
-            None => replace::rename(&partial, &target),
+            Some(old) => replace::replace(&partial, target, old),
+            None => replace::rename(&partial, target),
         });
         moved.inspect_err(|_| {
             let _ = std::fs::remove_file(&partial);
@@ -188,10 +217,10 @@ impl Copying<'_> {
         if self.whole.is_some_and(|from| image::share_blocks(from, partial).is_ok()) {
             return Ok(());
         }
-        make(partial, &self.new)?;
         if private {
-            std::fs::set_permissions(partial, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
+            replace::make_private(partial)?;
         }
+        make(partial, &self.new)?;
         self.fill(partial, true, watch)
     }
 

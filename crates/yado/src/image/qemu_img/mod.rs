@@ -67,7 +67,7 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> u8 {
 }
 
 fn dispatch(command: Command) -> Result<u8> {
-    crate::signals::install()?;
+    crate::signals::install_for_jobs()?;
     match command {
         Command::Bench(options) => make::bench(&options, Guesses::Follow)?,
         Command::Bitmap(options) => make::bitmap(&options, Guesses::Follow)?,
