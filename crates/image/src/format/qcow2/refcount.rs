@@ -3,8 +3,9 @@
 //! All of it is behind one lock that is held for a few counts at a time and never while data moves. Changes are made in
 //! memory and written by the flush in an order that a power cut cannot hurt: see the module `flush`.
 //!
-//! A new refcount block is put into the first cluster that it counts itself, so it needs no other block; those that a row
-//! of clusters needs are put at its beginning. When the table of blocks is full, a larger one is written elsewhere, with the blocks that count it, and the header is switched to it.
+//! A new refcount block is put into the first cluster that it counts itself, so it needs no other block; those that
+//! a row of clusters needs are put at its beginning. When the table of blocks is full, a larger one is written
+//! elsewhere, with the blocks that count it, and the header is switched to it.
 //!
 //! Source: docs/interop/qcow2.rst, section "Host cluster management".
 
