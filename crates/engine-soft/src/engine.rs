@@ -53,6 +53,11 @@ impl Stood {
     pub(crate) fn ticks(&self) -> u64 {
         self.ticks.load(Ordering::SeqCst)
     }
+
+    /// The host's TSC since which it stands, if it does.
+    pub(crate) fn since(&self) -> Option<u64> {
+        Some(self.since.load(Ordering::SeqCst)).filter(|&since| since != 0)
+    }
 }
 
 /// The software engine of one VM.

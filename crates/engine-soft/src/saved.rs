@@ -12,7 +12,9 @@ use cpu::{Activity, Error, Events, Registers, VcpuState, msr};
 
 /// Parts of an XSAVE area in the standard form (Intel SDM 1, 13.4).
 const MXCSR: std::ops::Range<usize> = 24..28;
-const X87: [std::ops::Range<usize>; 2] = [0..24, 32..160];
+const X87: [std::ops::Range<usize>; 2] = [0..8, 32..160];
+/// Where the last x87 instruction and its operand were: the host's addresses, which are nobody's business.
+const X87_POINTERS: std::ops::Range<usize> = 8..24;
 const XMM: usize = 160;
 const XSTATE_BV: std::ops::Range<usize> = 512..520;
 /// XCOMP_BV and a word more, which are zero in that form (Intel SDM 1, 13.8.1).
@@ -21,8 +23,11 @@ const YMM_HIGH: usize = 576;
 const X87_PART: u64 = 1 << 0;
 const SSE_PART: u64 = 1 << 1;
 const AVX_PART: u64 = 1 << 2;
-/// Bits of MXCSR that LDMXCSR takes on every processor that runs guests.
+/// Bits of MXCSR that LDMXCSR takes on every processor that runs guests, and MM, which those with misaligned SSE mode have
+/// (AMD APM 3, CPUID Fn8000_0001 ECX).
 const MXCSR_KNOWN: u32 = 0xffff;
+const MXCSR_MM: u32 = 1 << 17;
+const MISALIGNED_SSE: u32 = 1 << 7;
 
 /// Registers of the engine's own that nothing else of the form holds; of memory types, which are sixteen and eleven more.
 const SAVED: [u32; 16] = [
@@ -175,7 +180,8 @@ fn restore_extended(core: &mut Core, area: &[u8]) -> Result<(), Error> {
         ));
     }
     let mxcsr = u32::from_le_bytes(word(MXCSR)?.try_into().map_err(|_| short())?);
-    if mxcsr & !MXCSR_KNOWN != 0 {
+    let misaligned = core.cpuid.query(0x8000_0001, 0).ecx & MISALIGNED_SSE != 0;
+    if mxcsr & !(MXCSR_KNOWN | if misaligned { MXCSR_MM } else { 0 }) != 0 {
         return Err(refused(format!("no processor has the saved MXCSR {mxcsr:#x}")));
     }
     // What an area does not have is as after power-up.
@@ -184,6 +190,7 @@ fn restore_extended(core: &mut Core, area: &[u8]) -> Result<(), Error> {
         let from = if parts & X87_PART != 0 { word(part.clone())? } else { &fresh.0[part.clone()] };
         core.state.x87.0[part].copy_from_slice(from);
     }
+    core.state.x87.0[X87_POINTERS].fill(0);
     core.state.mxcsr = if parts & (SSE_PART | AVX_PART) != 0 { mxcsr } else { 0x1f80 };
     for number in 0..16 {
         let part = |has: u64, at: usize| if parts & has != 0 { quad(at) } else { Ok(0) };
@@ -222,8 +229,11 @@ fn restore_events(core: &mut Core, events: &Events) -> Result<(), Error> {
     };
     match exception {
         None => Ok(()),
-        Some(cpu::Exception { vector: vector::DB, payload, delivering: false, .. }) => {
-            core.pending.debug = payload.unwrap_or(0);
+        // MOV SS holds it back until after the next instruction (Intel SDM 3, 7.8.3).
+        Some(cpu::Exception { vector: vector::DB, payload, delivering: false, .. })
+            if core.state.shadow == Shadow::MovSs =>
+        {
+            core.pending.held = payload.unwrap_or(0);
             Ok(())
         }
         // The instruction at RIP raises it again.
@@ -296,5 +306,43 @@ mod test {
             state.extended.truncate(len);
             assert!(vcpu.restore(&state).unwrap_err().to_string().contains("cut off"), "{len}");
         }
+    }
+
+    #[test]
+    fn addresses_of_the_host_are_not_saved() {
+        let memory = GuestMemory::new(&[(0, 0x1000)], Backing::Private).unwrap();
+        let mut core = Core::flat64(memory).unwrap();
+        core.state.x87.0[X87_POINTERS].fill(0x55);
+        let mut saved = save(&core);
+        assert_eq!(saved.extended[X87_POINTERS], [0; 16]);
+        saved.extended[X87_POINTERS].fill(0x66);
+        restore(&mut core, &saved).unwrap();
+        assert_eq!(core.state.x87.0[X87_POINTERS], [0; 16]);
+    }
+
+    #[test]
+    fn a_debug_exception_that_was_to_come_comes() {
+        let memory = GuestMemory::new(&[(0, 4 << 20)], Backing::Private).unwrap();
+        // A gate for vector 1, and the code segment it wants.
+        memory.write(0x4010, &0x0000_8e00_0008_9000u64.to_le_bytes()).unwrap();
+        memory.write(0x3008, &0x00af_9b00_0000_ffffu64.to_le_bytes()).unwrap();
+        let mut core = Core::flat64(memory).unwrap();
+        let mut saved = save(&core);
+        (saved.registers.gdtr.base, saved.registers.gdtr.limit) = (0x3000, 0xff);
+        (saved.registers.idtr.base, saved.registers.idtr.limit) = (0x4000, 0xfff);
+        saved.registers.gpr[4] = 0x7000;
+        saved.registers.rip = 0x8000;
+        let step = cpu::Exception {
+            vector: vector::DB,
+            error_code: None,
+            payload: Some(1 << 14),
+            delivering: false,
+        };
+        saved.events.exception = Some(step);
+        restore(&mut core, &saved).unwrap();
+        assert_eq!((core.state.rip, core.state.dr6 >> 14 & 1), (0x9000, 1));
+        saved.events.shadow = cpu::Shadow::MovSs;
+        restore(&mut core, &saved).unwrap();
+        assert_eq!((core.state.rip, core.pending.held), (0x8000, 1 << 14));
     }
 }

@@ -36,6 +36,8 @@ pub struct SoftVcpu {
     /// How long the machine has stood still, and how much of that the TSC knows.
     stood: Arc<Stood>,
     stood_known: u64,
+    /// The TSC's offset as if nobody had written to it: all vCPUs' is the same.
+    first_offset: u64,
 }
 
 impl Drop for SoftVcpu {
@@ -77,7 +79,9 @@ impl SoftVcpu {
             options.direct && options.translate && !options.verify && core.mmu.memory.file().is_some();
         let direct = direct.then(|| Direct::new(tsc_hz));
         let stood_known = stood.ticks();
-        let mut vcpu = Self { core, translator, direct, verifier, flag, requests, stood, stood_known };
+        let first_offset = tsc_offset;
+        let mut vcpu =
+            Self { core, translator, direct, verifier, flag, requests, stood, stood_known, first_offset };
         vcpu.reset(false);
         Ok(vcpu)
     }
@@ -280,7 +284,9 @@ impl Vcpu for SoftVcpu {
         let stood = self.stood.ticks();
         let more = stood.wrapping_sub(std::mem::replace(&mut self.stood_known, stood));
         let state = &mut self.core.state;
-        state.tsc_offset = state.tsc_offset.wrapping_sub(more.checked_div(state.tsc_divisor).unwrap_or(0));
+        let more = more.checked_div(state.tsc_divisor).unwrap_or(0);
+        state.tsc_offset = state.tsc_offset.wrapping_sub(more);
+        self.first_offset = self.first_offset.wrapping_sub(more);
     }
 
     fn reset(&mut self, init: bool) {
@@ -296,6 +302,7 @@ impl Vcpu for SoftVcpu {
             registers.xcr0 = core.state.xcr0;
         } else {
             core.reset_extended();
+            core.state.tsc_offset = self.first_offset;
             if let Some(translator) = &mut self.translator {
                 // What was translated belongs to what ran before.
                 translator.flush(core);
@@ -313,14 +320,27 @@ impl Vcpu for SoftVcpu {
     }
 
     fn save(&self) -> Result<cpu::VcpuState, Error> {
-        Ok(saved::save(&self.core))
+        let mut state = saved::save(&self.core);
+        // All vCPUs' TSCs as of the same moment, or they would be apart afterwards.
+        if let Some(since) = self.stood.since()
+            && let Some(tsc) = state.msrs.get_mut(&cpu::msr::TSC)
+        {
+            *tsc = self.core.tsc_at(since);
+        }
+        Ok(state)
     }
 
     fn restore(&mut self, state: &cpu::VcpuState) -> Result<(), Error> {
         if let Some(translator) = &mut self.translator {
             translator.flush(&mut self.core);
         }
-        saved::restore(&mut self.core, state)
+        saved::restore(&mut self.core, state)?;
+        if let (Some(since), Some(&tsc)) = (self.stood.since(), state.msrs.get(&cpu::msr::TSC)) {
+            let off = tsc.wrapping_sub(self.core.tsc_at(since));
+            self.core.state.tsc_offset = self.core.state.tsc_offset.wrapping_add(off);
+        }
+        self.stood_known = self.stood.ticks();
+        Ok(())
     }
 
     fn kick_handle(&self) -> Arc<dyn Kick> {
@@ -452,6 +472,36 @@ mod test {
             memory.write(CODE + 0x801, &[1]).unwrap();
             assert_eq!(run(1, CODE + 0x800), 1, "turn {turn}");
         }
+    }
+
+    #[test]
+    fn tscs_restored_while_the_machine_stands_go_on_together() {
+        let memory = GuestMemory::new(&[(0, 4 << 20)], Backing::Private).unwrap();
+        let engine = SoftEngine::new(memory, Options::default()).unwrap();
+        let mut both: Vec<_> = (0..2).map(|index| flat64(&engine, index, 2)).collect();
+        engine.stand();
+        let mut saved = vec![];
+        for vcpu in &both {
+            saved.push(vcpu.save().unwrap());
+            std::thread::sleep(Duration::from_millis(3));
+        }
+        let tsc = |index: usize| saved[index].msrs[&cpu::msr::TSC];
+        assert_eq!(tsc(0), tsc(1));
+        for (vcpu, state) in both.iter_mut().zip(&saved) {
+            vcpu.restore(state).unwrap();
+            std::thread::sleep(Duration::from_millis(3));
+        }
+        engine.go_on();
+        both.iter_mut().for_each(|vcpu| vcpu.go_on());
+        let millisecond = engine.tsc_hz() / 1000;
+        let now = [both[0].tsc(), both[1].tsc()];
+        assert!(now[0] >= tsc(0) && now[1] >= now[0], "{now:?}");
+        assert!(now[1] - tsc(0) < 2 * millisecond, "{now:?} {}", tsc(0));
+        // What a guest has done to one ends with a reset.
+        both[0].set_msr(cpu::msr::TSC, 5);
+        both.iter_mut().for_each(|vcpu| vcpu.reset(false));
+        let (first, second) = (both[0].tsc(), both[1].tsc());
+        assert!(second.wrapping_sub(first) < millisecond, "{first} {second}");
     }
 
     #[test]

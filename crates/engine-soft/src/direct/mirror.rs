@@ -66,6 +66,8 @@ pub(super) struct Mirror {
     pub vectors: Vec<u8>,
     /// Pages that are written and run in turn.
     pub rewritten: Rewritten,
+    /// EFLAGS.ID of the process: programs change it, but the host's kernel does not set it for anybody.
+    pub id: u64,
 }
 
 impl Mirror {
@@ -85,6 +87,7 @@ impl Mirror {
             breakpoints_due: false,
             vectors,
             rewritten: Rewritten::default(),
+            id: 0,
         }
     }
 

@@ -286,6 +286,9 @@ impl Direct {
             let Some(mirror) = self.mirrors.get_mut(space).and_then(Option::as_mut) else {
                 break Next::Translate;
             };
+            if (registers.eflags ^ mirror.id) & rflags::ID != 0 {
+                break Next::Translate;
+            }
             mirror.process.follow();
             if !vectors {
                 load_vectors(&mut core.state, mirror, self.ymm_high)?;
@@ -316,6 +319,7 @@ impl Direct {
             self.statistics.stops += 1;
             let stop = stop?;
             registers = mirror.process.registers()?;
+            mirror.id = registers.eflags & rflags::ID;
             let strange = is_strange(&registers);
             match stop {
                 Stop::Sent => break Next::Kicked,

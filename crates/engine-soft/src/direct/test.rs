@@ -500,6 +500,25 @@ fn few_pages_in_many_places_do_not_fill_the_books() {
     }
 }
 
+#[test]
+fn the_id_flag_is_each_programs_own() {
+    // pushfq; xor dword [rsp], 1 << 21; popfq
+    let toggle = [0x9c, 0x81, 0x34, 0x24, 0, 0, 0x20, 0, 0x9d];
+    let mut guest = Guest::new(&program(&[&toggle, &SYSCALL, &toggle, &SYSCALL]));
+    guest.runs_to(9);
+    assert_ne!(guest.core.state.rflags & rflags::ID, 0);
+    // Another program's turn, which has not set it: not in this process.
+    guest.core.state.rip = CODE;
+    guest.core.state.rflags &= !rflags::ID;
+    assert_eq!(guest.run(), Next::Translate);
+    assert_eq!((guest.core.state.rip, guest.core.state.rflags & rflags::ID), (CODE, 0));
+    // The first one goes on.
+    guest.core.state.rip = CODE + 11;
+    guest.core.state.rflags |= rflags::ID;
+    guest.runs_to(20);
+    assert_eq!(guest.core.state.rflags & rflags::ID, 0);
+}
+
 /// What a guest may try: each attempt must end as a stop, with nothing of ours changed.
 #[test]
 fn attacks_on_our_pages_end_as_faults() {

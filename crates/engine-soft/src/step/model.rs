@@ -33,7 +33,12 @@ enum Refused {
 impl Core {
     /// The guest's TSC now.
     pub fn tsc(&self) -> u64 {
-        self.ticks().wrapping_add(self.state.tsc_offset)
+        self.tsc_at(host_tsc())
+    }
+
+    /// The guest's TSC when the host's is that.
+    pub(crate) fn tsc_at(&self, host: u64) -> u64 {
+        host.checked_div(self.state.tsc_divisor).unwrap_or(0).wrapping_add(self.state.tsc_offset)
     }
 
     /// What the guest's TSC is an offset from.
