@@ -25,6 +25,7 @@ mod system;
 mod template;
 mod thunk;
 pub(crate) mod visit;
+mod ways;
 
 use crate::access::room_in_page;
 use crate::cpu_core::{Core, attention};
@@ -41,6 +42,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use store::{Note, NumberMap, Store, Write};
 use template::Templates;
+use ways::Ways;
 
 pub(crate) use block::{INSTRUCTIONS_MAX, passed};
 pub(crate) use template::must_align;
@@ -117,6 +119,8 @@ pub struct Translator {
     store: Store,
     /// The MMU's generations for which bridges lead somewhere, of the supervisor and by the user's address space.
     generations: [[u64; 2]; 1 + SPACES],
+    /// Where code runs, since then.
+    ways: Ways,
     /// What the salts were made for, by privilege class: generation and mode.
     salted: [Option<([u64; 2], u8)>; 2],
     /// The jump cache knows supervisor code that a load of CR3 may unmap, of this MMU generation.
@@ -160,6 +164,7 @@ impl Translator {
             bytes: Box::new([0; 4096 + block::INSTRUCTION_BYTES]),
             store: Store::default(),
             generations: [[u64::MAX; 2]; 1 + SPACES],
+            ways: Ways::default(),
             salted: [None; 2],
             local: None,
             locals: 0,
@@ -318,6 +323,7 @@ impl Translator {
                 && *known != generation
             {
                 *known = generation;
+                self.ways.forget(array);
                 self.store.close(array, &self.cache, &mut state.linkage);
             }
         }
@@ -465,8 +471,8 @@ impl Translator {
         }
         let flushes = self.statistics.cache_flushes;
         let to = self.find(core, mode)?;
-        if flushes == self.statistics.cache_flushes {
-            let array = if mode.user { 1 + core.state.space } else { 0 };
+        let array = if mode.user { 1 + core.state.space } else { 0 };
+        if flushes == self.statistics.cache_flushes && !self.ways.several(array) {
             let linkage = &mut core.state.linkage;
             let number = self.store.bridge(class, note, &mut self.cache, linkage, |number| {
                 let mut out = Emitter::default();
@@ -490,6 +496,10 @@ impl Translator {
             None => self.translate(core, walk.physical, None, mode)?,
         };
         self.fetched(core, rip, &walk, mode);
+        let array = if mode.user { 1 + core.state.space } else { 0 };
+        if self.ways.seen(array, walk.physical & PAGE_MASK, rip & PAGE_MASK) {
+            self.store.close(array, &self.cache, &mut core.state.linkage);
+        }
         if self.store.get(number).is_some_and(|block| block.crosses()) {
             let next = (rip | !PAGE_MASK).wrapping_add(1);
             if !Mmu::canonical(next) {

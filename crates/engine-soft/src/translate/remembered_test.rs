@@ -78,6 +78,27 @@ fn addresses_that_are_none_are_for_the_single_step_tier() {
     }
 }
 
+/// As of a library that is there twice, of which one copy was changed.
+#[test]
+fn a_page_at_two_addresses_leads_to_what_is_behind_each() {
+    let mut machine = Machine::new(load);
+    machine.map(MAPPED, DATA | PRESENT_WRITE);
+    // One page at two addresses, and behind it another page at each.
+    for (index, page) in [(1, DATA + 0x1000), (16, DATA), (17, DATA + 0x2000)] {
+        machine.core.mmu.memory.write(0x6000 + index * 8, &(page | PRESENT_WRITE).to_le_bytes()).unwrap();
+    }
+    // nop and jmp +0; mov eax, N; hlt
+    machine.core.mmu.memory.write(DATA + 0xffd, &[0x90, 0xeb, 0]).unwrap();
+    for copy in [1, 2] {
+        machine.core.mmu.memory.write(DATA + u64::from(copy) * 0x1000, &[0xb8, copy, 0, 0, 0, 0xf4]).unwrap();
+    }
+    for copy in [1, 1, 1, 2, 2, 1, 2, 1] {
+        machine.core.state.rip = MAPPED + (copy - 1) * 0x1_0000 + 0xffd;
+        assert_eq!(machine.translator.run(&mut machine.core), Outcome::Step);
+        assert_eq!(machine.core.state.gpr[0], copy);
+    }
+}
+
 guest!(store: "mov [rbx], rax");
 
 #[test]
