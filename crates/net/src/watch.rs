@@ -13,8 +13,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// Bytes that wait for somebody who looks.
-const BUFFER_MAX: usize = 8 << 20;
 /// The most who look at a time.
 const VIEWS_MAX: usize = 8;
 
@@ -30,15 +28,8 @@ pub enum Error {
 }
 
 #[derive(Debug)]
-struct Seen {
-    file: Pcapng,
-    frames: u64,
-    missed: u64,
-}
-
-#[derive(Debug)]
 struct Shared {
-    seen: Mutex<Seen>,
+    seen: Mutex<Pcapng>,
     more: Condvar,
 }
 
@@ -71,8 +62,7 @@ impl Watch {
         }
         let mut file = Pcapng::new(snap);
         cards.iter().for_each(|name| file.interface(name));
-        let seen = Mutex::new(Seen { file, frames: 0, missed: 0 });
-        let shared = Arc::new(Shared { seen, more: Condvar::new() });
+        let shared = Arc::new(Shared { seen: Mutex::new(file), more: Condvar::new() });
         let mut views = lock(&self.views);
         if views.len() >= VIEWS_MAX {
             return Err(Error::Busy);
@@ -92,13 +82,7 @@ impl Watch {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let at = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
         for shared in lock(&self.views).iter() {
-            let mut seen = lock(&shared.seen);
-            if seen.file.bytes().len() > BUFFER_MAX {
-                seen.missed = seen.missed.wrapping_add(1);
-                continue;
-            }
-            seen.file.frame(card, at, direction, [frame, &[], &[]], None);
-            seen.frames = seen.frames.wrapping_add(1);
+            lock(&shared.seen).frame(card, at, direction, [frame, &[], &[]], None);
             shared.more.notify_one();
         }
     }
@@ -114,18 +98,17 @@ pub struct View {
 impl View {
     /// The next bytes of a pcapng file: empty if nothing has passed within `patience`.
     pub fn read(&self, patience: Duration) -> Vec<u8> {
-        let empty = |seen: &mut Seen| seen.file.bytes().is_empty();
+        let empty = |seen: &mut Pcapng| seen.bytes().is_empty();
         let waited = self.shared.more.wait_timeout_while(lock(&self.shared.seen), patience, empty);
         let (mut seen, _) = waited.unwrap_or_else(PoisonError::into_inner);
         let mut bytes = Vec::new();
-        seen.file.take(&mut bytes);
+        seen.take(&mut bytes);
         bytes
     }
 
     /// Frames that were seen, and frames that found no room.
     pub fn counts(&self) -> (u64, u64) {
-        let seen = lock(&self.shared.seen);
-        (seen.frames, seen.missed)
+        lock(&self.shared.seen).counts()
     }
 }
 
@@ -194,6 +177,7 @@ impl<C: Card> Card for Watched<C> {
 mod test {
     use super::*;
     use crate::offload::Offload;
+    use crate::switch::capture::BUFFER_MAX;
 
     /// Sends one frame each time, and takes one of two.
     struct Half;

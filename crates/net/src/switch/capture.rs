@@ -6,13 +6,14 @@ use super::reason::{NAMES, Reason};
 use super::table::PortNumber;
 
 /// Bytes that wait for a reader.
-const BUFFER_MAX: usize = 8 << 20;
+pub(crate) const BUFFER_MAX: usize = 8 << 20;
 /// Bytes of a frame, unless said otherwise.
 pub const SNAP_DEFAULT: u32 = 65_535 + 22;
 
 mod block {
     pub const SECTION: u32 = 0x0a0d_0d0a;
     pub const INTERFACE: u32 = 1;
+    pub const STATISTICS: u32 = 5;
     pub const PACKET: u32 = 6;
     pub const BYTE_ORDER: u32 = 0x1a2b_3c4d;
 }
@@ -24,6 +25,7 @@ mod option {
     pub const INTERFACE_NAME: u16 = 2;
     pub const TIME_RESOLUTION: u16 = 9;
     pub const PACKET_FLAGS: u16 = 2;
+    pub const INTERFACE_DROPPED: u16 = 5;
 }
 
 const LINK_ETHERNET: u16 = 1;
@@ -57,11 +59,26 @@ fn add_block(kind: u32, body: &[u8], to: &mut Vec<u8>) {
     to.extend(len);
 }
 
-/// A pcapng file that is being written.
+/// Frames of an interface that found no room, because nobody took the others.
+#[derive(Debug, Clone, Copy, Default)]
+struct Missed {
+    count: u64,
+    /// When there was the last that the file does not know of.
+    untold: Option<u64>,
+}
+
+/// Where a block belongs: an interface, and a moment.
+fn place(interface: u32, at: u64) -> Vec<u8> {
+    [interface.to_le_bytes(), ((at >> 32) as u32).to_le_bytes(), (at as u32).to_le_bytes()].concat()
+}
+
+/// A pcapng file that is being written, and read as it grows.
 #[derive(Debug)]
 pub struct Pcapng {
     bytes: Vec<u8>,
     snap: u32,
+    interfaces: Vec<Missed>,
+    frames: u64,
 }
 
 impl Pcapng {
@@ -75,7 +92,7 @@ impl Pcapng {
         add_option(option::END, &[], &mut body);
         let mut bytes = Vec::new();
         add_block(block::SECTION, &body, &mut bytes);
-        Self { bytes, snap }
+        Self { bytes, snap, interfaces: Vec::new(), frames: 0 }
     }
 
     /// Declares the next interface; they are numbered from 0.
@@ -88,9 +105,10 @@ impl Pcapng {
         add_option(option::TIME_RESOLUTION, &[9], &mut body);
         add_option(option::END, &[], &mut body);
         add_block(block::INTERFACE, &body, &mut self.bytes);
+        self.interfaces.push(Missed::default());
     }
 
-    /// Adds a frame of an interface, at so many nanoseconds since 1970.
+    /// Adds a frame of an interface, at so many nanoseconds since 1970, if there is room.
     pub fn frame(
         &mut self,
         interface: u32,
@@ -99,12 +117,17 @@ impl Pcapng {
         parts: [&[u8]; 3],
         comment: Option<&str>,
     ) {
+        if self.bytes.len() > BUFFER_MAX {
+            if let Some(missed) = self.interfaces.get_mut(interface as usize) {
+                *missed = Missed { count: missed.count.wrapping_add(1), untold: Some(at) };
+            }
+            return;
+        }
+        self.frames = self.frames.wrapping_add(1);
         let len = parts.iter().fold(0usize, |sum, part| sum.saturating_add(part.len()));
         let mut data = parts.concat();
         data.truncate(self.snap as usize);
-        let mut body = interface.to_le_bytes().to_vec();
-        body.extend(((at >> 32) as u32).to_le_bytes());
-        body.extend((at as u32).to_le_bytes());
+        let mut body = place(interface, at);
         body.extend(u32::try_from(data.len()).unwrap_or(u32::MAX).to_le_bytes());
         body.extend(u32::try_from(len).unwrap_or(u32::MAX).to_le_bytes());
         padded(&data, &mut body);
@@ -122,10 +145,22 @@ impl Pcapng {
         &self.bytes
     }
 
-    /// Moves what nobody has taken yet into an empty place.
+    /// Moves what nobody has taken yet into an empty place. What is missing behind it is said first of what comes next (4.6).
     pub fn take(&mut self, into: &mut Vec<u8>) {
         std::mem::swap(&mut self.bytes, into);
         self.bytes.clear();
+        for (number, missed) in (0u32..).zip(&mut self.interfaces) {
+            let Some(at) = missed.untold.take() else { continue };
+            let mut body = place(number, at);
+            add_option(option::INTERFACE_DROPPED, &missed.count.to_le_bytes(), &mut body);
+            add_option(option::END, &[], &mut body);
+            add_block(block::STATISTICS, &body, &mut self.bytes);
+        }
+    }
+
+    /// Frames in it, and frames that found no room.
+    pub fn counts(&self) -> (u64, u64) {
+        (self.frames, self.interfaces.iter().fold(0, |sum, missed| sum.wrapping_add(missed.count)))
     }
 }
 
@@ -136,10 +171,6 @@ pub struct Capture {
     file: Pcapng,
     /// From the switch's clock to nanoseconds since 1970.
     epoch: u64,
-    /// Frames in it.
-    pub frames: u64,
-    /// Frames that found no room because nobody took the others.
-    pub missed: u64,
 }
 
 impl Capture {
@@ -147,7 +178,7 @@ impl Capture {
     pub fn new(ports: &[(PortNumber, String)], snap: u32, epoch: u64) -> Self {
         let mut file = Pcapng::new(snap);
         ports.iter().for_each(|(_, name)| file.interface(name));
-        Self { ports: ports.iter().map(|(number, _)| *number).collect(), file, epoch, frames: 0, missed: 0 }
+        Self { ports: ports.iter().map(|(number, _)| *number).collect(), file, epoch }
     }
 
     /// Whether it is of a port.
@@ -169,10 +200,6 @@ impl Capture {
         dropped: Option<Reason>,
     ) {
         let Some(interface) = self.ports.iter().position(|number| *number == port) else { return };
-        if self.file.bytes().len() > BUFFER_MAX {
-            self.missed = self.missed.wrapping_add(1);
-            return;
-        }
         // Inside the switch tags are apart from frames; who looks wants to see them.
         let (macs, rest) = frame.bytes.split_at(frame.bytes.len().min(12));
         let control = frame.vlan & 0xfff | u16::from(frame.priority) << 13;
@@ -183,11 +210,62 @@ impl Capture {
         let at = self.epoch.saturating_add(frame.since);
         let interface = u32::try_from(interface).unwrap_or(0);
         self.file.frame(interface, at, direction, [macs, tag, rest], comment.as_deref());
-        self.frames = self.frames.wrapping_add(1);
+    }
+
+    /// For people.
+    pub fn inspect(&self) -> serde_json::Value {
+        let (frames, missed) = self.file.counts();
+        serde_json::json!({ "frames": frames, "missed": missed })
     }
 
     /// What there is to be read.
     pub fn file(&mut self) -> &mut Pcapng {
         &mut self.file
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    /// Kinds of blocks, with their bodies.
+    fn blocks(bytes: &[u8]) -> Vec<(u32, &[u8])> {
+        let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
+        let (mut list, mut at) = (Vec::new(), 0);
+        while at < bytes.len() {
+            let len = word(at + 4) as usize;
+            list.push((word(at), &bytes[at + 8..at + len - 4]));
+            at += len;
+        }
+        list
+    }
+
+    #[test]
+    fn what_is_missing_is_said() {
+        let mut file = Pcapng::new(SNAP_DEFAULT);
+        ["a", "b"].into_iter().for_each(|name| file.interface(name));
+        let mut bytes = Vec::new();
+        file.take(&mut bytes);
+        assert!(file.bytes().is_empty(), "nothing is missing");
+        let frame = vec![7; 60_000];
+        let mut add = |file: &mut Pcapng, at| file.frame(1, at, Direction::In, [&frame, &[], &[]], None);
+        (0..150).for_each(|at| add(&mut file, 5 << 32 | at));
+        let (frames, missed) = file.counts();
+        assert_eq!((frames, missed), (140, 10));
+        let mut bytes = Vec::new();
+        file.take(&mut bytes);
+        assert!(blocks(&bytes).iter().all(|(kind, _)| *kind == block::PACKET));
+        add(&mut file, 6 << 32);
+        let mut bytes = Vec::new();
+        file.take(&mut bytes);
+        let list = blocks(&bytes);
+        assert_eq!(
+            list.iter().map(|(kind, _)| *kind).collect::<Vec<_>>(),
+            [block::STATISTICS, block::PACKET]
+        );
+        let said =
+            [&1u32.to_le_bytes()[..], &5u32.to_le_bytes(), &149u32.to_le_bytes(), &[5, 0, 8, 0, 10]].concat();
+        assert_eq!(list[0].1[..said.len()], said);
+        assert!(file.bytes().is_empty(), "once");
     }
 }

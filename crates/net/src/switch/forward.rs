@@ -769,7 +769,7 @@ impl Switch {
     pub fn inspect(&self) -> serde_json::Value {
         let ports: Vec<_> = self.ports().map(Port::inspect).collect();
         let (limits, groups) = self.inspect_groups();
-        serde_json::json!({ "ports": ports, "addresses": self.table.count(), "captures": self.captures.len(),
+        serde_json::json!({ "ports": ports, "addresses": self.table.count(), "captures": self.captures.iter().map(Capture::inspect).collect::<Vec<_>>(),
             "limits": limits, "groups": groups })
     }
 }

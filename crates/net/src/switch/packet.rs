@@ -135,6 +135,7 @@ impl Packet {
 
     /// A frame of which all is known.
     pub fn set(&mut self, offload: Offload, frame: &[u8]) -> Result<(), Reason> {
+        (self.vlan, self.priority) = (0, 0);
         self.start = FRONT;
         self.len = frame.len();
         self.head = self.len.min(HEAD_MAX);
@@ -154,6 +155,8 @@ impl Packet {
     /// Reads header and first bytes of a chain of `total` bytes.
     #[inline]
     fn load(&mut self, memory: &Memory, segments: &[Segment], total: u32) -> Result<(), Reason> {
+        // Those of the frame that was here before are not its own: not even for who only sees why it is dropped.
+        (self.vlan, self.priority) = (0, 0);
         self.start = FRONT;
         let total = total as usize;
         let want = total.min(HEADER_LEN + HEAD_MAX);

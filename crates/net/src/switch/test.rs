@@ -685,6 +685,28 @@ fn ports_stay_for_who_comes_again() {
     assert!(control::ask(&switch.path, &Request::RemovePort { name: "vmm".to_owned() }).is_err());
 }
 
+/// Not with what was before it in the same place.
+#[test]
+fn refused_frames_are_captured_as_they_came() {
+    use std::io::Read;
+    let switch = Running::new();
+    let mut up = switch.guest("up", trunk("6", None));
+    let mut a = switch.guest("a", access(5));
+    let request = Request::Capture { ports: vec!["a".to_owned()], snap: 96 };
+    let (_, mut file) = control::open(&switch.path, &request).unwrap();
+    file.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    up.send(&tagged(ALL, MAC_C, 7 << 13 | 6, b"somebody's"));
+    let refused = tagged(ALL, MAC_A, 9, b"a tag of another VLAN");
+    a.send(&refused);
+    let (mut bytes, mut chunk) = (Vec::<u8>::new(), [0; 4096]);
+    while !bytes.windows(13).any(|part| part == b"dropped: vlan") {
+        let count = file.read(&mut chunk).unwrap();
+        assert!(count > 0);
+        bytes.extend(&chunk[..count]);
+    }
+    assert!(bytes.windows(refused.len()).any(|part| part == refused));
+}
+
 #[test]
 fn captures_are_pcapng() {
     use std::io::Read;
