@@ -10,6 +10,15 @@ fn check(result: libc::ssize_t) -> io::Result<usize> {
     usize::try_from(result).map_err(|_| io::Error::last_os_error())
 }
 
+/// How often this thread has gone to sleep of its own accord: not because it was kept from its CPU.
+pub fn times_slept() -> i64 {
+    // SAFETY: all zeroes are valid for this plain C structure.
+    let mut usage: libc::rusage = unsafe { zeroed() };
+    // SAFETY: the kernel writes one such structure to the address of one, which lives over the call.
+    unsafe { libc::getrusage(libc::RUSAGE_THREAD, &raw mut usage) };
+    usage.ru_nvcsw
+}
+
 /// Sets an option whose value is an `int`.
 pub fn set_option(socket: impl AsFd, level: i32, name: i32, value: i32) -> io::Result<()> {
     let fd = socket.as_fd().as_raw_fd();

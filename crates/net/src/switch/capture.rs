@@ -248,7 +248,7 @@ mod test {
         file.take(&mut bytes);
         assert!(file.bytes().is_empty(), "nothing is missing");
         let frame = vec![7; 60_000];
-        let mut add = |file: &mut Pcapng, at| file.frame(1, at, Direction::In, [&frame, &[], &[]], None);
+        let add = |file: &mut Pcapng, at| file.frame(1, at, Direction::In, [&frame, &[], &[]], None);
         (0..150).for_each(|at| add(&mut file, 5 << 32 | at));
         let (frames, missed) = file.counts();
         assert_eq!((frames, missed), (140, 10));

@@ -10,6 +10,7 @@ use super::message::{
     Body, Header, NO_FILE, PROTOCOL_FEATURES, VringAddresses, flag, protocol_feature, request,
 };
 use super::ring::{self, Places, Ring};
+use crate::sys;
 use rustix::io::Errno;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -76,22 +77,39 @@ pub struct Queue {
 struct Waited {
     since: Option<Instant>,
     all: Duration,
+    count: u32,
+    /// Until then each write is looked at: after one that took long, and from the beginning.
+    looks_until: Option<Instant>,
 }
 
 impl Waited {
-    /// The most in a period: a thread that gets no CPU may be slow, too.
+    /// The most in a period, unless it was one wait: who is stopped by a signal, and goes on, has slept as well.
     const MOST: Duration = Duration::from_millis(500);
     const PERIOD: Duration = Duration::from_secs(10);
     /// What is not worth counting.
     const LITTLE: Duration = Duration::from_millis(5);
 
-    /// Answers whether that is too long.
+    /// Whether the write that begins now is to be looked at.
+    fn looks(&mut self, begin: Instant) -> bool {
+        let until = self.looks_until.or_else(|| begin.checked_add(Self::PERIOD));
+        self.looks_until = until;
+        until.is_some_and(|until| begin < until)
+    }
+
+    /// A write has taken long. `slept`: whether the thread has slept in it, if that was looked at; without, it was only kept from its CPU,
+    /// as a quota does it. Answers whether that is too long.
+    fn judge(&mut self, begin: Instant, took: Duration, slept: Option<bool>) -> bool {
+        self.looks_until = begin.checked_add(took.saturating_add(Self::PERIOD));
+        slept == Some(true) && self.add(begin, took)
+    }
+
     fn add(&mut self, begin: Instant, took: Duration) -> bool {
         if self.since.is_none_or(|since| begin.saturating_duration_since(since) > Self::PERIOD) {
-            (self.since, self.all) = (Some(begin), Duration::ZERO);
+            (self.since, self.all, self.count) = (Some(begin), Duration::ZERO, 0);
         }
         self.all = self.all.saturating_add(took);
-        self.all > Self::MOST
+        self.count = self.count.saturating_add(1);
+        self.all > Self::MOST && self.count > 1
     }
 }
 
@@ -133,11 +151,13 @@ impl Queue {
     pub fn call(&mut self) -> Result<(), ring::Error> {
         let Some(call) = &self.call else { return Ok(()) };
         let begin = Instant::now();
+        let waited = || self.waited.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = waited().looks(begin).then(sys::times_slept);
         // If the count is at its end it is readable anyway. An interruption says that the write has waited, and for long.
         let result = rustix::io::write(call, &1u64.to_ne_bytes());
         let took = begin.elapsed();
-        let waited = || self.waited.lock().unwrap_or_else(PoisonError::into_inner).add(begin, took);
-        if took >= Waited::LITTLE && waited() || result == Err(Errno::INTR) {
+        let slept = || before.map(|before| sys::times_slept() != before);
+        if took >= Waited::LITTLE && waited().judge(begin, took, slept()) || result == Err(Errno::INTR) {
             self.fail(ring::Error::Call);
             return Err(ring::Error::Call);
         }
@@ -514,5 +534,41 @@ mod test {
         assert_eq!(most, [false, false, false, true]);
         let later = begin + Waited::PERIOD + Duration::from_secs(1);
         assert!(!backend.queues[0].waited.lock().unwrap().add(later, Waited::MOST));
+    }
+    #[test]
+    fn who_is_kept_from_its_cpu_was_not_made_to_wait() {
+        let (mut waited, begin) = (Waited::default(), Instant::now());
+        let long = Duration::from_secs(1);
+        let at = |seconds| begin + Duration::from_secs(seconds);
+        assert!(waited.looks(begin));
+        assert!((0..9).all(|second| !waited.judge(at(second), long, Some(false))));
+        // Stopped and continued, once.
+        assert!(!waited.judge(at(9), long, Some(true)));
+        assert!(waited.judge(at(10), Waited::LITTLE, Some(true)));
+        // Where nothing is slow nobody looks, until something is.
+        assert!(waited.looks(at(20)) && !waited.looks(at(22)));
+        assert!(!waited.judge(at(30), long, None) && waited.looks(at(31)));
+    }
+
+    #[test]
+    fn who_makes_others_wait_is_found() {
+        let full = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap();
+        let reader = full.try_clone().unwrap();
+        let mut queue = Queue { call: Some(full.try_clone().unwrap()), ..Queue::default() };
+        assert_eq!(queue.call(), Ok(()));
+        let mut round = || {
+            rustix::io::read(&reader, &mut [0; 8]).unwrap();
+            rustix::io::write(&full, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+            let other = reader.try_clone().unwrap();
+            let reads = std::thread::spawn(move || {
+                std::thread::sleep(Duration::from_millis(300));
+                rustix::io::read(&other, &mut [0; 8]).unwrap();
+            });
+            let result = queue.call();
+            reads.join().unwrap();
+            result
+        };
+        assert_eq!(round(), Ok(()));
+        assert_eq!(round(), Err(ring::Error::Call));
     }
 }
