@@ -5,7 +5,7 @@
 use crate::port::Port;
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::Write;
+use std::io::{Seek, Write};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -66,6 +66,13 @@ impl Console {
         }
     }
 
+    /// What the guest has printed lately, and everything from now on, of which nothing is in the former.
+    pub fn attach_with_past(&self) -> (Vec<u8>, Receiver<Vec<u8>>) {
+        let mut shared = self.lock();
+        let past = shared.past.iter().copied().collect();
+        (past, shared.attach())
+    }
+
     /// What the guest has printed lately.
     pub fn past(&self) -> Vec<u8> {
         self.lock().past.iter().copied().collect()
@@ -86,12 +93,7 @@ impl Console {
 
     /// Everything printed from now on. A viewer that does not keep up loses output; the channel closes with the machine.
     pub fn attach(&self) -> Receiver<Vec<u8>> {
-        let (sender, receiver) = sync_channel(VIEWER_CHUNKS);
-        let mut shared = self.lock();
-        if !shared.closed {
-            shared.viewers.push(sender);
-        }
-        receiver
+        self.lock().attach()
     }
 
     /// Types bytes, waiting up to `timeout` for each piece to be taken; answers how many were.
@@ -108,6 +110,14 @@ impl Console {
 }
 
 impl Shared {
+    fn attach(&mut self) -> Receiver<Vec<u8>> {
+        let (sender, receiver) = sync_channel(VIEWER_CHUNKS);
+        if !self.closed {
+            self.viewers.push(sender);
+        }
+        receiver
+    }
+
     fn take(&mut self, bytes: &[u8]) {
         if bytes.is_empty() {
             return;
@@ -125,13 +135,35 @@ impl Shared {
         if self.logged > LOG_MAX
             && let Some(log) = &mut self.log
         {
-            let restarted = log.set_len(0).and_then(|()| log.write_all(b"[earlier output dropped]\n"));
-            let _ = restarted;
+            // Where it is written next is the file's own affair: cutting it off does not move that.
+            let restarted = log.set_len(0).and_then(|()| log.rewind());
+            if restarted.and_then(|()| log.write_all(b"[earlier output dropped]\n")).is_err() {
+                self.log = None;
+            }
             self.logged = 0;
         }
         self.viewers.retain(|viewer| match viewer.try_send(bytes.to_vec()) {
             Ok(()) | Err(TrySendError::Full(_)) => true,
             Err(TrySendError::Disconnected(_)) => false,
         });
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn a_log_that_has_grown_too_long_starts_over() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("console.log");
+        let log = Some(File::create(&path).unwrap());
+        let mut shared = Shared { past: VecDeque::new(), viewers: Vec::new(), log, logged: 0, closed: false };
+        let lines = [b'x'; 1 << 20];
+        for _ in 0..=LOG_MAX >> 20 {
+            shared.take(&lines);
+        }
+        shared.take(b"end\n");
+        assert_eq!(std::fs::read(&path).unwrap(), b"[earlier output dropped]\nend\n");
     }
 }
