@@ -8,7 +8,7 @@ use crate::buses::{Buses, DEVICES_MAX, FUNCTIONS_MAX};
 use crate::clock::Clock;
 use crate::config::MachineConfig;
 use crate::lifecycle::{Lifecycle, Outcome};
-use crate::panic_watch::{PanicWatch, WatchedUart};
+use crate::panic_watch::{PanicWatch, WatchedPort, WatchedUart};
 use crate::port::{Port, Wake};
 use crate::timers::Timers;
 use chipset::ioapic::{IoApic, PINS};
@@ -179,7 +179,7 @@ impl Board {
                 (Space::Mmio, at::ECAM.base, at::ECAM.len, Host::ECAM),
             ],
         )?;
-        let panic = shared(pvpanic(&parts.lifecycle));
+        let panic = shared(WatchedPort::new(pvpanic(&parts.lifecycle), resets.watch.clone()));
         put(&mut buses, panic, &[(Space::Port, at::PVPANIC, PvPanic::LEN, 0)])?;
         let mut description = at::Board::pc(parts.config.cpus);
         description.serial = vec![at::COM1];

@@ -3,10 +3,12 @@
 //! pvpanic says it better, but its driver is a module in stock kernels. Linux prints three lines that matter
 //! (`kernel/panic.c`, `kernel/reboot.c`): that it panicked; at the very end, if it will never restart, an end marker;
 //! and before an orderly restart, that it restarts. A log shown on the console has these lines too, so the marker
-//! counts only if nothing follows it, and a panic only if the machine then resets without saying so.
+//! counts only if nothing follows it and the kernel has no pvpanic driver (which looks at the port when it comes), and a panic only if the
+//! machine then resets without saying so.
 //!
-//! Lock order: this device's lock, then the UART's.
+//! Lock order: a device's lock, then the UART's or the watch's.
 
+use chipset::pvpanic::PvPanic;
 use chipset::uart16550::Uart16550;
 use device::{Access, Device, VmTime};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -29,6 +31,8 @@ struct Reader {
     restarting: bool,
     /// When the end marker was printed, if nothing came after it.
     silent_since: Option<VmTime>,
+    /// The kernel's pvpanic driver is there: it says so itself when it panics, before it prints the end marker.
+    tells_itself: bool,
 }
 
 impl Reader {
@@ -44,8 +48,8 @@ impl Reader {
         }
         let says = |what: &[u8]| self.line.windows(what.len()).any(|part| part == what);
         if says(END_MARKER) {
-            // Linux has said that it panics before.
-            if self.panicked {
+            // Linux has said that it panics before. Of one that tells itself and has not, these are somebody else's words.
+            if self.panicked && !self.tells_itself {
                 self.silent_since = Some(now);
             }
         } else if says(PANIC) {
@@ -96,6 +100,42 @@ impl WatchedUart {
 
     fn uart(&self) -> MutexGuard<'_, Uart16550> {
         self.uart.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A pvpanic port at which one sees whether the guest's kernel knows it.
+pub(crate) struct WatchedPort {
+    port: PvPanic,
+    watch: PanicWatch,
+}
+
+impl WatchedPort {
+    pub(crate) fn new(port: PvPanic, watch: PanicWatch) -> Self {
+        Self { port, watch }
+    }
+}
+
+impl Device for WatchedPort {
+    fn name(&self) -> &'static str {
+        self.port.name()
+    }
+
+    fn read(&mut self, access: Access, now: VmTime) -> u64 {
+        self.watch.lock().tells_itself = true;
+        self.port.read(access, now)
+    }
+
+    fn write(&mut self, access: Access, value: u64, now: VmTime) {
+        self.port.write(access, value, now);
+    }
+
+    fn reset(&mut self) {
+        self.watch.lock().tells_itself = false;
+        self.port.reset();
+    }
+
+    fn inspect(&self) -> serde_json::Value {
+        self.port.inspect()
     }
 }
 
@@ -189,6 +229,23 @@ mod test {
         guest.uart.tick(deadline);
         assert_eq!(guest.hung.load(Ordering::Relaxed), 1);
         assert_eq!(guest.uart.deadline(), None);
+    }
+
+    #[test]
+    fn a_kernel_that_says_itself_that_it_panicked_is_taken_at_its_word() {
+        let mut guest = guest();
+        let mut port = WatchedPort::new(PvPanic::new(|_| ()), guest.watch.clone());
+        port.read(Access { window: 0, offset: 0, size: 1 }, VmTime(0));
+        let words = "Kernel panic - not syncing: inner\n---[ end Kernel panic - not syncing: inner ]---\n";
+        guest.print(words, 4);
+        assert_eq!(guest.uart.deadline(), None);
+        guest.uart.tick(VmTime(9_000_000_000));
+        assert_eq!(guest.hung.load(Ordering::Relaxed), 0);
+        // Another kernel may not.
+        port.reset();
+        guest.uart.reset();
+        guest.print(words, 4);
+        assert!(guest.uart.deadline().is_some());
     }
 
     #[test]
