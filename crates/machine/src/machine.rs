@@ -348,9 +348,10 @@ impl Machine {
         self.common.lifecycle.end(Outcome::Stopped);
     }
 
-    /// Presses the power button: a guest that listens shuts down.
+    /// Presses the power button: a guest that listens shuts down. One that is paused goes on first, for it hears nothing.
     pub fn power_button(&self) {
         self.expect_off();
+        self.standstill.release();
         board::press(&self.power);
     }
 

@@ -87,6 +87,19 @@ fn what_was_printed_before_the_power_went_is_read_to_the_end() {
 }
 
 #[test]
+fn a_paused_guest_hears_the_power_button() {
+    // Until PWRBTN_STS is set: in ax, dx; test ah, 1; jz.
+    let wait = [port(0x600), vec![0x66, 0xed, 0xf6, 0xc4, 0x01, 0x74, 0xf9]].concat();
+    for engine in engines() {
+        let machine = Guest::new(&[wait.clone(), power_off()].concat()).machine(engine);
+        machine.start().unwrap();
+        assert!(machine.pause());
+        machine.power_button();
+        assert_eq!(machine.wait_timeout(PATIENCE), Some(Outcome::PoweredOff));
+    }
+}
+
+#[test]
 fn a_triple_fault_is_the_guests_own_and_shows_where() {
     for engine in engines() {
         let (_, outcome) = Guest::new(&[0x90, 0x0f, 0x0b]).run(engine);

@@ -333,6 +333,8 @@ impl Guest {
     /// Asks the guest to power off, and insists in the end.
     fn power_off(&self) {
         self.machine.expect_off();
+        // One that is paused hears nothing.
+        self.machine.resume();
         let ask = || {
             let asked = self.agent.as_ref().is_some_and(|agent| agent.poweroff(Poweroff::Orderly).is_ok());
             if !asked {
