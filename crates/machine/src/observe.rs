@@ -66,16 +66,19 @@ impl Machine {
         if rate_hz == 0 || rate_hz > RATE_HZ_MAX || length > PROFILE_MAX {
             return Err(Error::Range { length, rate_hz });
         }
-        let profile = Arc::new(Profile::new(self.linux()));
+        let current = || self.common().profile.lock().unwrap_or_else(PoisonError::into_inner);
         {
-            let mut current = self.common().profile.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut current = current();
             if current.is_some() {
                 return Err(Error::Busy);
             }
-            *current = Some(profile.clone());
+            // Before the kernel is searched, so that one thread does that at a time.
+            *current = Some(Arc::new(Profile::new(None)));
         }
+        let profile = Arc::new(Profile::new(self.linux()));
+        *current() = Some(profile.clone());
         let (began, turns) = self.take_samples(&profile, length, rate_hz);
-        *self.common().profile.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *current() = None;
         let mut told = profile.told();
         if let Some(told) = told.as_object_mut() {
             told.insert("seconds".into(), began.elapsed().as_secs_f64().into());

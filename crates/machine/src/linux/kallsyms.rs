@@ -6,6 +6,12 @@
 //! has a marker; markers lie before the tokens, names and their number before those. Addresses are 32-bit offsets from
 //! a base: before the names up to Linux 6.3, behind the tokens later.
 
+/// Tables that are looked at before it is given up: a real kernel's is found after some hundred, and a guest can put what looks like the
+/// beginning of one everywhere.
+const TABLES_MAX: u32 = 1 << 14;
+/// What a search for the names costs, in tables.
+const NAMES_COST: u32 = 1 << 10;
+
 /// What digits look like in the table of tokens.
 const DIGITS: &[u8] = b"0\x001\x002\x003\x004\x005\x006\x007\x008\x009\x00";
 const TOKENS: usize = 256;
@@ -47,7 +53,7 @@ struct Tokens {
 
 impl Tokens {
     /// Takes the digits at `digits` for those of a table.
-    fn around(image: &[u8], digits: usize) -> Option<Self> {
+    fn around(image: &[u8], digits: usize, left: &mut u32) -> Option<Self> {
         // Forty-eight tokens stand before the digits.
         let (mut zeroes, mut table) = (0usize, digits);
         while zeroes < 48 {
@@ -59,10 +65,11 @@ impl Tokens {
         }
         // The first token begins somewhere before the end that was just met.
         loop {
-            if table & 7 == 0
-                && let Some(tokens) = Self::at(image, table)
-            {
-                return Some(tokens);
+            if table & 7 == 0 {
+                *left = left.checked_sub(1)?;
+                if let Some(tokens) = Self::at(image, table) {
+                    return Some(tokens);
+                }
             }
             table = table.checked_sub(1)?;
             if image.get(table) == Some(&0) && image.get(table.checked_sub(1)?) == Some(&0) {
@@ -163,13 +170,16 @@ fn offsets(image: &[u8], names: usize, count: usize, after: usize) -> Option<(us
 impl Symbols {
     /// Finds the table in what is mapped at `base`.
     pub(super) fn find(base: u64, image: &[u8]) -> Option<Self> {
-        let mut from = 0;
+        let (mut from, mut left) = (0, TABLES_MAX);
         while let Some(at) = position(image, from) {
-            if let Some(tokens) = Tokens::around(image, at)
-                && let Some(symbols) = Self::read(base, image, &tokens)
-            {
-                return Some(symbols);
+            if let Some(tokens) = Tokens::around(image, at, &mut left) {
+                left = left.checked_sub(NAMES_COST)?;
+                if let Some(symbols) = Self::read(base, image, &tokens) {
+                    return Some(symbols);
+                }
             }
+            // What looks for the table's beginning goes over as much of the image, too.
+            left = left.checked_sub(1)?;
             from = at.checked_add(1)?;
         }
         None
@@ -354,5 +364,12 @@ mod test {
             image.truncate(100_000);
             let _ = Symbols::find(BASE, &image);
         }
+    }
+
+    #[test]
+    fn what_looks_like_a_table_everywhere_does_not_keep_us() {
+        let began = std::time::Instant::now();
+        assert!(Symbols::find(BASE, &DIGITS.repeat(1 << 18)).is_none());
+        assert!(began.elapsed() < std::time::Duration::from_secs(10));
     }
 }
