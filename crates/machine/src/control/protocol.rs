@@ -7,8 +7,12 @@
 use serde::{Deserialize, Serialize};
 use std::io::{self, Read, Write};
 
-/// The longest payload, in bytes.
+/// The longest payload of a stream's frame, in bytes.
 pub const PAYLOAD_MAX: usize = 1 << 20;
+/// The longest [`Kind::Request`]: a command line, whose bytes are numbers in JSON.
+const REQUEST_MAX: usize = 16 << 20;
+/// The longest [`Kind::Reply`]: the live tree of a machine with many vCPUs.
+const REPLY_MAX: usize = 64 << 20;
 
 /// What a frame is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,6 +39,15 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// The longest payload, in bytes.
+    fn payload_max(self) -> usize {
+        match self {
+            Self::Request => REQUEST_MAX,
+            Self::Reply => REPLY_MAX,
+            _ => PAYLOAD_MAX,
+        }
+    }
+
     fn of(byte: u8) -> Option<Self> {
         [
             Self::Request,
@@ -133,6 +146,10 @@ pub enum Ended {
 
 /// Writes one frame.
 pub fn write(to: &mut impl Write, kind: Kind, payload: &[u8]) -> io::Result<()> {
+    if payload.len() > kind.payload_max() {
+        let why = format!("{} bytes are too many at once: {} are allowed", payload.len(), kind.payload_max());
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+    }
     let len = u32::try_from(payload.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
     let mut frame = Vec::with_capacity(payload.len().saturating_add(5));
     frame.push(kind as u8);
@@ -155,7 +172,7 @@ pub fn read(from: &mut impl Read) -> io::Result<Option<(Kind, Vec<u8>)>> {
     }
     let [kind, len @ ..] = head;
     let len = u32::from_le_bytes(len) as usize;
-    let kind = Kind::of(kind).filter(|_| len <= PAYLOAD_MAX);
+    let kind = Kind::of(kind).filter(|kind| len <= kind.payload_max());
     let Some(kind) = kind else {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "not a frame of yado's control protocol"));
     };
@@ -186,6 +203,17 @@ mod test {
         );
         assert_eq!(read(&mut from).unwrap(), Some((Kind::Input, vec![])));
         assert_eq!(read(&mut from).unwrap(), None);
+    }
+
+    #[test]
+    fn answers_may_be_long_and_what_is_too_long_is_not_sent() {
+        let mut wire = Vec::new();
+        let reply = Reply::Ok("x".repeat(2 << 20).into());
+        write_json(&mut wire, Kind::Reply, &reply).unwrap();
+        let (kind, payload) = read(&mut wire.as_slice()).unwrap().unwrap();
+        assert_eq!((kind, serde_json::from_slice::<Reply>(&payload).unwrap()), (Kind::Reply, reply));
+        let error = write(&mut wire, Kind::Output, &vec![0; PAYLOAD_MAX + 1]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -247,9 +247,9 @@ fn is_over(stream: &UnixStream) -> bool {
 }
 
 fn console(mut stream: UnixStream, shared: &Shared) -> io::Result<()> {
-    let printed = shared.console.attach();
+    let (past, printed) = shared.console.attach_with_past();
     write_json(&mut stream, Kind::Reply, &Reply::Ok(serde_json::Value::Null))?;
-    write(&mut stream, Kind::Output, &shared.console.past())?;
+    write(&mut stream, Kind::Output, &past)?;
     let mut input = stream.try_clone()?;
     let typed = shared.console.clone();
     let reader = thread::Builder::new().name("control-input".into()).spawn(move || {
@@ -308,9 +308,41 @@ fn command(mut stream: UnixStream, shared: &Shared, request: ExecRequest) -> io:
         }
         let _ = turns.send(Turn::ClientGone);
     })?;
-    let ended = Stdio { stream: &mut stream, command, waiting: VecDeque::new() }.run(&next, shared)?;
+    let command = &command;
+    let ended = thread::scope(|scope| {
+        let (frames, to_write) = channel();
+        let mut output = stream.try_clone()?;
+        let writer = thread::Builder::new().name("control-output".into());
+        writer.spawn_scoped(scope, move || write_frames(&mut output, to_write, command))?;
+        // The writer ends when it has written what this has left.
+        let ended = Stdio { frames, command, waiting: VecDeque::new() }.run(&next, shared);
+        if ended.is_err() {
+            stream.shutdown(Shutdown::Both)?;
+        }
+        ended
+    })?;
     write_json(&mut stream, Kind::Ended, &ended)?;
     stream.shutdown(Shutdown::Both)
+}
+
+/// A frame for the client, and of which of the command's streams it is.
+type Frame = (Kind, Vec<u8>, Option<Stream>);
+
+/// Writes as fast as the client reads. There is never more to write than the windows of the command's streams, and one answer for each
+/// piece of input.
+fn write_frames(to: &mut UnixStream, frames: Receiver<Frame>, command: &Command) {
+    for (kind, bytes, of) in frames {
+        for piece in bytes.chunks(PAYLOAD_MAX) {
+            if write(to, kind, piece).is_err() {
+                return;
+            }
+        }
+        match of {
+            Some(stream) => command.consumed(stream, bytes.len()),
+            None if write(to, kind, &[]).is_err() => return,
+            None => {}
+        }
+    }
 }
 
 fn start(
@@ -339,10 +371,10 @@ fn start(
     agent.exec(exec, listener).map_err(|error: RequestError| error.to_string())
 }
 
-/// One command's standard streams over one connection.
+/// One command's standard streams over one connection. What the client says is heard whether it reads or not.
 struct Stdio<'a> {
-    stream: &'a mut UnixStream,
-    command: Command,
+    frames: Sender<Frame>,
+    command: &'a Command,
     /// Input that the command had no room for; `None` is its end.
     waiting: VecDeque<Option<Vec<u8>>>,
 }
@@ -359,10 +391,8 @@ impl Stdio<'_> {
                 Ok(Turn::Command(Progress::StdinReady)) => self.feed()?,
                 Ok(Turn::Command(Progress::Output(stream, bytes))) => {
                     let kind = if stream == Stream::Stdout { Kind::Output } else { Kind::Error };
-                    for piece in bytes.chunks(PAYLOAD_MAX) {
-                        write(self.stream, kind, piece)?;
-                    }
-                    self.command.consumed(stream, bytes.len());
+                    // A client that is gone says so itself.
+                    let _ = self.frames.send((kind, bytes, Some(stream)));
                 }
                 Ok(Turn::Command(Progress::Exited(code))) => return Ok(Ended::Exited(code)),
                 Ok(Turn::Command(Progress::Failed(failure, why))) => {
@@ -402,7 +432,7 @@ impl Stdio<'_> {
                 self.waiting.push_front(Some(bytes.get(taken..).unwrap_or_default().to_vec()));
                 return Ok(());
             }
-            write(self.stream, Kind::Taken, &[])?;
+            let _ = self.frames.send((Kind::Taken, Vec::new(), None));
         }
         Ok(())
     }
