@@ -9,13 +9,15 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use ureq::tls::{PemItem, RootCerts, TlsConfig};
 use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::{DefaultConnector, NextTimeout};
 
 /// Longest silence of a server before a transfer is given up.
 pub const STALL_MAX: Duration = Duration::from_secs(20);
+/// Bytes a second that a transfer has to bring on average once it has taken so long: one that brings a little now and then would never end.
+const RATE_MIN: u64 = 1000;
 /// Longest name look-up.
 const RESOLVE_MAX: Duration = Duration::from_secs(10);
 /// Tries per file; only failures of the network are tried again.
@@ -79,6 +81,8 @@ pub enum Error {
 pub struct Client {
     agent: ureq::Agent,
     stopped: Arc<AtomicBool>,
+    /// After which [`RATE_MIN`] holds.
+    patience: Duration,
 }
 
 impl Client {
@@ -100,7 +104,8 @@ impl Client {
             .tls_config(TlsConfig::builder().root_certs(root_certificates()).build())
             .build();
         let resolver = OnceResolver { known: Mutex::default(), stopped: Arc::clone(&stopped) };
-        Client { agent: ureq::Agent::with_parts(config, DefaultConnector::default(), resolver), stopped }
+        let agent = ureq::Agent::with_parts(config, DefaultConnector::default(), resolver);
+        Client { agent, stopped, patience: STALL_MAX }
     }
 
     /// Breaks every transfer, now and later.
@@ -172,7 +177,7 @@ impl Client {
         }
         let mut body = response.into_body().into_reader();
         let mut buffer = vec![0; 64 << 10];
-        let mut total = 0u64;
+        let (began, mut total) = (Instant::now(), 0u64);
         loop {
             let count = match body.read(&mut buffer) {
                 Ok(0) => break,
@@ -184,6 +189,10 @@ impl Client {
                 Err(error) => return Err(network(error.to_string())),
             };
             total = total.saturating_add(u64::try_from(count).unwrap_or(u64::MAX));
+            let took = began.elapsed();
+            if took > self.patience && total < took.as_secs().max(1).saturating_mul(RATE_MIN) {
+                return Err(network(format!("the mirror has sent {total} bytes in {} s", took.as_secs())));
+            }
             if total > limit {
                 return Err(Error::TooLarge { url: url.to_owned(), limit });
             }
@@ -279,5 +288,33 @@ impl OnceResolver {
             }
         }
         Err(ureq::Error::Timeout(ureq::Timeout::Resolve))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{BufRead, BufReader};
+    use std::net::TcpListener;
+
+    #[test]
+    fn a_mirror_that_sends_a_byte_now_and_then_is_given_up() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
+            while lines.next().is_some_and(|line| line.is_ok_and(|line| !line.is_empty())) {}
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n");
+            while stream.write_all(b"x").is_ok() {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        });
+        let client = Client { patience: Duration::from_millis(200), ..Client::new(1) };
+        let (mut body, began) = (Vec::new(), Instant::now());
+        let error =
+            client.fetch(&format!("http://{address}/x"), 1_000_000, &mut body, &mut |_| ()).unwrap_err();
+        assert!(matches!(&error, Error::Network { reason, .. } if reason.contains("has sent")), "{error}");
+        assert!(began.elapsed() < Duration::from_secs(5));
     }
 }

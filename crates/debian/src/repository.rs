@@ -142,13 +142,31 @@ impl Reader<'_> {
             found.push((base.clone(), release));
         }
         let security = format!("{codename}-security");
-        for candidate in bases.iter().filter(|candidate| candidate.security || candidate.url != base) {
-            if let Some(release) = self.optional_release(&candidate.url, &security)? {
-                found.push((candidate.url.clone(), release));
-                break;
+        found.extend(self.security_release(bases, &base, &security)?);
+        found.into_iter().map(|(base, release)| self.with_index(base, release)).collect()
+    }
+
+    /// The security suite, which has a place of its own or is with `main` or another base. Those others may be somebody else's altogether:
+    /// what they answer counts only if nobody has the suite.
+    fn security_release(
+        &self,
+        bases: &[Base],
+        main: &str,
+        suite: &str,
+    ) -> Result<Option<(String, Release)>, Error> {
+        let (own, others): (Vec<&Base>, Vec<&Base>) = bases.iter().partition(|base| base.security);
+        let mut refused = None;
+        for base in own.into_iter().chain(others.into_iter().filter(|base| base.url != main)) {
+            match self.optional_release(&base.url, suite) {
+                Ok(Some(release)) => return Ok(Some((base.url.clone(), release))),
+                Ok(None) => {}
+                Err(error) if error.is_stopped() || base.security || self.knows(&base.url, suite) => {
+                    return Err(error);
+                }
+                Err(error) => refused = refused.or(Some(error)),
             }
         }
-        found.into_iter().map(|(base, release)| self.with_index(base, release)).collect()
+        refused.map_or(Ok(None), Err)
     }
 
     /// The wanted suite from the first base that has it.

@@ -46,6 +46,8 @@ const EMBEDDED: [&[u8]; 6] = [
     include_bytes!("../keys/release-bookworm.pgp"),
 ];
 
+/// Signatures of a file that are looked at: Debian signs with three keys or four, and each costs a pass over the text.
+const SIGNATURES_MAX: usize = 16;
 /// Largest keyring file read.
 const KEYRING_BYTES_MAX: u64 = 4 << 20;
 
@@ -116,7 +118,7 @@ impl Keyring {
             CleartextSignedMessage::from_string(text).map_err(|error| Error::Malformed(error.to_string()))?;
         let signed = message.signed_text();
         let mut reasons = Vec::new();
-        for signature in message.signatures() {
+        for signature in message.signatures().iter().take(SIGNATURES_MAX) {
             match self.check(signature, signed.as_bytes(), now) {
                 Ok(()) => return Ok(signed.replace("\r\n", "\n")),
                 Err(reason) => reasons.push(reason),

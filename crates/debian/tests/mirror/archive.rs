@@ -1,6 +1,8 @@
 //! A Debian archive of two packages, signed with a key made for the test.
 
-use pgp::composed::{ArmorOptions, CleartextSignedMessage, KeyType, SecretKeyParamsBuilder, SignedSecretKey};
+use pgp::composed::{
+    ArmorOptions, CleartextSignedMessage, Deserializable, KeyType, SecretKeyParamsBuilder, SignedSecretKey,
+};
 use pgp::types::Password;
 use sha2::{Digest, Sha256};
 use std::io::Write;
@@ -36,6 +38,15 @@ pub fn sign(key: &Key, text: &str) -> Vec<u8> {
     let message =
         CleartextSignedMessage::sign(rand::thread_rng(), text, &key.secret.primary_key, &Password::empty())
             .unwrap();
+    message.to_armored_string(ArmorOptions::default()).unwrap().into_bytes()
+}
+
+/// A text with a signature of another, so often.
+pub fn sign_wrongly(key: &Key, text: &str, times: usize) -> Vec<u8> {
+    let other = String::from_utf8(sign(key, "another text\n")).unwrap();
+    let (other, _) = CleartextSignedMessage::from_string(&other).unwrap();
+    let signature = other.signatures()[0].clone();
+    let message = CleartextSignedMessage::new_many(text, |_| Ok(vec![signature; times])).unwrap();
     message.to_armored_string(ArmorOptions::default()).unwrap().into_bytes()
 }
 

@@ -149,6 +149,34 @@ fn unsigned_and_foreign_releases_are_refused() {
 }
 
 #[test]
+fn thousands_of_signatures_do_not_keep_us() {
+    let bench = Bench::new();
+    let text = bench.archive.release() + &"X-Much: more of this\n".repeat(10_000);
+    bench.mirror.set("/dists/stable/InRelease", Answer::Body(archive::sign_wrongly(key(), &text, 3000)));
+    let start = Instant::now();
+    assert!(bench.failure().contains("does not match the text"));
+    assert!(start.elapsed() < Duration::from_secs(15), "it took {:?}", start.elapsed());
+}
+
+#[test]
+fn somebody_elses_archive_stops_no_build() {
+    let bench = Bench::new();
+    let (other, security) = (Mirror::start(), Mirror::start());
+    other.set("/dists/inn-security/InRelease", Answer::Status(401));
+    let release = bench.archive.release().replace("Codename: inn", "Codename: inn-security");
+    let mut request = bench.request();
+    request.mirrors = vec![bench.mirror.url(), other.url()];
+    let build = |request: &Request| build(request, &mut Silent, &AtomicBool::new(false));
+    let message = build(&request).unwrap_err().to_string();
+    assert!(message.contains("HTTP 401"), "nobody has it, and one may: {message}");
+    security.set("/dists/inn-security/InRelease", Answer::Body(sign(key(), &release)));
+    let index = "/dists/inn-security/main/binary-amd64/Packages.xz";
+    security.set(index, Answer::Body(bench.archive.index()));
+    request.mirrors.push(security.url());
+    build(&request).unwrap();
+}
+
+#[test]
 fn stale_and_rolled_back_releases_are_refused() {
     let mut bench = Bench::new();
     bench.archive.valid_until = Some("Thu, 02 Jan 2020 00:00:00 UTC".to_owned());
