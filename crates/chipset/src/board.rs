@@ -70,9 +70,20 @@ pub const ECAM: Window = Window { base: 0xe000_0000, len: 0x10_0000 };
 pub const IOAPIC: u64 = 0xfec0_0000;
 /// Local APICs.
 pub const LOCAL_APIC: u64 = 0xfee0_0000;
-/// Memory BARs above 4 GiB, below the 512 GiB that 39 physical address bits reach. A guest with RAM up here needs
-/// another window.
+/// Memory BARs above 4 GiB, below the 512 GiB that 39 physical address bits reach, of a guest whose RAM does not ([`mmio64`]).
 pub const MMIO64: Window = Window { base: 0x40_0000_0000, len: 0x40_0000_0000 };
+
+/// Memory BARs above 4 GiB and all RAM, which ends at `ram_end`, as far as so many bits of an address reach; `None` if there is no room.
+pub fn mmio64(ram_end: u64, physical_address_bits: u8) -> Option<Window> {
+    const GIB: u64 = 1 << 30;
+    if ram_end <= MMIO64.base {
+        return Some(MMIO64);
+    }
+    let base = ram_end.checked_next_multiple_of(GIB)?;
+    let reach = 1u64.checked_shl(physical_address_bits.into()).unwrap_or(u64::MAX);
+    let len = reach.checked_sub(base)?.min(MMIO64.len);
+    (len >= GIB).then_some(Window { base, len })
+}
 
 /// The 8254's GSI: ISA interrupt 0 is on pin 2.
 pub const PIT_GSI: u8 = 2;
@@ -144,5 +155,20 @@ impl Board {
             mmio64: MMIO64,
             nodes: Vec::new(),
         }
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn the_window_of_large_bars_is_beyond_all_ram() {
+        const GIB: u64 = 1 << 30;
+        assert_eq!(mmio64(4 * GIB, 39), Some(MMIO64));
+        assert_eq!(mmio64(256 * GIB, 39), Some(MMIO64));
+        assert_eq!(mmio64(301 * GIB - 1, 39), Some(Window { base: 301 * GIB, len: 211 * GIB }));
+        assert_eq!(mmio64(301 * GIB, 46), Some(Window { base: 301 * GIB, len: MMIO64.len }));
+        assert_eq!((mmio64(512 * GIB, 39), mmio64(u64::MAX, 64)), (None, None));
     }
 }

@@ -13,7 +13,7 @@ use crate::port::{Port, Wake};
 use crate::timers::Timers;
 use chipset::ioapic::{IoApic, PINS};
 use chipset::local_apic::{ApicConfig, Apics, LocalApic};
-use chipset::pci::Host;
+use chipset::pci::{Host, Window};
 use chipset::pic8259::Pic8259;
 use chipset::pit8254::Pit8254;
 use chipset::power::{Power, PowerEvent, PowerSink};
@@ -84,6 +84,8 @@ pub(crate) struct Parts<'a> {
     pub(crate) lifecycle: Arc<Lifecycle>,
     pub(crate) tsc_hz: u64,
     pub(crate) physical_address_bits: u8,
+    /// Where large BARs are.
+    pub(crate) mmio64: Window,
     /// Makes a vCPU look at its APIC.
     pub(crate) wake: Wakes,
     /// The engine's own local APICs, if it has them: then the board has none.
@@ -181,7 +183,7 @@ impl Board {
         )?;
         let panic = shared(WatchedPort::new(pvpanic(&parts.lifecycle), resets.watch.clone()));
         put(&mut buses, panic, &[(Space::Port, at::PVPANIC, PvPanic::LEN, 0)])?;
-        let mut description = at::Board::pc(parts.config.cpus);
+        let mut description = at::Board { mmio64: parts.mmio64, ..at::Board::pc(parts.config.cpus) };
         description.serial = vec![at::COM1];
         description.nodes = parts.nodes.to_vec();
         if parts.config.test_devices {

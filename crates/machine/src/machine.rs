@@ -64,6 +64,16 @@ pub enum Error {
         /// Bytes of the host.
         host: u64,
     },
+    /// More memory than an address reaches.
+    #[error(
+        "RAM up to {end:#x} and the devices above it are more than the {bits} address bits of this CPU reach; use a smaller --memory"
+    )]
+    BeyondReach {
+        /// Where it would end.
+        end: u64,
+        /// Physical address bits.
+        bits: u8,
+    },
     /// Guest RAM cannot be made.
     #[error(transparent)]
     Memory(#[from] memory::Error),
@@ -167,6 +177,11 @@ impl Machine {
         lifecycle.set_wake_all(move || all.iter().for_each(Slot::wake));
         let tables = cpuid_tables(&config, numa::package(&nodes, config.cpus), &*engine)?;
         let bits = tables.first().map_or(36, |table| table.query(0x8000_0008, 0).eax & 0xff);
+        let physical_address_bits = u8::try_from(bits).unwrap_or(36);
+        let regions = memory.regions().iter();
+        let end = regions.map(|region| region.base.saturating_add(region.len)).max().unwrap_or(0);
+        let mmio64 = chipset::board::mmio64(end, physical_address_bits)
+            .ok_or(Error::BeyondReach { end, bits: physical_address_bits })?;
         let board = Board::new(Parts {
             config: &config,
             nodes: &nodes,
@@ -174,7 +189,8 @@ impl Machine {
             timers: timers.clone(),
             lifecycle: lifecycle.clone(),
             tsc_hz: engine.tsc_hz(),
-            physical_address_bits: u8::try_from(bits).unwrap_or(36),
+            physical_address_bits,
+            mmio64,
             wake: Arc::new(move |index| {
                 if let Some(slot) = wake.get(index) {
                     slot.wake();

@@ -651,7 +651,9 @@ impl Runner {
         let bitmap = u128::from(high) << 64 | u128::from(low);
         let mut count = 0u64;
         for bit in (0..128u32).filter(|&bit| bitmap.wrapping_shr(bit) & 1 != 0) {
-            let destination = Destination::Physical(first.wrapping_add(bit));
+            // Nobody is beyond the last id, which is the one of all.
+            let Some(id) = first.checked_add(bit).filter(|&id| id != u32::MAX) else { break };
+            let destination = Destination::Physical(id);
             let ipi = Ipi { delivery, vector: icr as u8, trigger: Trigger::Edge, destination };
             if self.common.apics.route(&ipi) {
                 count = count.saturating_add(1);
