@@ -17,7 +17,7 @@ use host::{Host, Tree, Version};
 use limits::{Controller, Setting};
 use serde::Serialize;
 use std::fs;
-use std::io::{self, ErrorKind};
+use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -94,13 +94,18 @@ impl Groups {
     /// Puts the calling process into groups of its own, called after `name`, below `parent` (a path inside a tree; by default the
     /// group that it is in). Without limits and parent it stays where it is. `announce` hears of each group before it is made, to
     /// have it removed when the process has ended, and that too if this fails: the process may be in some of them by then.
+    ///
+    /// A group of version 2 that passes controllers on has no processes of its own. `companions` are processes of the caller's that may be
+    /// beside it: where they would be in the way they get a group of their own, without limits, that is not announced, since they may
+    /// outlive the one that hears.
     pub fn enter(
         name: &str,
         limits: &Limits,
         parent: Option<&Path>,
+        companions: &[u32],
         announce: impl FnMut(&Path) -> io::Result<()>,
     ) -> Result<Self, Error> {
-        Self::enter_on(&Host::this(), name, limits, parent, announce)
+        Self::enter_on(&Host::this(), name, limits, parent, companions, announce)
     }
 
     fn enter_on(
@@ -108,6 +113,7 @@ impl Groups {
         name: &str,
         limits: &Limits,
         parent: Option<&Path>,
+        companions: &[u32],
         mut announce: impl FnMut(&Path) -> io::Result<()>,
     ) -> Result<Self, Error> {
         let mut groups = Self::default();
@@ -125,10 +131,32 @@ impl Groups {
                 groups.directories.push(group.clone());
                 enter(&group)?;
             }
-            delegate(&tree, controller)?;
+            if tree.version == Version::Two && !tree.passes_on(controller) {
+                groups.part(&tree, &name, companions)?;
+                delegate(&tree, controller)?;
+            }
             groups.set(&group, &tree, settings)?;
         }
         Ok(groups)
+    }
+
+    /// Puts those of `companions` that are in the parent's group into one of their own.
+    fn part(&mut self, tree: &Tree, name: &str, companions: &[u32]) -> Result<(), Error> {
+        let there = fs::read_to_string(tree.parent.join("cgroup.procs")).unwrap_or_default();
+        let is_there = |pid: &&u32| there.lines().any(|line| line.parse() == Ok(**pid));
+        let group = tree.parent.join(format!("{name}.keeper"));
+        for pid in companions.iter().filter(is_there) {
+            if !self.directories.contains(&group) {
+                fs::create_dir(&group).map_err(refused("made", &group))?;
+                self.directories.push(group.clone());
+            }
+            // One at a time, which in a file of a tree is not what was written before.
+            let procs = fs::OpenOptions::new().append(true).create(true).open(group.join("cgroup.procs"));
+            procs
+                .and_then(|mut procs| procs.write_all(format!("{pid}\n").as_bytes()))
+                .map_err(refused("entered", &group))?;
+        }
+        Ok(())
     }
 
     fn set(&mut self, group: &Path, tree: &Tree, settings: Vec<Setting>) -> Result<(), Error> {
@@ -159,9 +187,6 @@ fn enter(group: &Path) -> Result<(), Error> {
 
 /// A group of version 2 has the controllers that its parent passes on.
 fn delegate(tree: &Tree, controller: Controller) -> Result<(), Error> {
-    if tree.version == Version::One || tree.passes_on(controller) {
-        return Ok(());
-    }
     let path = tree.parent.join("cgroup.subtree_control");
     fs::write(&path, format!("+{}", controller.name(Version::Two))).map_err(|source| {
         if source.kind() == ErrorKind::ResourceBusy {

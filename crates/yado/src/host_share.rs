@@ -192,14 +192,18 @@ impl Share {
         if nothing && parent.is_none() {
             return Ok(Self::default());
         }
-        let mut keeper = keeper()?;
+        let (keeper_id, mut keeper) = keeper()?;
+        // The process that started this one in the background waits until the guest runs.
+        let parent_id = crate::run::is_background().then(rustix::process::getppid).flatten();
+        let parent_id = parent_id.and_then(|id| u32::try_from(id.as_raw_nonzero().get()).ok());
+        let companions: Vec<u32> = [keeper_id].into_iter().chain(parent_id).collect();
         // The keeper knows of each group before there is one.
         let told = |directory: &Path| {
             let mut line = directory.as_os_str().as_encoded_bytes().to_vec();
             line.push(b'\n');
             keeper.write_all(&line)
         };
-        let groups = Groups::enter(&place.name, limits, parent, told)?;
+        let groups = Groups::enter(&place.name, limits, parent, &companions, told)?;
         if let Some(mut record) = place.record()? {
             record.cgroups.clone_from(&groups.directories);
             place.set_record(&record)?;
@@ -208,8 +212,8 @@ impl Share {
     }
 }
 
-/// Starts the keeper; when what this answers is closed, by whatever end of this process, it begins.
-fn keeper() -> anyhow::Result<ChildStdin> {
+/// Starts the keeper; when the input that this answers is closed, by whatever end of this process, it begins.
+fn keeper() -> anyhow::Result<(u32, ChildStdin)> {
     let program = std::env::current_exe().context("cannot find yado's own program file")?;
     let child = Command::new(program)
         .arg(KEEPER)
@@ -220,7 +224,8 @@ fn keeper() -> anyhow::Result<ChildStdin> {
         .process_group(0)
         .spawn()
         .context("cannot start the keeper of control groups")?;
-    child.stdin.context("the keeper of control groups has no input")
+    let id = child.id();
+    Ok((id, child.stdin.context("the keeper of control groups has no input")?))
 }
 
 /// The keeper's own life.

@@ -34,7 +34,7 @@ fn version_one_has_a_group_in_each_tree_that_is_needed() {
         told.push(directory.to_owned());
         Ok(())
     };
-    let groups = Groups::enter_on(&host, "g", &limits, None, announce).unwrap();
+    let groups = Groups::enter_on(&host, "g", &limits, None, &[], announce).unwrap();
     assert_eq!(groups.directories, told, "before they are made");
     let name = format!("yado-g.{}", std::process::id());
     let places: Vec<_> =
@@ -58,7 +58,7 @@ fn version_two_has_one_group_whose_parent_passes_controllers_on() {
     fs::write(parent.join("cgroup.subtree_control"), "memory").unwrap();
     let host = host(directory.path(), "40 31 0:40 / @ rw - cgroup2 cgroup2 rw", "0::/user/scope\n");
     let limits = Limits { cpu_weight: Some(300), ..cpu(1) };
-    let groups = Groups::enter_on(&host, "g", &limits, None, quiet).unwrap();
+    let groups = Groups::enter_on(&host, "g", &limits, None, &[], quiet).unwrap();
     assert_eq!(groups.directories, [parent.join(format!("yado-g.{}", std::process::id()))]);
     assert_eq!(fs::read_to_string(parent.join("cgroup.subtree_control")).unwrap(), "+cpu");
     let expected = [("cpu.max", "1000 100000"), ("cpu.weight", "300")];
@@ -77,6 +77,31 @@ fn version_two_has_one_group_whose_parent_passes_controllers_on() {
 }
 
 #[test]
+fn who_is_in_the_way_of_a_parent_that_passes_controllers_on_gets_a_group_of_its_own() {
+    let directory = tempfile::tempdir().unwrap();
+    let parent = directory.path();
+    fs::write(parent.join("cgroup.controllers"), "cpu memory").unwrap();
+    fs::write(parent.join("cgroup.subtree_control"), "").unwrap();
+    fs::write(parent.join("cgroup.procs"), "70\n71\n").unwrap();
+    let host = host(parent, "40 31 0:40 / @ rw - cgroup2 cgroup2 rw", "0::/\n");
+    let limits = Limits { memory_bytes: Some(1 << 30), ..cpu(1) };
+    let mut told = Vec::new();
+    let announce = |directory: &Path| {
+        told.push(directory.to_owned());
+        Ok(())
+    };
+    let groups = Groups::enter_on(&host, "g", &limits, None, &[71, 70, 7], announce).unwrap();
+    let own = parent.join(format!("yado-g.{}", std::process::id()));
+    let theirs = parent.join(format!("yado-g.{}.keeper", std::process::id()));
+    assert_eq!((groups.directories, told), (vec![own.clone(), theirs.clone()], vec![own]));
+    assert!(fs::read_to_string(theirs.join("cgroup.procs")).unwrap().starts_with("71\n70\n"));
+    // Whoever passes controllers on already has nobody.
+    fs::write(parent.join("cgroup.subtree_control"), "cpu memory").unwrap();
+    let groups = Groups::enter_on(&host, "h", &limits, None, &[71], quiet).unwrap();
+    assert_eq!(groups.directories.len(), 1);
+}
+
+#[test]
 fn a_parent_may_be_named_and_containers_show_part_of_a_tree() {
     let directory = tempfile::tempdir().unwrap();
     fs::create_dir_all(directory.path().join("cpu/machines")).unwrap();
@@ -88,7 +113,8 @@ fn a_parent_may_be_named_and_containers_show_part_of_a_tree() {
     assert_eq!(at(Some("machines")), directory.path().join("cpu/machines"));
     let whole = directory.path().join("cpu/machines");
     assert_eq!(at(whole.to_str()), whole);
-    let only = Groups::enter_on(&host, "g", &Limits::default(), Some(Path::new("machines")), quiet).unwrap();
+    let only =
+        Groups::enter_on(&host, "g", &Limits::default(), Some(Path::new("machines")), &[], quiet).unwrap();
     assert_eq!((only.directories.len(), only.limits.len()), (1, 0));
 }
 
@@ -96,11 +122,14 @@ fn a_parent_may_be_named_and_containers_show_part_of_a_tree() {
 fn without_a_wish_nothing_is_made_and_without_a_tree_it_is_refused() {
     let directory = tempfile::tempdir().unwrap();
     let none = host(directory.path(), "", "");
-    assert_eq!(Groups::enter_on(&none, "g", &Limits::default(), None, quiet).unwrap(), Groups::default());
-    let error = Groups::enter_on(&none, "g", &cpu(1000), None, quiet).unwrap_err().to_string();
+    assert_eq!(
+        Groups::enter_on(&none, "g", &Limits::default(), None, &[], quiet).unwrap(),
+        Groups::default()
+    );
+    let error = Groups::enter_on(&none, "g", &cpu(1000), None, &[], quiet).unwrap_err().to_string();
     assert!(error.contains("no control groups for cpu"), "{error}");
     let gone = host(directory.path(), ONE, "1:cpu,cpuacct:/not/there\n");
-    let error = Groups::enter_on(&gone, "g", &cpu(1000), None, quiet).unwrap_err().to_string();
+    let error = Groups::enter_on(&gone, "g", &cpu(1000), None, &[], quiet).unwrap_err().to_string();
     assert!(error.contains("cannot be made") && error.contains("--cgroup"), "{error}");
 }
 
