@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 
 /// Ctrl-], which leaves a console.
 const LEAVE: u8 = 0x1d;
+/// How long a guest's process may take for what it does at once.
+const ANSWER_MAX: Duration = Duration::from_secs(30);
 /// How many frames of standard input may be on their way.
 const INPUT_FRAMES_MAX: u32 = 8;
 const SIGPIPE: u8 = 13;
@@ -28,8 +30,13 @@ pub fn connect(name: &str) -> anyhow::Result<UnixStream> {
     })
 }
 
-/// Connects to the guest and asks; a refusal is an error.
-pub fn ask(name: &str, request: &Request) -> anyhow::Result<(UnixStream, serde_json::Value)> {
+/// Connects to the guest and asks for something that is done at once; a refusal is an error.
+pub fn ask(name: &str, request: &Request) -> anyhow::Result<serde_json::Value> {
+    ask_within(name, request, ANSWER_MAX)
+}
+
+/// Connects to the guest and asks for a stream, or for something that takes its time.
+pub fn open(name: &str, request: &Request) -> anyhow::Result<(UnixStream, serde_json::Value)> {
     ask_on(connect(name)?, request)
 }
 
@@ -89,8 +96,18 @@ fn ask_on(mut stream: UnixStream, request: &Request) -> anyhow::Result<(UnixStre
 }
 
 fn asked(stream: &mut (impl Read + Write), request: &Request) -> anyhow::Result<serde_json::Value> {
-    write_json(stream, Kind::Request, request).context("the guest's process is gone")?;
-    match read(stream).context("the guest's process is gone")? {
+    let why = |error: io::Error| {
+        let what = match error.kind() {
+            ErrorKind::TimedOut | ErrorKind::WouldBlock => {
+                "the guest's process does not answer: is it stopped (by SIGSTOP, or a debugger)?"
+            }
+            ErrorKind::InvalidInput => "the guest's process is not asked",
+            _ => "the guest's process is gone",
+        };
+        anyhow::Error::new(error).context(what)
+    };
+    write_json(stream, Kind::Request, request).map_err(why)?;
+    match read(stream).map_err(why)? {
         Some((Kind::Reply, payload)) => match serde_json::from_slice(&payload)? {
             Reply::Ok(value) => Ok(value),
             Reply::Refused(why) => bail!("{why}"),

@@ -6,10 +6,12 @@ use crate::{client, exit, registry, signals, terminal};
 use anyhow::{Context, bail};
 use machine::control::protocol::{ExecRequest, Request};
 use std::fs::File;
-use std::io::{self, Read, Seek, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::ffi::OsStringExt;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+/// The longest end of a log in which the last lines are looked for, in bytes.
+const TAIL_MAX: u64 = 64 << 20;
 /// How often a guest that does not power off is asked again.
 pub const PRESS_PERIOD: Duration = Duration::from_secs(5);
 /// How long a guest stopped by force may take to vanish.
@@ -112,11 +114,11 @@ pub fn exec(options: Exec) -> anyhow::Result<u8> {
 
 /// `yado stop`
 pub fn stop(options: &Stop) -> anyhow::Result<()> {
-    for name in &options.names {
+    each(&options.names, |name| {
         let guest = registry::find(name)?;
         if !guest.running {
             println!("{name}");
-            continue;
+            return Ok(());
         }
         let request = if options.force { Request::Stop } else { Request::PowerButton };
         client::ask(name, &request)?;
@@ -134,8 +136,21 @@ pub fn stop(options: &Stop) -> anyhow::Result<()> {
             }
         }
         println!("{name}");
+        Ok(())
+    })
+}
+
+/// Does something with each guest: one with which it fails keeps it from no other. The last failure is answered, those before are said.
+fn each(names: &[String], act: impl Fn(&str) -> anyhow::Result<()>) -> anyhow::Result<()> {
+    let mut failed: Option<anyhow::Error> = None;
+    for name in names {
+        if let Err(error) = act(name)
+            && let Some(before) = failed.replace(error)
+        {
+            eprintln!("yado: {}", crate::sentence(&before));
+        }
     }
-    Ok(())
+    failed.map_or(Ok(()), Err)
 }
 
 /// Waits until the guest has stopped; asks again now and then, since a guest that still boots misses the power button.
@@ -167,7 +182,7 @@ pub fn inspect(named: &Named) -> anyhow::Result<()> {
     let guest = registry::find(&named.name)?;
     let mut tree = serde_json::to_value(&guest)?;
     if guest.running {
-        let (_, live) = client::ask(&named.name, &Request::Inspect)?;
+        let live = client::ask(&named.name, &Request::Inspect)?;
         if let Some(tree) = tree.as_object_mut() {
             tree.insert("machine".into(), live);
         }
@@ -188,6 +203,8 @@ pub fn logs(options: &Logs) -> anyhow::Result<()> {
             io::copy(&mut log, &mut out)?;
         }
         Some(lines) => {
+            // A guest may have printed more than is wanted in memory.
+            log.seek(SeekFrom::Start(log.metadata()?.len().saturating_sub(TAIL_MAX)))?;
             let mut bytes = Vec::new();
             log.read_to_end(&mut bytes)?;
             out.write_all(last_lines(&bytes, lines))?;
@@ -222,13 +239,13 @@ fn last_lines(bytes: &[u8], lines: usize) -> &[u8] {
 
 /// `yado rm`
 pub fn rm(options: &Rm) -> anyhow::Result<()> {
-    for name in &options.names {
+    each(&options.names, |name| {
         let guest = match registry::find(name) {
             // What is left of one whose record is lost or damaged goes too, if nobody runs it.
             Err(_) if registry::is_there(name) => {
                 registry::Place::take(name)?.remove()?;
                 println!("{name}");
-                continue;
+                return Ok(());
             }
             found => found?,
         };
@@ -248,13 +265,29 @@ pub fn rm(options: &Rm) -> anyhow::Result<()> {
             Err(error) => return Err(error),
         }
         println!("{name}");
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 #[cfg(test)]
 mod test {
     use super::*;
+
+    #[test]
+    fn one_that_fails_keeps_it_from_no_other() {
+        let names = ["a", "b", "c", "d"].map(str::to_owned);
+        let done = std::cell::RefCell::new(Vec::new());
+        let error = each(&names, |name| {
+            anyhow::ensure!(!matches!(name, "a" | "c"), "not {name}");
+            done.borrow_mut().push(name.to_owned());
+            Ok(())
+        });
+        assert_eq!(
+            (error.unwrap_err().to_string(), done.into_inner()),
+            ("not c".to_owned(), vec!["b".to_owned(), "d".to_owned()])
+        );
+        assert!(each(&names, |_| Ok(())).is_ok());
+    }
 
     #[test]
     fn the_last_lines_are_found() {

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::{Duration, Instant};
 
 /// Set when the user wants the whole run to end.
 pub static CANCELLED: AtomicBool = AtomicBool::new(false);
@@ -38,6 +39,12 @@ enum Sink {
     /// Somebody looks at a console: the look ends.
     Console(UnixStream),
 }
+
+/// Signals that ask a command to end, so many in so short a time, end this: it may not hear them.
+const INSISTED: usize = 3;
+const INSISTENCE: Duration = Duration::from_secs(3);
+/// When such signals came.
+static ASKED: Mutex<Vec<Instant>> = Mutex::new(Vec::new());
 
 /// The thread that handles signals; it answers their source when it is asked to end.
 static THREAD: Mutex<Option<thread::JoinHandle<Signals>>> = Mutex::new(None);
@@ -140,6 +147,12 @@ pub fn aside<R>(act: impl FnOnce() -> R) -> std::io::Result<R> {
 fn handle(signal: i32) {
     let sink = SINK.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(Sink::Command { stream, resizes }) = sink.as_ref() {
+        let ends = matches!(signal, SIGINT | SIGTERM);
+        if ends && insists(&mut ASKED.lock().unwrap_or_else(PoisonError::into_inner), Instant::now()) {
+            terminal::restore();
+            eprintln!("yado: the command does not end; leaving it");
+            std::process::exit(128 + signal);
+        }
         let mut stream = stream.lock().unwrap_or_else(PoisonError::into_inner);
         // If the machine is gone, the reader of the stream says so.
         let _ = match signal {
@@ -166,6 +179,13 @@ fn handle(signal: i32) {
         // The second time, or where nobody would look, nothing is waited for: every format survives that.
         end(signal);
     }
+}
+
+/// Whether a signal that comes now is one too many.
+fn insists(asked: &mut Vec<Instant>, now: Instant) -> bool {
+    asked.retain(|at| now.saturating_duration_since(*at) < INSISTENCE);
+    asked.push(now);
+    asked.len() >= INSISTED
 }
 
 /// Whether the user wants the run to end.
@@ -198,5 +218,21 @@ pub struct Forwarding(());
 impl Drop for Forwarding {
     fn drop(&mut self) {
         *SINK.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn who_asks_often_and_soon_insists() {
+        let begin = Instant::now();
+        let at = |milliseconds| begin + Duration::from_millis(milliseconds);
+        let mut asked = Vec::new();
+        let slowly = [0, 2000, 4000, 6000].map(|time| insists(&mut asked, at(time)));
+        assert_eq!(slowly, [false; 4]);
+        let soon = [20_000, 20_500, 21_000].map(|time| insists(&mut asked, at(time)));
+        assert_eq!(soon, [false, false, true]);
     }
 }

@@ -34,13 +34,13 @@ pub fn stats(options: &Stats) -> anyhow::Result<()> {
     }
     if let Some(seconds) = options.profile {
         let request = Request::Profile { milliseconds: seconds.saturating_mul(1000), rate_hz: options.rate };
-        let (_, told) = client::ask(name, &request)?;
+        let (_, told) = client::open(name, &request)?;
         print(options.json, &told, || profile(&told, options.top))?;
         return Ok(());
     }
     let mut before = Value::Null;
     loop {
-        let (_, now) = client::ask(name, &Request::Stats)?;
+        let now = client::ask(name, &Request::Stats)?;
         print(options.json, &now, || table(&now, &before))?;
         if !options.watch {
             return Ok(());
@@ -56,7 +56,7 @@ pub fn stats(options: &Stats) -> anyhow::Result<()> {
 
 /// Writes what `perf` reads: it looks in /tmp, and believes only files of its user.
 fn perf_map(name: &str, path: &Path) -> anyhow::Result<()> {
-    let (mut stream, _) = client::ask(name, &Request::PerfMap)?;
+    let (mut stream, _) = client::open(name, &Request::PerfMap)?;
     let mut map = Vec::new();
     while let Some((Kind::Output, part)) = read(&mut stream).context("the guest's process is gone")? {
         map.extend(part);

@@ -5,6 +5,8 @@ mod confine;
 mod network;
 mod source;
 
+pub use background::is_background;
+
 use crate::arguments::{DiskBus, Run, Switched};
 use crate::exit::{self, with_code};
 use crate::host_share::Share;

@@ -18,7 +18,7 @@ pub fn all() -> Vec<(String, Value)> {
     running
         .filter_map(|name| {
             // One that just starts or stops has nothing to tell.
-            let (_, tree) = client::ask(&name, &Request::Networks).ok()?;
+            let tree = client::ask(&name, &Request::Networks).ok()?;
             Some((name, json!({ "ports": tree["cards"] })))
         })
         .collect()
@@ -27,7 +27,7 @@ pub fn all() -> Vec<(String, Value)> {
 /// Begins to look at a guest's frames.
 pub fn capture(guest: &str, snap: u32) -> Result<Capture> {
     registry::find_running(guest)?;
-    let (stream, _) = client::ask(guest, &Request::Capture { snap })?;
+    let (stream, _) = client::open(guest, &Request::Capture { snap })?;
     Ok(Capture { stream, raw: Vec::new(), ready: Vec::new(), over: false })
 }
 
