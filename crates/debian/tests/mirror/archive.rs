@@ -1,8 +1,6 @@
 //! A Debian archive of two packages, signed with a key made for the test.
 
-use pgp::composed::{
-    ArmorOptions, CleartextSignedMessage, Deserializable, KeyType, SecretKeyParamsBuilder, SignedSecretKey,
-};
+use pgp::composed::{ArmorOptions, CleartextSignedMessage, KeyType, SecretKeyParamsBuilder, SignedSecretKey};
 use pgp::types::Password;
 use sha2::{Digest, Sha256};
 use std::io::Write;
