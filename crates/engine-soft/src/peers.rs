@@ -174,24 +174,27 @@ impl Requests {
     }
 }
 
-/// vCPUs by index: a VM has at most 256.
+/// vCPUs by index.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-struct Set([u64; 4]);
+struct Set([u64; VCPUS_MAX / 64]);
+
+/// The most vCPUs of a VM.
+pub(crate) const VCPUS_MAX: usize = 1024;
 
 impl Set {
     fn insert(&mut self, index: usize) -> bool {
-        let word = &mut self.0[index / 64 % 4];
+        let word = &mut self.0[index / 64 % (VCPUS_MAX / 64)];
         let before = *word;
         *word |= 1 << (index % 64);
         before != *word
     }
 
     fn remove(&mut self, index: usize) {
-        self.0[index / 64 % 4] &= !(1 << (index % 64));
+        self.0[index / 64 % (VCPUS_MAX / 64)] &= !(1 << (index % 64));
     }
 
     fn contains(self, index: usize) -> bool {
-        self.0[index / 64 % 4] >> (index % 64) & 1 != 0
+        self.0[index / 64 % (VCPUS_MAX / 64)] >> (index % 64) & 1 != 0
     }
 }
 
@@ -514,8 +517,8 @@ mod test {
     #[test]
     fn only_those_hear_of_writes_that_have_code_of_the_page() {
         let memory = GuestMemory::new(&[(0, 1 << 20)], Backing::Private).unwrap();
-        let mut vcpus = vcpus(&memory, 70);
-        for index in [1, 69] {
+        let mut vcpus = vcpus(&memory, 300);
+        for index in [1, 257] {
             let Vcpu { state, mmu, peers, .. } = &mut vcpus[index];
             peers.clone().protect(mmu, state, 0x3000);
         }
@@ -523,11 +526,16 @@ mod test {
         vcpus[1].peers.written(0x3010, 4, &memory);
         memory.write(0x2ffe, &[0; 4]).unwrap();
         let heard = |index: usize| vcpus[index].requests.take_written();
-        assert_eq!(heard(69)[&0x3000].runs().collect::<Vec<_>>(), [(0, 32)]);
+        assert_eq!(heard(257)[&0x3000].runs().collect::<Vec<_>>(), [(0, 32)]);
         assert_eq!(heard(1)[&0x3000].runs().collect::<Vec<_>>(), [(0, 32)], "of the device's write");
         assert!(heard(0).is_empty() && heard(5).is_empty());
-        assert_ne!(vcpus[69].state.doorbell.rung() & kick::CODE, 0);
+        assert_ne!(vcpus[257].state.doorbell.rung() & kick::CODE, 0);
         assert_eq!(vcpus[5].state.doorbell.rung(), 0);
+        vcpus[1].peers.dropped(0x3000, &memory);
+        memory.write(0x3000, &[0; 4]).unwrap();
+        assert!(
+            !vcpus[257].requests.take_written().is_empty() && vcpus[1].requests.take_written().is_empty()
+        );
     }
 
     #[test]
