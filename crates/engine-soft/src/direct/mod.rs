@@ -91,8 +91,6 @@ pub(crate) struct Direct {
     large: HashSet<u64>,
     /// Those that cannot be used any more.
     retired: Vec<Mirror>,
-    /// Processes whose own pages were where the guest has some.
-    displaced: u32,
     policy: Policy,
     /// The thread that made the processes, and only it can drive them.
     thread: libc::pid_t,
@@ -115,7 +113,6 @@ impl Direct {
             awaited: None,
             large: HashSet::new(),
             retired: vec![],
-            displaced: 0,
             policy: Policy::default(),
             thread: 0,
             off,
@@ -163,11 +160,15 @@ impl Direct {
         self.statistics.entries += 1;
         let space = core.state.space;
         self.settle_thread();
-        if let Err(error) = self.ready(core, space) {
-            self.off = Some(error.to_string());
-            self.retire();
-            core.mmu.news = news::News::default();
-            return Ok(Next::Translate);
+        match self.ready(core, space) {
+            Ok(true) => {}
+            Ok(false) => return Ok(Next::Translate),
+            Err(error) => {
+                self.off = Some(error.to_string());
+                self.retire();
+                core.mmu.news = news::News::default();
+                return Ok(Next::Translate);
+            }
         }
         let stops = self.statistics.stops;
         let (next, inside) = self.code(core, space).map_err(|error| Error::Host {
@@ -206,16 +207,17 @@ impl Direct {
         self.retired.extend(self.mirrors.iter_mut().filter_map(Option::take));
     }
 
-    /// There is a process for the address space, whose own pages are not where the guest has some.
-    fn ready(&mut self, core: &mut Core, space: usize) -> io::Result<()> {
-        let Some(place) = self.mirrors.get_mut(space) else { return Ok(()) };
+    /// Whether there is a process for the address space whose own pages are not where the guest has some.
+    fn ready(&mut self, core: &mut Core, space: usize) -> io::Result<bool> {
+        let Some(place) = self.mirrors.get_mut(space) else { return Ok(false) };
         let has = |page| core.mmu.has_tables(&core.state, page);
         if let Some(mirror) = place.take_if(|mirror| mirror.process.ours().into_iter().any(has)) {
-            self.retired.push(mirror);
-            self.displaced += 1;
-            if self.displaced > DISPLACED_MAX {
-                return Err(io::Error::other("the guest's programs use every address"));
+            if self.retired.len() >= RETIRED_MAX {
+                // For programs that leave it room.
+                *place = Some(mirror);
+                return Ok(false);
             }
+            self.retired.push(mirror);
         }
         if place.is_none() {
             let file = core.mmu.memory.file();
@@ -226,7 +228,7 @@ impl Direct {
         if let Some(news) = core.mmu.news.spaces.get_mut(space) {
             news.mirrored = true;
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Has the mirrors forget what the MMU has. That all of an address space is forgotten means only that its page tables have to
@@ -270,6 +272,11 @@ impl Direct {
     /// Runs code; also answers how long it was inside the process, in seconds.
     fn code(&mut self, core: &mut Core, space: usize) -> io::Result<(Next, f64)> {
         let mut registers = registers(&core.state);
+        let id = self.mirrors.get(space).and_then(Option::as_ref).map(|mirror| mirror.id);
+        if id.is_some_and(|id| (id ^ registers.eflags) & rflags::ID != 0) {
+            // Before the process has any of the program's registers: it would give back its own.
+            return Ok((Next::Translate, 0.0));
+        }
         if let Some((of, page)) = self.awaited.take()
             && of == space
             && core.mmu.look(&core.state, page).is_some()
@@ -286,9 +293,6 @@ impl Direct {
             let Some(mirror) = self.mirrors.get_mut(space).and_then(Option::as_mut) else {
                 break Next::Translate;
             };
-            if (registers.eflags ^ mirror.id) & rflags::ID != 0 {
-                break Next::Translate;
-            }
             mirror.process.follow();
             if !vectors {
                 load_vectors(&mut core.state, mirror, self.ymm_high)?;
@@ -538,8 +542,9 @@ impl Direct {
     }
 }
 
-/// They are at random places: so many are no accident.
-const DISPLACED_MAX: u32 = 16;
+/// So many processes are given up for having their pages where a program has some: they are at random places, and more are no
+/// accident.
+const RETIRED_MAX: usize = 16;
 
 /// Where the page tables are, which stands for the guest's process.
 fn tables(state: &CpuState) -> u64 {

@@ -510,13 +510,40 @@ fn the_id_flag_is_each_programs_own() {
     // Another program's turn, which has not set it: not in this process.
     guest.core.state.rip = CODE;
     guest.core.state.rflags &= !rflags::ID;
+    guest.core.state.ymm.0[3] = [7, 8, 9, 10];
     assert_eq!(guest.run(), Next::Translate);
     assert_eq!((guest.core.state.rip, guest.core.state.rflags & rflags::ID), (CODE, 0));
+    assert_eq!(guest.core.state.ymm.0[3], [7, 8, 9, 10]);
     // The first one goes on.
     guest.core.state.rip = CODE + 11;
     guest.core.state.rflags |= rflags::ID;
     guest.runs_to(20);
     assert_eq!(guest.core.state.rflags & rflags::ID, 0);
+}
+
+#[test]
+fn a_program_that_has_every_page_stops_no_other() {
+    let (mut guest, _) = Guest::with_process();
+    // All linear addresses lead to the tables of the first 512 GiB, and there to one table of pages.
+    let index = |level: u64| (CODE >> (12 + 9 * level) & 511) * 8;
+    let (greedy, third, second) = (0x9000, 0xa000, 0xb000);
+    for entry in 0..512 {
+        guest.write(greedy + entry * 8, third | OPEN);
+        guest.write(third + entry * 8, second | OPEN);
+        guest.write(second + entry * 8, (0x4000 + index(1) / 8 * 0x1000) | OPEN);
+    }
+    let own = guest.core.state.cr3;
+    let load = |guest: &mut Guest, tables: u64| {
+        guest.core.state.cr3 = tables;
+        guest.core.mmu.flush_all(&mut guest.core.state);
+    };
+    load(&mut guest, greedy);
+    let runs: Vec<_> = (0..RETIRED_MAX + 3).map(|_| guest.run()).collect();
+    assert_eq!(runs.last(), Some(&Next::Translate), "no more processes are made for it");
+    assert!(guest.direct.retired.len() <= RETIRED_MAX);
+    load(&mut guest, own);
+    guest.core.state.rip = CODE;
+    guest.runs_to(0);
 }
 
 /// What a guest may try: each attempt must end as a stop, with nothing of ours changed.
