@@ -576,18 +576,23 @@ mod test {
         );
     }
 
-    #[test]
-    fn a_slow_disk_sees_several_requests_at_a_time() {
-        let requests = (0..40).map(|token| first(token, Operation::Read)).collect();
-        let rings = Arc::new(Mutex::new(Rings { requests, answers: Vec::new() }));
-        let disk = Scripted { slow: true, ..Scripted::default() };
-        let worker = Worker {
+    /// Serves a disk that has space.
+    fn worker(rings: &Arc<Mutex<Rings>>, disk: &Scripted) -> Worker {
+        Worker {
             controller: rings.clone(),
             disk: Box::new(disk.clone()),
             memory: GuestMemory::new(&[(0, 1 << 16)], Backing::Private).unwrap(),
             traffic: Traffic::default(),
             errors: errors(OnError::Enospc, |_| panic!("there is space")),
-        };
+        }
+    }
+
+    #[test]
+    fn a_slow_disk_sees_several_requests_at_a_time() {
+        let requests = (0..40).map(|token| first(token, Operation::Read)).collect();
+        let rings = Arc::new(Mutex::new(Rings { requests, answers: Vec::new() }));
+        let disk = Scripted { slow: true, ..Scripted::default() };
+        let worker = worker(&rings, &disk);
         let wake = Wake::default();
         let threads = worker.serve("disk", &wake, 4).unwrap();
         wake.close();
@@ -602,13 +607,7 @@ mod test {
         let rings = Arc::new(Mutex::new(Rings { requests: VecDeque::new(), answers: Vec::new() }));
         let disk = Scripted::default();
         disk.stuck.store(true, Ordering::SeqCst);
-        let worker = Worker {
-            controller: rings.clone(),
-            disk: Box::new(disk.clone()),
-            memory: GuestMemory::new(&[(0, 1 << 16)], Backing::Private).unwrap(),
-            traffic: Traffic::default(),
-            errors: errors(OnError::Enospc, |_| panic!("there is space")),
-        };
+        let worker = worker(&rings, &disk);
         let wake = Wake::with_ear().unwrap();
         let threads = worker.serve("disk", &wake, 2).unwrap();
         let ring = |requests: &[Request]| {

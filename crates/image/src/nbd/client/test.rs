@@ -203,42 +203,73 @@ fn whole_images_go_through() {
     assert_eq!(qcow2.block_status(1 << 19, 1 << 20).unwrap().content, Content::Zero);
 }
 
+/// An nbdkit over a file, which is killed and started again.
+struct Mortal {
+    file: tempfile::NamedTempFile,
+    directory: tempfile::TempDir,
+    server: Option<Child>,
+}
+
+impl Mortal {
+    fn new() -> Self {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let mut mortal = Self { file, directory: tempfile::tempdir().unwrap(), server: None };
+        mortal.start();
+        mortal
+    }
+
+    fn socket(&self) -> std::path::PathBuf {
+        self.directory.path().join("socket")
+    }
+
+    /// Connects; for so many seconds a server that is away is waited for.
+    fn connect(&self, reconnect: u32) -> NbdStorage {
+        connect(&format!("nbd+unix:///?socket={}&reconnect={reconnect}", self.socket().display()))
+    }
+
+    fn start(&mut self) {
+        let mut command = Command::new("nbdkit");
+        command.args(["-f", "-U"]).arg(self.socket()).arg("file").arg(self.file.path()).stderr(Stdio::null());
+        self.server = Some(command.spawn().unwrap());
+        while !listens(&self.socket()) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn kill(&mut self) {
+        if let Some(mut server) = self.server.take() {
+            server.kill().unwrap();
+            server.wait().unwrap();
+            std::fs::remove_file(self.socket()).unwrap();
+        }
+    }
+}
+
+impl Drop for Mortal {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
 /// A server that is killed and comes back is not noticed but for the time; one that does not come back is an error.
 #[test]
 fn a_lost_server_is_found_again() {
-    let file = tempfile::NamedTempFile::new().unwrap();
-    file.as_file().set_len(1 << 20).unwrap();
-    let path = file.path().to_str().unwrap();
-    let directory = tempfile::tempdir().unwrap();
-    let socket = directory.path().join("socket");
-    let start = || {
-        let mut command = Command::new("nbdkit");
-        command.args(["-f", "-U"]).arg(&socket).args(["file", path]).stderr(Stdio::null());
-        command.spawn().unwrap()
-    };
-    let mut first = start();
-    while !listens(&socket) {
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    let storage = connect(&format!("nbd+unix:///?socket={}&reconnect=20", socket.display()));
+    let mut server = Mortal::new();
+    let storage = server.connect(20);
     storage.write_bytes(0, &[5; 4096]).unwrap();
-    first.kill().unwrap();
-    first.wait().unwrap();
-    std::fs::remove_file(&socket).unwrap();
-    let mut second = None;
+    server.kill();
     std::thread::scope(|scope| {
         let reader = scope.spawn(|| {
             let mut bytes = [0; 4096];
             storage.read_bytes(0, &mut bytes).map(|()| bytes)
         });
         std::thread::sleep(Duration::from_millis(100));
-        second = Some(start());
+        server.start();
         assert_eq!(reader.join().unwrap().unwrap(), [5; 4096]);
     });
-    let mut second = second.unwrap();
-    let impatient = connect(&format!("nbd+unix:///?socket={}&reconnect=0", socket.display()));
-    second.kill().unwrap();
-    second.wait().unwrap();
+    let impatient = server.connect(0);
+    server.kill();
     let error = impatient.read_bytes(0, &mut [0; 512]).unwrap_err();
     assert!(error.to_string().contains("nbd+unix"), "{error}");
 }
@@ -345,22 +376,8 @@ fn a_flush_says_once_that_writes_may_be_lost() {
 /// A server with several connections that comes back has lost what it had not made stable, once.
 #[test]
 fn connections_that_end_together_are_one_loss() {
-    let file = tempfile::NamedTempFile::new().unwrap();
-    file.as_file().set_len(1 << 20).unwrap();
-    let path = file.path().to_str().unwrap();
-    let directory = tempfile::tempdir().unwrap();
-    let socket = directory.path().join("socket");
-    let start = || {
-        let mut command = Command::new("nbdkit");
-        command.args(["-f", "-U"]).arg(&socket).args(["file", path]).stderr(Stdio::null());
-        let child = command.spawn().unwrap();
-        while !listens(&socket) {
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        child
-    };
-    let mut server = start();
-    let storage = connect(&format!("nbd+unix:///?socket={}&reconnect=20", socket.display()));
+    let mut server = Mortal::new();
+    let storage = server.connect(20);
     assert_eq!(storage.places.len(), CONNECTIONS, "nbdkit lets several connections be");
     // A thread keeps its connection: each does one thing after the other, when it is told.
     std::thread::scope(|scope| {
@@ -382,10 +399,8 @@ fn connections_that_end_together_are_one_loss() {
             })
             .collect();
         threads.iter().for_each(|thread| thread(false).unwrap());
-        server.kill().unwrap();
-        server.wait().unwrap();
-        std::fs::remove_file(&socket).unwrap();
-        server = start();
+        server.kill();
+        server.start();
         threads[0](false).unwrap();
         assert!(threads[0](true).unwrap_err().to_string().contains("may be lost"));
         for thread in &threads {
@@ -395,8 +410,6 @@ fn connections_that_end_together_are_one_loss() {
             thread(false).unwrap();
         }
     });
-    server.kill().unwrap();
-    server.wait().unwrap();
 }
 
 #[test]
